@@ -1,0 +1,1 @@
+"""From checkpoints to flash folders: one file a unit kind."""

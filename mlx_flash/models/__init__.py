@@ -1,0 +1,1 @@
+"""Models that mlx-lm lacks, in its own style."""

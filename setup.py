@@ -1,0 +1,17 @@
+"""The C reader is optional: without a compiler the Python pool does its work."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "mlx_flash._reader",
+            ["mlx_flash/_reader.c"],
+            py_limited_api=True,
+            optional=True,
+            extra_compile_args=["-O2", "-pthread"],
+            extra_link_args=["-pthread"],
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
