@@ -1,0 +1,29 @@
+"""Run language models larger than the machine's memory, on MLX and mlx-lm.
+
+`load` a folder that `convert` wrote and use the model with mlx-lm's own functions, or
+with `generate` and `stream_generate` from here, which also measure what a run costs.
+"""
+
+import importlib
+
+from ._version import __version__
+from .errors import FlashError
+
+# Imported on first use, so that the command line answers --help without loading mlx.
+# No module is called like one of these names: it would hide the function.
+_LAZY = {
+    "load": "loader",
+    "load_model": "loader",
+    "generate": "generation",
+    "stream_generate": "generation",
+    "convert": "converters.convert",
+}
+
+__all__ = ["FlashError", "__version__", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        module = importlib.import_module(f".{_LAZY[name]}", __name__)
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

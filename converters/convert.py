@@ -1,0 +1,271 @@
+"""Write a flash folder from a checkpoint, one layer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from .. import format
+from ..errors import FlashError
+from ..layers import ACTIVATIONS
+from ..safetensors_io import DTYPES, write_error
+from . import calibrate, neurons, resident
+from .fit import FitOptions, default_rank, fit_predictor, split
+from .layerwise import LayerwiseModel
+from .source import Source
+from .workfolder import WorkFolder
+
+CALIBRATION_TOKENS = 16384
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    rank: int | None = None,
+    threshold: float | None = None,
+    recall: float = 0.95,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Convert a checkpoint to a flash folder.
+
+    One layer is in memory at a time, besides the hidden states of the calibration text.
+    An interrupted conversion goes on with the first layer that was not finished when
+    the same call is made again.
+
+    Args:
+        src: A local folder, or a hub name such as "facebook/opt-6.7b".
+        dst: The folder to write.
+        revision: Branch, tag or commit of a hub repository.
+        dtype: "float16", "bfloat16" or "float32"; by default the checkpoint's own.
+        calibration: A text file on which predictors are trained and measured; without
+            one, text is sampled from the model itself.
+        calibration_tokens: How much of it.
+        rank: Of all predictors; 0 for none. By default the paper's pattern.
+        threshold: Probability from which a neuron is predicted; by default each layer's
+            is chosen so that `recall` of its active neurons are found.
+        recall: See `threshold`.
+        overwrite: Replace `dst` if it is a flash folder.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        `dst` as a path.
+
+    Raises:
+        FlashError: If the source is missing, damaged or not supported, changed since an
+            interrupted conversion began, or the disk is full. `dst` is then untouched.
+    """
+    work = WorkFolder(Path(dst).expanduser())
+    work.check_destination(overwrite)
+    source = Source(src, revision)
+    dtype = dtype or source.dtype()
+    _check_request(source, dtype, rank, threshold, recall)
+    options = {
+        "dtype": dtype,
+        "calibration": str(calibration) if calibration else None,
+        "calibration_tokens": calibration_tokens,
+        "rank": rank,
+        "threshold": threshold,
+        "recall": recall,
+    }
+    bars = functools.partial(tqdm, disable=not progress)
+    try:
+        work.begin({"source": source.fingerprint(), "options": options})
+        fit = FitOptions(rank, threshold, recall)
+        with _no_mlx_cache():
+            _Conversion(source, work, options, fit, bars).run()
+        work.publish()
+    except OSError as error:
+        raise write_error(Path(error.filename or work.folder), error) from error
+    return work.dst
+
+
+class _Conversion:
+    def __init__(self, source: Source, work: WorkFolder, options, fit, bars):
+        self.source, self.work, self.options = source, work, options
+        self.fit, self.bars = fit, bars
+        self.dtype = getattr(mx, options["dtype"])
+        self.model_type = source.config["model_type"]
+        self.activation = _activation(source.config)
+        source.prepare(work.path(""))
+        # float16 is emulated on MLX's CPU backend, many times slower than float32.
+        on_cpu = mx.default_device() == mx.cpu
+        self.model = LayerwiseModel(source, mx.float32 if on_cpu else self.dtype)
+        resident.check_names(source, self.model.model)
+        self.modules = neurons.ffn_modules(self.model.model, self.model_type)
+        self._check_disk()
+
+    def run(self) -> None:
+        done, total = len(self.work.layers), len(self.modules)
+        tokens = hidden = None
+        if self.fit.rank != 0:
+            tokens = self._tokens()
+            hidden = self._hidden(done, tokens)
+        for index in self.bars(
+            range(done, total), "converting", initial=done, total=total, unit="layer"
+        ):
+            self.work.layers.append(self._convert_layer(index, tokens, hidden))
+            self.work.note()
+            self.work.path(_hidden_name(index)).unlink(missing_ok=True)
+        before = self.work.facts["source"]
+        if self.source.fingerprint() != before:
+            raise self.work.source_changed()
+        self._finish(tokens)
+
+    def _convert_layer(self, index: int, tokens, hidden) -> dict:
+        """Measure, fit and write one layer; returns its entry in the manifest."""
+        inputs = facts = None
+        if hidden is not None:
+            inner = neurons.FFN_PATHS[self.model_type][0]
+            inputs = calibrate.run_layer(self.model, index, inner, hidden, tokens)
+        layer = neurons.neuron_layer(
+            self.source.weights(), self.modules[index], self.model_type, self.dtype
+        )
+        if hidden is not None:
+            dims = layer.up.shape[1]
+            rank = self.fit.rank or default_rank(index, len(self.modules), dims)
+            arrays, facts = fit_predictor(
+                inputs, layer, self.activation, rank, self.fit, tokens.shape[1], index
+            )
+            named = {f"{layer.module}.predictor.{k}": w for k, w in arrays.items()}
+            resident.write_weights(self._predictor_path(index), named, self.dtype)
+            self.work.save_array(_hidden_name(index + 1), hidden)
+        path = self.work.folder / f"ffn/layer_{index:02d}.safetensors"
+        entry = neurons.write_bundles(path, layer)
+        return dataclasses.asdict(dataclasses.replace(entry, predictor=facts))
+
+    def _finish(self, tokens) -> None:
+        """Write what belongs to no layer, and the manifest last."""
+        weights = self.source.weights()
+        names = neurons.resident_names(weights, self.modules, self.model_type)
+        kept = {new: weights[old] for old, new in names.items()}
+        del weights
+        folder = self.work.folder
+        held = resident.write_weights(folder / format.RESIDENT, kept, self.dtype)
+        predictors = None
+        if self.fit.rank != 0:
+            arrays: dict[str, mx.array] = {}
+            for index in range(len(self.modules)):
+                arrays |= mx.load(str(self._predictor_path(index)))
+            path = folder / format.PREDICTORS
+            predictors = resident.write_weights(path, arrays, self.dtype)
+        resident.copy_config(self.source, folder, self.options["dtype"])
+        local = Path(self.source.name)
+        manifest = format.Manifest(
+            format_version=format.FORMAT_VERSION,
+            # A path would say more about this machine than about the model.
+            source=local.resolve().name if local.exists() else self.source.name,
+            revision=self.source.revision,
+            model_type=self.model_type,
+            unit="neuron",
+            activation=self.activation,
+            dtype=self.options["dtype"],
+            resident=held,
+            predictors=predictors,
+            calibration=self._calibration_facts(tokens),
+            layers=tuple(format.layer_from_json(x) for x in self.work.layers),
+        )
+        (folder / format.MANIFEST).write_text(manifest.to_json())
+        format.check_manifest(manifest, folder)
+
+    def _tokens(self) -> np.ndarray:
+        """The calibration text; kept on disk, so that a resumed run reads the same."""
+        name = "tokens.npy"
+        if not self.work.path(name).exists():
+            count, text = (
+                self.options["calibration_tokens"],
+                self.options["calibration"],
+            )
+            if text:
+                path = Path(text).expanduser()
+                tokens = calibrate.text_tokens(self.source, path, count)
+            else:
+                tokens = calibrate.sample_tokens(self.model, count, self.bars)
+            self.work.save_array(name, tokens)
+        return np.load(self.work.path(name))
+
+    def _hidden(self, done: int, tokens: np.ndarray) -> np.ndarray:
+        """The states that layer `done` gets."""
+        if done == 0:
+            return calibrate.embed_all(self.model, tokens)
+        return np.load(self.work.path(_hidden_name(done)))
+
+    def _calibration_facts(self, tokens) -> format.Calibration | None:
+        if tokens is None:
+            return None
+        held_out = split(tokens.size, tokens.shape[1])[2]
+        text = self.options["calibration"]
+        return format.Calibration(
+            text=Path(text).name if text else "sampled",
+            tokens=tokens.size,
+            held_out_tokens=held_out.stop - held_out.start,
+        )
+
+    def _predictor_path(self, index: int) -> Path:
+        return self.work.path(f"predictor_{index:02d}.safetensors")
+
+    def _check_disk(self) -> None:
+        values = sum(w.size for w in self.source.weights().values())
+        # A tenth for predictors and the states of the calibration text.
+        need = 1.1 * values * DTYPES[self.options["dtype"]][1]
+        need *= 1 - len(self.work.layers) / len(self.modules)
+        free = shutil.disk_usage(self.work.folder).free
+        if free < need:
+            raise FlashError(
+                f"The conversion needs about {need / 1e9:.2f} GB, "
+                f"{self.work.dst.parent} has {free / 1e9:.2f} GB free. Free some space "
+                "or choose another folder."
+            )
+
+
+def _hidden_name(index: int) -> str:
+    return f"hidden_{index:02d}.npy"
+
+
+def _activation(config: dict) -> str:
+    return config.get("activation_function", "relu")
+
+
+def _check_request(source: Source, dtype, rank, threshold, recall) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        raise FlashError(f"No dtype {dtype!r}. Choose {', '.join(WEIGHT_DTYPES)}.")
+    if rank is not None and rank < 0:
+        raise FlashError(f"A predictor cannot have rank {rank}. Give 0 for none.")
+    if threshold is not None and not 0 < threshold < 1:
+        raise FlashError(f"A threshold of {threshold} is no probability. Try 0.5.")
+    if not 0 < recall <= 1:
+        raise FlashError(f"A recall of {recall} is not possible. Try 0.95.")
+    if "quantization" in source.config or "quantization_config" in source.config:
+        raise FlashError(
+            f"{source.name} is quantised already. Neuron bundles are made from float "
+            "weights: convert the original checkpoint."
+        )
+    if _activation(source.config) not in ACTIVATIONS:
+        raise FlashError(
+            f"{source.name} has the activation {_activation(source.config)!r}, which "
+            f"never gives exact zeros. Supported: {', '.join(ACTIVATIONS)}."
+        )
+
+
+@contextlib.contextmanager
+def _no_mlx_cache() -> Iterator[None]:
+    """MLX keeps freed memory for reuse; a conversion would rather not hold it."""
+    before = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

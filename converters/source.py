@@ -1,0 +1,115 @@
+"""A checkpoint to convert: its files, its config, and its weights, read lazily.
+
+Nothing is held: every call of `weights` opens the files anew, and an array occupies
+memory only from its evaluation until the caller lets go of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import FlashError
+from ..hub import find_model
+from ..models import get_model_classes, read_config
+from ..safetensors_io import DTYPES, read_header
+from . import torch_bin
+
+
+class Source:
+    """A checkpoint, found locally or on the hub.
+
+    Args:
+        name: Folder or hub name.
+        revision: Branch, tag or commit on the hub.
+
+    Attributes:
+        folder, config, files: Where it is, its config.json, its weight files.
+
+    Raises:
+        FlashError: If it is no checkpoint, lacks a file, was cut short, or is of a
+            kind that is not supported.
+    """
+
+    def __init__(self, name: str | Path, revision: str | None = None):
+        self.name = str(name)
+        self.folder = find_model(name, revision)
+        # The hub's cache names a snapshot's folder after its commit.
+        in_cache = self.folder.parent.name == "snapshots"
+        self.revision = self.folder.name if in_cache else revision
+        self.config = read_config(self.folder)
+        if (self.folder / "flash.json").exists():
+            raise FlashError(f"{name} is a flash folder already.")
+        self.model_class, self.args_class = get_model_classes(self.config)
+        self.files = _weight_files(self.folder)
+        self._safetensors = self.files
+
+    def prepare(self, work: Path) -> None:
+        """Bring .bin files into `work` as safetensors; others are read as they are."""
+        if self.files[0].suffix == ".bin":
+            self._safetensors = [torch_bin.to_safetensors(f, work) for f in self.files]
+
+    def weights(self) -> dict[str, mx.array]:
+        """All weights, unevaluated, under the names the model's module tree has."""
+        weights: dict[str, mx.array] = {}
+        for file in self._safetensors:
+            read_header(file)  # MLX itself would read past the end of a cut file
+            weights |= mx.load(str(file))
+        model = self.model_class(self.args_class.from_dict(self.config))
+        return model.sanitize(weights) if hasattr(model, "sanitize") else weights
+
+    def dtype(self) -> str:
+        """The checkpoint's own dtype: what its config says, or its largest weight."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named in ("float16", "bfloat16", "float32"):
+            return named
+        largest = max(self.weights().values(), key=lambda w: w.size)
+        dtype = str(largest.dtype).removeprefix("mlx.core.")
+        return dtype if dtype in DTYPES else "float16"
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of change of every file: differs when the source changed."""
+        files = [*self.files, self.folder / "config.json"]
+        stats = {f.name: f.stat() for f in files}
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files; safetensors win over .bin."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(
+                    set(json.loads(index.read_text())["weight_map"].values())
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise FlashError(f"{index} cannot be read: {error!r}.") from error
+            files = [folder / name for name in names]
+        else:
+            files = sorted(folder.glob(f"{stem}*.{suffix}"))
+        for file in files:
+            if not file.is_file():
+                raise FlashError(f"{file} is missing. Download the checkpoint again.")
+        if files:
+            return files
+    raise FlashError(
+        f"{folder} has no weights (model*.safetensors or pytorch_model*.bin)."
+    )
+
+
+def finite(name: str, array: mx.array) -> mx.array:
+    """`array`, evaluated.
+
+    Raises:
+        FlashError: If it holds NaN or infinity, which no run could recover from.
+    """
+    if not mx.isfinite(array).all().item():
+        raise FlashError(
+            f"{name} holds NaN or infinite values (after conversion to "
+            f"{str(array.dtype).removeprefix('mlx.core.')}): the checkpoint is "
+            "damaged, or needs --dtype bfloat16 or float32."
+        )
+    return array

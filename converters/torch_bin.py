@@ -1,0 +1,57 @@
+"""PyTorch's pickled checkpoints, read safely and rewritten as safetensors.
+
+`weights_only=True` runs no code from the file, `mmap=True` keeps it out of memory.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from ..errors import FlashError
+from ..safetensors_io import Tensor, write_safetensors
+
+
+def to_safetensors(file: Path, folder: Path) -> Path:
+    """Rewrite one .bin file into `folder`, tensor by tensor, unless it is there.
+
+    Raises:
+        FlashError: If PyTorch is not installed, or the file is damaged or holds more
+            than tensors.
+    """
+    target = folder / (file.stem + ".safetensors")
+    if target.exists():
+        return target
+    try:
+        import torch
+    except ImportError:
+        raise FlashError(
+            f"{file} is a PyTorch file, which needs PyTorch to be read: "
+            "pip install torch. Checkpoints in safetensors need nothing."
+        ) from None
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        OSError,
+    ) as error:
+        raise FlashError(
+            f"{file} cannot be read as a PyTorch checkpoint of plain tensors "
+            f"({str(error).splitlines()[0]}). Download it again."
+        ) from error
+    known = {torch.float32: "float32", torch.float16: "float16"}
+    known[torch.bfloat16] = "bfloat16"
+
+    def entry(tensor) -> Tensor:
+        def chunks():
+            yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+        return Tensor(known[tensor.dtype], tuple(tensor.shape), chunks)
+
+    # Integer buffers (a causal mask, say) are no weights.
+    kept = {k: entry(t) for k, t in weights.items() if t.dtype in known}
+    write_safetensors(target, kept)
+    return target

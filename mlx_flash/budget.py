@@ -1,0 +1,123 @@
+"""Divide the memory a run may hold between weights, slots, KV cache and workspace.
+
+The budget covers what MLX allocates for the model. Python, MLX and the tokenizer come
+on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import device
+from .errors import FlashError
+from .format import Manifest
+from .safetensors_io import DTYPES
+from .sizes import parse_memory, say_memory
+from .slots import PAGE
+
+KV_STEP = 256  # mlx-lm's KV cache grows by so many tokens
+MAX_PREFILL = 512
+MIN_PREFILL = 16
+PREFILL_SHARE = 0.05  # of the budget, for the activations of a prompt chunk
+LEAST_SHARE = 64  # the least is one slot for every 64 units
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of each use; `slots[i]` is the number of slots of FFN layer i.
+
+    `prefill_tokens` is the prompt chunk for which `workspace_bytes` was reckoned.
+    """
+
+    total_bytes: int
+    resident_bytes: int
+    predictor_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    slot_bytes: int
+    slots: tuple[int, ...]
+    prefill_tokens: int
+
+
+def make_budget(
+    memory: int | str, manifest: Manifest, config: dict, context: int, folder: Path
+) -> Budget:
+    """Divide `memory` for a run of at most `context` tokens.
+
+    Args:
+        memory: Bytes, "7GB", "50%" (of the model's own bytes) or "auto": what the
+            machine has free with a tenth kept back, at most what the model can use.
+
+    Raises:
+        FlashError: If even the least number of slots does not fit, with the numbers.
+    """
+    wanted = parse_memory(memory)
+    kv_bytes = _kv_bytes_per_token(config, manifest.dtype) * -(-context // KV_STEP)
+    kv_bytes *= KV_STEP
+    fixed = manifest.resident.bytes + manifest.predictor_bytes + kv_bytes
+    per_token = _workspace_per_token(config, manifest, context)
+    logits = 4 * config["vocab_size"] * 4
+    layers = manifest.layers
+    pages = sum(PAGE * len(layer.parts) for layer in layers)
+    everything = fixed + manifest.ffn_bytes + pages + logits + MAX_PREFILL * per_token
+    if wanted is None:
+        total = min(everything, device.usable_memory_bytes())
+    elif isinstance(wanted, float):
+        total = int(wanted * manifest.model_bytes)
+    else:
+        total = wanted
+    prefill = min(max(int(PREFILL_SHARE * total / per_token), MIN_PREFILL), MAX_PREFILL)
+    workspace = logits + prefill * per_token
+    # Gathered rows are a copy of at most half of one layer's slots.
+    room = (total - fixed - workspace - pages) / (1 + 0.5 / len(layers))
+    share = min(room / manifest.ffn_bytes, 1.0)
+    slots = tuple(int(share * layer.units) for layer in layers)
+    least = tuple(max(layer.units // LEAST_SHARE, 1) for layer in layers)
+    if any(n < m for n, m in zip(slots, least, strict=True)):
+        # One unit more of each layer makes up for rounding down above.
+        share = max((m + 1) / x.units for m, x in zip(least, layers, strict=True))
+        need = fixed + pages + logits
+        need += share * manifest.ffn_bytes * (1 + 0.5 / len(layers))
+        need = max(need + MIN_PREFILL * per_token, need / (1 - PREFILL_SHARE))
+        raise FlashError(
+            f"{folder} needs at least --memory {say_memory(need)} for {context:,} "
+            f"tokens of context, {total / 1e6:,.1f} MB were given: "
+            f"{manifest.resident.bytes / 1e6:,.1f} MB of resident weights, "
+            f"{manifest.predictor_bytes / 1e6:,.1f} MB of predictors, "
+            f"{kv_bytes / 1e6:,.1f} MB of KV cache, the rest workspace and slots."
+        )
+    slot_bytes = pages + sum(
+        n * sum(p.bytes for p in layer.parts)
+        for n, layer in zip(slots, layers, strict=True)
+    )
+    return Budget(
+        total_bytes=total,
+        resident_bytes=manifest.resident.bytes,
+        predictor_bytes=manifest.predictor_bytes,
+        kv_bytes=kv_bytes,
+        workspace_bytes=total - fixed - slot_bytes,
+        slot_bytes=slot_bytes,
+        slots=slots,
+        prefill_tokens=prefill,
+    )
+
+
+def _kv_bytes_per_token(config: dict, dtype: str) -> int:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    layers = config["num_hidden_layers"]
+    return 2 * layers * kv_heads * head_dim * DTYPES[dtype][1]
+
+
+def _workspace_per_token(config: dict, manifest: Manifest, context: int) -> int:
+    """Bytes that one token of a prompt chunk occupies while a layer is computed.
+
+    Scores and hidden values of all neurons with their masks, a dozen vectors of the
+    model's width, and attention scores (which only MLX's CPU backend keeps).
+    """
+    size = DTYPES[manifest.dtype][1]
+    units = max(layer.units for layer in manifest.layers)
+    scores = config["num_attention_heads"] * context * 4
+    return units * (3 * size + 3) + 12 * config["hidden_size"] * size + scores

@@ -1,0 +1,129 @@
+"""Which unit is in which slot: one layer's bookkeeping, with no memory of its own.
+
+A slot is never moved and never cleared: a unit that fell out of use stays valid until
+its slot is wanted for another one. (The paper moves rows to keep the used ones
+together; here the multiplication names the slots it wants, so nothing has to move.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+EMPTY = -1
+
+
+class Lru:
+    """Keep what was used last, in as many slots as there are."""
+
+    def expire(self, cache: SlotCache) -> None:
+        """Nothing expires: a unit goes when its slot is the oldest one wanted."""
+
+
+class Window:
+    """The paper's windowing: keep what the last `tokens` tokens used, no longer.
+
+    Where the slots cannot hold that much, the oldest go first, as with `Lru`.
+    """
+
+    def __init__(self, tokens: int):
+        if tokens < 1:
+            raise ValueError(f"a window of {tokens} tokens keeps nothing")
+        self.tokens = tokens
+
+    def expire(self, cache: SlotCache) -> None:
+        old = cache.last_used < cache.now - self.tokens
+        cache.forget(np.flatnonzero(old & (cache.unit_of != EMPTY)))
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Units that are in memory together once `missing` were read into their slots.
+
+    `units[i]` is in slot `slots[i]`; `missing` and `missing_slots` are the pairs that
+    have to be read first.
+    """
+
+    units: np.ndarray
+    slots: np.ndarray
+    missing: np.ndarray
+    missing_slots: np.ndarray
+
+
+class SlotCache:
+    """The slots of one layer.
+
+    Args:
+        units: How many units the layer has.
+        slots: How many of them memory can hold, at least one.
+        policy: `Lru()` or `Window(tokens)`, or any object with their method.
+    """
+
+    def __init__(self, units: int, slots: int, policy: Lru | Window):
+        if not 1 <= slots <= units:
+            raise ValueError(f"{slots} slots for {units} units")
+        self.policy = policy
+        self.slot_of = np.full(units, EMPTY, np.int32)
+        self.unit_of = np.full(slots, EMPTY, np.int32)
+        self.last_used = np.full(slots, -1, np.int64)
+        self.now = 0  # tokens seen
+
+    def waves(self, units: np.ndarray, tokens: int = 1) -> Iterator[Wave]:
+        """Bring `units` (sorted, unique) into slots, in as many waves as they need.
+
+        The first wave holds what is there already and as many missing units as there
+        is room for; each later wave overwrites slots of earlier ones. A wave's units
+        count as present from the moment it is yielded: whoever fails to read them
+        must `forget` their slots.
+
+        Args:
+            units: int array of unit ids.
+            tokens: How many tokens this step brings, for policies that count them.
+        """
+        self.now += tokens
+        self.policy.expire(self)
+        slots = self.slot_of[units]
+        present = slots != EMPTY
+        if present.all():
+            self.last_used[slots] = self.now
+            yield Wave(units, slots, units[:0], slots[:0])
+            return
+        hits, hit_slots, missing = units[present], slots[present], units[~present]
+        room = len(self.unit_of) - len(hits)
+        while len(missing):
+            # Only slots that this wave does not need itself may be overwritten.
+            self.last_used[hit_slots] = self.now + 1
+            now_missing, missing = missing[:room], missing[room:]
+            taken = self._assign(now_missing)
+            self.last_used[hit_slots] = self.now
+            if len(now_missing) or len(hits):
+                yield Wave(
+                    np.concatenate([hits, now_missing]),
+                    np.concatenate([hit_slots, taken]),
+                    now_missing,
+                    taken,
+                )
+            hits, hit_slots, room = hits[:0], hit_slots[:0], len(self.unit_of)
+
+    def forget(self, slots: np.ndarray) -> None:
+        """Take back what `slots` are said to hold."""
+        self.slot_of[self.unit_of[slots]] = EMPTY
+        self.unit_of[slots] = EMPTY
+        self.last_used[slots] = -1
+
+    def _assign(self, units: np.ndarray) -> np.ndarray:
+        count = len(units)
+        if count < len(self.last_used):
+            slots = np.argpartition(self.last_used, count)[:count].astype(np.int32)
+        else:
+            slots = np.arange(count, dtype=np.int32)
+        # Sorted, so that neighbouring units tend to land in neighbouring slots.
+        slots.sort()
+        old = self.unit_of[slots]
+        self.slot_of[old[old != EMPTY]] = EMPTY
+        self.slot_of[units] = slots
+        self.unit_of[slots] = units
+        self.last_used[slots] = self.now
+        return slots

@@ -1,0 +1,106 @@
+"""FFN layers whose weights are on flash, with the signature of what they replace.
+
+Shapes: T tokens (batch and length together), D model width, N neurons, K read.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .predictor import Predictor
+from .slots import UnitSlots
+
+ACTIVATIONS = {"relu": nn.relu}
+
+# From this many tokens at once all neurons are read in order: the union of what they
+# need is then most of the layer, and long reads are several times faster per byte.
+SWEEP_TOKENS = 4
+
+
+class NeuronFFN(nn.Module):
+    """y = act(x·upᵀ + up_bias)·down + down_bias over the neurons that are needed.
+
+    Which are needed says the predictor, token by token: what a token gets does not
+    depend on its neighbours or on what the slots happen to hold. Without a predictor,
+    for `sweep_tokens` or more at once, and in a layer that is resident as a whole,
+    every neuron is computed.
+    """
+
+    def __init__(self, dims: int, units: int, activation: str, bias: bool, rank: int):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        if bias:
+            self.up_bias = mx.zeros((units,))
+            self.down_bias = mx.zeros((dims,))
+        if rank:
+            self.predictor = Predictor(dims, units, rank)
+        self.store: UnitSlots | None = None  # given by load, once slots are known
+        self.sweep_tokens = SWEEP_TOKENS
+
+    def __call__(self, x: mx.array) -> mx.array:
+        tokens = x.reshape(-1, x.shape[-1])
+        store = self.store
+        if store.holds_all:
+            y = self._multiply(tokens, slice(None), slice(None))
+        else:
+            y = self._stream(tokens)
+        if "down_bias" in self:
+            y = y + self.down_bias
+        store.in_use = y
+        return y.astype(x.dtype).reshape(x.shape)
+
+    def _stream(self, x: mx.array) -> mx.array:
+        """Sum over waves of neurons; more than one wave is summed in float32."""
+        store, T = self.store, x.shape[0]
+        chosen = self.predictor(x) if "predictor" in self else None
+        swept = chosen is None or T >= self.sweep_tokens
+        if swept:
+            needed = np.arange(store.units, dtype=np.int32)
+        else:
+            # The one point where the host waits for MLX: it must know what to read.
+            needed = np.flatnonzero(np.asarray(chosen.any(axis=0))).astype(np.int32)
+        y = None
+        for wave in store.fetch(needed, tokens=T):
+            slots, units, valid = self._cover(wave)
+            h = self._hidden(x, slots, units)
+            if swept and chosen is not None:
+                self._compare(h, chosen[:, units], valid)
+            if not swept and T > 1:
+                valid = chosen[:, units] if valid is None else valid & chosen[:, units]
+            if valid is not None:
+                h = mx.where(valid, h, 0)
+            part = h @ store.parts["down"][slots]
+            y = part if y is None else y.astype(mx.float32) + part
+            store.in_use = y
+        return mx.zeros_like(x) if y is None else y
+
+    def _cover(self, wave):
+        """(slots, units, which count) to multiply for a wave.
+
+        Gathering copies rows. When most slots are wanted, all are multiplied where
+        they lie and the others' results are dropped.
+        """
+        store = self.store
+        if 2 * len(wave.slots) <= store.n_slots:
+            return mx.array(wave.slots), mx.array(wave.units), None
+        wanted = np.zeros(store.n_slots, bool)
+        wanted[wave.slots] = True
+        units = mx.array(np.maximum(store.cache.unit_of, 0))
+        return slice(None), units, None if wanted.all() else mx.array(wanted)
+
+    def _hidden(self, x: mx.array, slots, units) -> mx.array:
+        h = x @ self.store.parts["up"][slots].T
+        if "up_bias" in self:
+            h = h + self.up_bias[units]
+        return self.activation(h)
+
+    def _multiply(self, x: mx.array, slots, units) -> mx.array:
+        return self._hidden(x, slots, units) @ self.store.parts["down"][slots]
+
+    def _compare(self, h: mx.array, chosen: mx.array, valid) -> None:
+        active = h > 0 if valid is None else (h > 0) & valid
+        stats = self.store.stats
+        stats.swept_active += int(active.sum())
+        stats.swept_predicted += int((active & chosen).sum())

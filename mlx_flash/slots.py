@@ -1,0 +1,140 @@
+"""One layer's units in memory: slots that flash is read into and MLX multiplies from.
+
+Each part of a unit has one preallocated MLX array `[n_slots, *shape]`. NumPy views of
+the same memory are what the reader writes to, so nothing is staged or copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import format
+from .cache import Lru, SlotCache, Wave, Window
+from .reader import Extent, Reader
+from .stats import Stats
+
+PAGE = 16384
+
+
+def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
+    """A page-aligned MLX array of zeros and a NumPy view of the same memory.
+
+    MLX aligns to less than a page, which direct I/O needs: one page more is allocated
+    and the array is a view into it.
+
+    Returns:
+        The array, and uint8 `[shape[0], bytes of a row]` over the same bytes.
+    """
+    nbytes = prod(shape) * dtype.size
+    raw = mx.zeros((nbytes + PAGE,), mx.uint8)
+    mx.eval(raw)
+    start = -np.asarray(raw).__array_interface__["data"][0] % PAGE
+    flat = raw[start : start + nbytes]
+    array = flat.view(dtype).reshape(shape)
+    mx.eval(flat, array)
+    view = np.asarray(flat).reshape(shape[0], -1)
+    if np.asarray(array.view(mx.uint8)).ctypes.data != view.ctypes.data:
+        raise RuntimeError("this MLX copies where it used to share memory")
+    return array, view
+
+
+class UnitSlots:
+    """The slots of one FFN: asks the cache what is missing and has it read.
+
+    Attributes:
+        parts: The MLX array of each part, by name, `[n_slots, *shape]`.
+        cache: The bookkeeping.
+        in_use: What was last computed from the slots. It is evaluated before a slot is
+            overwritten: MLX is lazy, and would otherwise read the new bytes.
+    """
+
+    def __init__(
+        self,
+        layer: format.Layer,
+        folder: Path,
+        n_slots: int,
+        policy: Lru | Window,
+        reader: Reader,
+        stats: Stats,
+    ):
+        self.cache = SlotCache(layer.units, n_slots, policy)
+        self.parts: dict[str, mx.array] = {}
+        self.in_use: mx.array | None = None
+        self.stats = stats
+        self._reader = reader
+        views = []
+        for part in layer.parts:
+            array, view = allocate((n_slots, *part.shape), getattr(mx, part.dtype))
+            self.parts[part.name] = array
+            views.append(view)
+        extent = Extent(
+            folder / layer.file,
+            layer.data_offset,
+            layer.unit_bytes,
+            tuple((i, p.offset, p.bytes) for i, p in enumerate(layer.parts)),
+        )
+        self._source = reader.add_source([extent], views, layer.units)
+
+    @property
+    def units(self) -> int:
+        return len(self.cache.slot_of)
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.cache.unit_of)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every unit has its own slot of the same number, for good."""
+        return self.n_slots == self.units
+
+    def read_all(self) -> None:
+        """Fill a store that has room for every unit, unit i in slot i."""
+        for wave in self.fetch(np.arange(self.units, dtype=np.int32)):
+            assert np.array_equal(wave.units, wave.slots)
+
+    def fetch(self, units: np.ndarray, tokens: int = 1) -> Iterator[Wave]:
+        """Yield waves of `units` (sorted, unique), each read and ready to multiply.
+
+        The caller sets `in_use` to what it computed from a wave before it asks for
+        the next one.
+
+        Raises:
+            FlashError: If a read fails. The slots it was meant for count as empty.
+        """
+        stats = self.stats
+        waves = self.cache.waves(units, tokens)
+        while True:
+            begin = time.perf_counter()
+            wave = next(waves, None)
+            stats.cache_s += time.perf_counter() - begin
+            if wave is None:
+                return
+            stats.hits += len(wave.units) - len(wave.missing)
+            stats.misses += len(wave.missing)
+            if len(wave.missing):
+                self._read(wave)
+            yield wave
+
+    def _read(self, wave: Wave) -> None:
+        if self.in_use is not None:
+            mx.eval(self.in_use)
+            self.in_use = None
+        begin = time.perf_counter()
+        try:
+            ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
+            result = self._reader.wait(ticket)
+        except BaseException:
+            self.cache.forget(wave.missing_slots)
+            raise
+        stats = self.stats
+        stats.io_s += time.perf_counter() - begin
+        stats.read_s += result.seconds
+        stats.bytes_read += result.bytes_read
+        stats.reads += result.reads
