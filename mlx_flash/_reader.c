@@ -107,7 +107,8 @@ static int by_unit(const void *a, const void *b)
 
 /* Adds a piece to the last job if one read may serve both, else opens a new job.
    `gap` is how many unwanted bytes, beyond alignment, are worth reading over. */
-static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index, int64_t gap)
+static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
+                      int64_t gap)
 {
     int64_t start = floor_to(piece.offset, e->align);
     int64_t end = ceil_to(piece.offset + piece.bytes, e->align);
@@ -138,23 +139,20 @@ static void plan(Batch *b, int64_t n, int64_t max_gap)
 {
     int32_t index = 0;
     const Part *part = b->source->parts;
-    for (int64_t k = 0; k < b->source->n_extents; part += b->source->extents[k++].n_parts) {
-        const Extent *e = &b->source->extents[k];
+    const Extent *e = b->source->extents, *end = e + b->source->n_extents;
+    for (; e < end; part += e++->n_parts) {
         for (const Pick *pick = b->picks; pick < b->picks + n; pick++) {
             int64_t unit = e->offset + pick->unit * e->stride, gap = max_gap;
             for (const Part *p = part; p < part + e->n_parts; p++) {
-                Piece piece = {unit + p->offset, p->bytes,
-                               (uint8_t *)(intptr_t)p->rows + pick->slot * p->bytes};
-                int64_t rest = p->bytes;
-                while (rest > CHUNK_BYTES) { /* cut where no page is read twice */
-                    piece.bytes = floor_to(piece.offset + CHUNK_BYTES, PAGE) - piece.offset;
-                    add_piece(b, e, piece, index++, gap);
-                    piece.offset += piece.bytes;
-                    piece.dst += piece.bytes;
-                    rest -= piece.bytes;
+                uint8_t *row = (uint8_t *)(intptr_t)p->rows + pick->slot * p->bytes;
+                int64_t at = unit + p->offset, stop = at + p->bytes;
+                while (at < stop) { /* large parts are cut at a page of the file */
+                    int64_t cut = floor_to(at + CHUNK_BYTES, PAGE);
+                    int64_t bytes = (stop - at > CHUNK_BYTES ? cut : stop) - at;
+                    add_piece(b, e, (Piece){at, bytes, row}, index++, gap);
+                    at += bytes;
+                    row += bytes;
                 }
-                piece.bytes = rest;
-                add_piece(b, e, piece, index++, gap);
                 /* Padding inside a unit costs less than a second read. */
                 gap = larger(max_gap, PAGE);
             }
@@ -172,17 +170,17 @@ static int fill_iovecs(const Batch *b, const Job *job, uint8_t *buffer, int64_t 
         iov[0] = (struct iovec){buffer + skip, (size_t)(job->end - job->start - skip)};
         return 1;
     }
-    int64_t at = job->start; /* of the file, covered so far */
-    int64_t from = job->start + skip;
+    int64_t at = job->start + skip; /* what is before it has been read */
     for (int i = 0; i < job->count; i++) {
         const Piece *p = &b->pieces[job->first + i];
         int64_t end = p->offset + p->bytes;
-        if (p->offset > larger(at, from)) /* a gap: all of them into the same scratch */
-            iov[n++] = (struct iovec){buffer, (size_t)(p->offset - larger(at, from))};
-        if (end > from) {
-            int64_t inside = larger(from - p->offset, 0);
-            iov[n++] = (struct iovec){p->dst + inside, (size_t)(p->bytes - inside)};
+        if (end <= at)
+            continue;
+        if (p->offset > at) { /* a gap: all of them into the same scratch */
+            iov[n++] = (struct iovec){buffer, (size_t)(p->offset - at)};
+            at = p->offset;
         }
+        iov[n++] = (struct iovec){p->dst + (at - p->offset), (size_t)(end - at)};
         at = end;
     }
     return n;
@@ -197,7 +195,7 @@ static int run_job(const Batch *b, const Job *job, uint8_t **buffer, int64_t *go
     *got = 0;
     /* Scratch of a read with gaps, bounce buffer of a read that is not aligned. */
     if (!*buffer && (!job->straight || job->iovecs > job->count) &&
-        posix_memalign((void **)buffer, PAGE, CHUNK_BYTES + 2 * PAGE)) {
+        posix_memalign((void **)buffer, 4 * PAGE, CHUNK_BYTES + 2 * PAGE)) {
         *buffer = NULL;
         return ENOMEM;
     }
@@ -206,7 +204,8 @@ static int run_job(const Batch *b, const Job *job, uint8_t **buffer, int64_t *go
            end of the file it may stop there, as long as it has what is wanted. */
         int64_t skip = floor_to(*got, job->extent->align);
         int n_iov = fill_iovecs(b, job, *buffer, skip, iov);
-        ssize_t n = preadv((int)job->extent->fd, iov, n_iov, (off_t)(job->start + skip));
+        off_t from = (off_t)(job->start + skip);
+        ssize_t n = preadv((int)job->extent->fd, iov, n_iov, from);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
@@ -343,9 +342,8 @@ static Reader *get_reader(PyObject *capsule)
     return r;
 }
 
-static PyObject *py_create(PyObject *self, PyObject *args)
+static PyObject *py_create(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    (void)self;
     int threads, error = 0;
     long long max_gap;
     if (!PyArg_ParseTuple(args, "iL", &threads, &max_gap))
@@ -387,9 +385,8 @@ static PyObject *py_create(PyObject *self, PyObject *args)
 }
 
 /* extents and parts: bytes that hold an array of Extent and of Part */
-static PyObject *py_add_source(PyObject *self, PyObject *args)
+static PyObject *py_add_source(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    (void)self;
     PyObject *capsule;
     const char *extents, *parts;
     Py_ssize_t extents_size, parts_size;
@@ -410,21 +407,22 @@ static PyObject *py_add_source(PyObject *self, PyObject *args)
     s->extents = memcpy(s + 1, extents, (size_t)extents_size);
     s->parts = memcpy(s->extents + s->n_extents, parts, (size_t)parts_size);
     s->stamps = (uint32_t *)((char *)s->parts + parts_size);
-    for (Part *p = s->parts; (char *)p < (char *)s->stamps; p++) /* a cut may be early */
+    for (Part *p = s->parts; p < (Part *)s->stamps; p++) /* a cut may be a page early */
         s->pieces_per_unit += p->bytes / (CHUNK_BYTES - PAGE) + 1;
     s->next = r->sources;
     r->sources = s;
     return PyCapsule_New(s, "source", NULL); /* the reader frees it */
 }
 
-static PyObject *refuse(const char *format, int64_t value, int64_t limit)
+static int refuse(const char *format, int64_t value, int64_t limit)
 {
-    return PyErr_Format(PyExc_ValueError, format, (long long)value, (long long)limit);
+    PyErr_Format(PyExc_ValueError, format, (long long)value, (long long)limit);
+    return 0;
 }
 
-/* Copies the ids, each of them checked, and sorts by unit. NULL: one is refused. */
-static PyObject *check_picks(Batch *b, Source *s, const int64_t *units,
-                             const int64_t *slots, int64_t n)
+/* Copies the ids, each of them checked, and sorts by unit. 0: one is refused. */
+static int check_picks(Batch *b, Source *s, const int64_t *units, const int64_t *slots,
+                       int64_t n)
 {
     int sorted = 1;
     if (++s->stamp == 0) { /* wrapped around: forget the old stamps */
@@ -445,12 +443,11 @@ static PyObject *check_picks(Batch *b, Source *s, const int64_t *units,
     }
     if (!sorted)
         qsort(b->picks, (size_t)n, sizeof(Pick), by_unit);
-    return Py_None;
+    return 1;
 }
 
-static PyObject *py_submit(PyObject *self, PyObject *args)
+static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    (void)self;
     PyObject *capsule, *source;
     unsigned long long units, slots;
     long long n;
@@ -460,12 +457,11 @@ static PyObject *py_submit(PyObject *self, PyObject *args)
     Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
     if (!s)
         return NULL;
-    if (n > s->n_slots) /* a slot must repeat: refused before memory is asked for */
-        return refuse("%lld units for %lld slots", n, s->n_slots);
     int64_t most = n * s->pieces_per_unit; /* pieces, and so jobs */
-    if (most > INT32_MAX)
-        return refuse("a batch of %lld pieces, at most %lld work", most, INT32_MAX);
-
+    if (n > s->n_slots || most > INT32_MAX) { /* before memory is asked for */
+        refuse("a batch of %lld units is too large for %lld slots", n, s->n_slots);
+        return NULL;
+    }
     double submitted = now();
     Batch *b = malloc(sizeof *b + (size_t)n * sizeof(Pick) +
                       (size_t)most * (sizeof(Piece) + sizeof(Job)));
@@ -475,8 +471,9 @@ static PyObject *py_submit(PyObject *self, PyObject *args)
     b->picks = (Pick *)(b + 1);
     b->pieces = (Piece *)(b->picks + n);
     b->jobs = (Job *)(b->pieces + most);
-    if (!check_picks(b, s, (const int64_t *)(uintptr_t)units,
-                     (const int64_t *)(uintptr_t)slots, n)) {
+    const int64_t *from = (int64_t *)(uintptr_t)units;
+    const int64_t *to = (int64_t *)(uintptr_t)slots;
+    if (!check_picks(b, s, from, to, n)) {
         free(b);
         return NULL;
     }
@@ -515,9 +512,8 @@ static PyObject *py_submit(PyObject *self, PyObject *args)
 }
 
 /* -> (bytes, reads, seconds, error, extent, offset, bytes of the failed read, got) */
-static PyObject *py_wait(PyObject *self, PyObject *args)
+static PyObject *py_wait(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    (void)self;
     PyObject *ticket;
     if (!PyArg_ParseTuple(args, "O", &ticket))
         return NULL;
@@ -533,18 +529,17 @@ static PyObject *py_wait(PyObject *self, PyObject *args)
         pthread_cond_wait(&r->done, &r->lock);
     pthread_mutex_unlock(&r->lock);
     Py_END_ALLOW_THREADS
-    Job none = {.extent = b->source->extents};
-    const Job *failed = b->error ? &b->jobs[b->failed] : &none;
-    return Py_BuildValue("LLdiiLLL", (long long)b->bytes, (long long)b->n_jobs,
-                         b->ended - b->submitted, b->error,
-                         (int)(failed->extent - b->source->extents),
-                         (long long)failed->start, (long long)(failed->end - failed->start),
-                         (long long)b->got);
+    Job job = {.extent = b->source->extents};
+    if (b->error)
+        job = b->jobs[b->failed];
+    return Py_BuildValue(
+        "LLdiiLLL", (long long)b->bytes, (long long)b->n_jobs, b->ended - b->submitted,
+        b->error, (int)(job.extent - b->source->extents), (long long)job.start,
+        (long long)(job.end - job.start), (long long)b->got);
 }
 
-static PyObject *py_close(PyObject *self, PyObject *capsule)
+static PyObject *py_close(PyObject *Py_UNUSED(self), PyObject *capsule)
 {
-    (void)self;
     Reader *r = PyCapsule_GetPointer(capsule, "reader");
     if (!r)
         return NULL;
@@ -555,7 +550,7 @@ static PyObject *py_close(PyObject *self, PyObject *capsule)
 static PyMethodDef methods[] = {
     {"create", py_create, METH_VARARGS, "create(threads, max_gap_bytes) -> reader"},
     {"add_source", py_add_source, METH_VARARGS,
-     "add_source(reader, extents, n_units, n_slots) -> source"},
+     "add_source(reader, extents, parts, n_units, n_slots) -> source"},
     {"submit", py_submit, METH_VARARGS,
      "submit(reader, source, address of units, of slots, length) -> ticket"},
     {"wait", py_wait, METH_VARARGS, "wait(ticket) -> what it read, or what failed"},

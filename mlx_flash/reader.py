@@ -114,6 +114,8 @@ class Reader:
     def submit(self, source: int, units: np.ndarray, slots: np.ndarray) -> Ticket:
         """Start to read units into slots, and return at once.
 
+        Batches in flight together must not share slots: their order is not kept.
+
         Raises:
             ValueError: An id is out of range, a slot comes twice, the lengths differ.
         """
