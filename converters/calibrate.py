@@ -30,25 +30,19 @@ def text_tokens(source: Source, file: Path, count: int) -> np.ndarray:
     Windows are spread over the whole file; each begins as the tokenizer begins a text.
 
     Raises:
-        FlashError: If the file cannot be read or is shorter than two sequences.
+        FlashError: If the file cannot be read, is no text, or is shorter than two
+            sequences.
     """
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise FlashError(f"{file} cannot be read: {error.strerror}.") from error
     tokenizer = load_tokenizer(source.folder)
     length = _sequence_tokens(source)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
     body = length - len(start)
+    count = max(count, 2 * length)
     # Tokenising is slow; four times what is needed still spreads the windows well.
-    pieces = np.linspace(0, max(len(text) - 1, 0), 17).astype(int)
-    share = 4 * count * 8 // 16  # characters of each sixteenth, at most
     ids = [
         token
-        for a, b in zip(pieces[:-1], pieces[1:], strict=True)
-        for token in tokenizer.encode(
-            text[a : min(b, a + share)], add_special_tokens=False
-        )
+        for piece in _pieces(file, 4 * count * 8)
+        for token in tokenizer.encode(piece, add_special_tokens=False, verbose=False)
     ]
     windows = len(ids) // body
     if windows < 2:
@@ -56,10 +50,32 @@ def text_tokens(source: Source, file: Path, count: int) -> np.ndarray:
             f"{file} has only {len(ids)} tokens; calibration needs at least "
             f"{2 * body}, better {count:,}."
         )
-    chosen = np.linspace(0, windows - 1, min(windows, max(count // length, 2)))
+    if max(ids) >= source.config["vocab_size"]:
+        raise FlashError(
+            f"The tokenizer of {source.name} is not this model's: it has token "
+            f"{max(ids)}, the vocabulary ends at {source.config['vocab_size'] - 1}."
+        )
+    chosen = np.linspace(0, windows - 1, min(windows, count // length))
     rows = [start + ids[i * body : (i + 1) * body] for i in chosen.astype(int)]
     # A window's neighbours tell about it: shuffled, held-out text is spread as well.
     return np.random.default_rng(0).permutation(np.array(rows, np.int32))
+
+
+def _pieces(file: Path, nbytes: int) -> list[str]:
+    """About `nbytes` of a text file in sixteen pieces from all over it."""
+    try:
+        starts = np.linspace(0, file.stat().st_size, 17).astype(int)
+        with open(file, "rb") as text:
+            pieces = []
+            for start, end in zip(starts[:-1], starts[1:], strict=True):
+                text.seek(start)
+                pieces.append(text.read(min(end - start, nbytes // 16)))
+    except OSError as error:
+        raise FlashError(f"{file} cannot be read: {error.strerror}.") from error
+    if any(b"\0" in piece for piece in pieces):
+        raise FlashError(f"{file} is no text file. Give plain text in UTF-8.")
+    # A cut may fall into a character.
+    return [piece.decode("utf-8", errors="replace") for piece in pieces]
 
 
 def sample_tokens(model: LayerwiseModel, count: int, progress) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from .. import format
@@ -72,8 +73,9 @@ def convert(
     work = WorkFolder(Path(dst).expanduser())
     work.check_destination(overwrite)
     source = Source(src, revision)
+    work.check_source(source.folder)
     dtype = dtype or source.dtype()
-    _check_request(source, dtype, rank, threshold, recall)
+    _check_request(source, dtype, rank, threshold, recall, calibration_tokens)
     options = {
         "dtype": dtype,
         "calibration": str(calibration) if calibration else None,
@@ -86,8 +88,12 @@ def convert(
     try:
         work.begin({"source": source.fingerprint(), "options": options})
         fit = FitOptions(rank, threshold, recall)
-        with _no_mlx_cache():
-            _Conversion(source, work, options, fit, bars).run()
+        try:
+            with _no_mlx_cache():
+                _Conversion(source, work, options, fit, bars).run()
+        except BaseException:
+            work.drop_if_empty()
+            raise
         work.publish()
     except OSError as error:
         raise write_error(Path(error.filename or work.folder), error) from error
@@ -101,13 +107,13 @@ class _Conversion:
         self.dtype = getattr(mx, options["dtype"])
         self.model_type = source.config["model_type"]
         self.activation = _activation(source.config)
-        source.prepare(work.path(""))
         # float16 is emulated on MLX's CPU backend, many times slower than float32.
         on_cpu = mx.default_device() == mx.cpu
         self.model = LayerwiseModel(source, mx.float32 if on_cpu else self.dtype)
-        resident.check_names(source, self.model.model)
         self.modules = neurons.ffn_modules(self.model.model, self.model_type)
         self._check_disk()
+        source.prepare(work.path(""))
+        resident.check_names(source, self.model.model)
 
     def run(self) -> None:
         done, total = len(self.work.layers), len(self.modules)
@@ -219,10 +225,12 @@ class _Conversion:
         return self.work.path(f"predictor_{index:02d}.safetensors")
 
     def _check_disk(self) -> None:
-        values = sum(w.size for w in self.source.weights().values())
+        values = sum(w.size for _, w in tree_flatten(self.model.model.parameters()))
         # A tenth for predictors and the states of the calibration text.
         need = 1.1 * values * DTYPES[self.options["dtype"]][1]
         need *= 1 - len(self.work.layers) / len(self.modules)
+        if not self.work.layers:
+            need += self.source.copied_bytes()
         free = shutil.disk_usage(self.work.folder).free
         if free < need:
             raise FlashError(
@@ -240,7 +248,7 @@ def _activation(config: dict) -> str:
     return config.get("activation_function", "relu")
 
 
-def _check_request(source: Source, dtype, rank, threshold, recall) -> None:
+def _check_request(source: Source, dtype, rank, threshold, recall, count) -> None:
     if dtype not in WEIGHT_DTYPES:
         raise FlashError(f"No dtype {dtype!r}. Choose {', '.join(WEIGHT_DTYPES)}.")
     if rank is not None and rank < 0:
@@ -249,6 +257,8 @@ def _check_request(source: Source, dtype, rank, threshold, recall) -> None:
         raise FlashError(f"A threshold of {threshold} is no probability. Try 0.5.")
     if not 0 < recall <= 1:
         raise FlashError(f"A recall of {recall} is not possible. Try 0.95.")
+    if count < 1:
+        raise FlashError(f"{count} calibration tokens are too few. Try 16384.")
     if "quantization" in source.config or "quantization_config" in source.config:
         raise FlashError(
             f"{source.name} is quantised already. Neuron bundles are made from float "

@@ -104,9 +104,13 @@ def fit_predictor(
         cut = math.log(options.threshold / (1 - options.threshold))
     weights["bias"] = weights["bias"] - cut
     weights = {k: w.astype(layer.up.dtype) for k, w in weights.items()}
-    facts = _measure(inputs[test], hidden, scores, rank, 1 / (1 + math.exp(-cut)))
+    facts = _measure(inputs[test], hidden, scores, rank, _sigmoid(cut))
     mx.eval(weights)
     return weights, facts
+
+
+def _sigmoid(score: float) -> float:
+    return 0.5 + 0.5 * math.tanh(score / 2)  # does not overflow
 
 
 def _scores(weights: dict[str, mx.array], x: mx.array) -> mx.array:
@@ -149,7 +153,8 @@ def _start(inputs, up: mx.array, up_bias: mx.array, rank: int, seed: int) -> dic
 
 
 def _train(weights: dict, inputs, active, units: int, seed: int) -> dict:
-    share = max(np.unpackbits(active, axis=1, count=units).mean(), 1e-4)
+    share = np.unpackbits(active, axis=1, count=units).mean()
+    share = min(max(share, 1e-4), 1 - 1e-4)
     size = {k: mx.sqrt(mx.mean(mx.square(w))).item() or 1.0 for k, w in weights.items()}
     size["bias"] = 3.0
     steps = max(STEPS, 2 * len(inputs) // BATCH)

@@ -40,7 +40,7 @@ class LayerwiseModel:
 
     def __init__(self, source: Source, dtype: mx.Dtype):
         self.source, self.dtype = source, dtype
-        self.model = source.model_class(source.args_class.from_dict(source.config))
+        self.model = source.make_model()
         self.model.eval()
         self.layers = list(self.model.layers)
         first = next(n for n, m in self.model.named_modules() if m is self.layers[0])

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..errors import FlashError
 from ..hub import find_model
-from ..models import get_model_classes, read_config
-from ..safetensors_io import DTYPES, read_header
+from ..models import get_model_classes, make_model, read_config
+from ..safetensors_io import read_header
 from . import torch_bin
 
 
@@ -35,39 +35,57 @@ class Source:
 
     def __init__(self, name: str | Path, revision: str | None = None):
         self.name = str(name)
-        self.folder = find_model(name, revision)
+        self.folder = find_model(name, revision, checkpoint=True)
         # The hub's cache names a snapshot's folder after its commit.
         in_cache = self.folder.parent.name == "snapshots"
         self.revision = self.folder.name if in_cache else revision
         self.config = read_config(self.folder)
         if (self.folder / "flash.json").exists():
             raise FlashError(f"{name} is a flash folder already.")
-        self.model_class, self.args_class = get_model_classes(self.config)
+        self._namer = self.make_model()  # knows the checkpoint's names for its own
         self.files = _weight_files(self.folder)
         self._safetensors = self.files
+
+    def make_model(self):
+        """The model without weights; its parameters are lazy and occupy nothing."""
+        classes = get_model_classes(self.config)
+        return make_model(*classes, self.config, self.folder)
 
     def prepare(self, work: Path) -> None:
         """Bring .bin files into `work` as safetensors; others are read as they are."""
         if self.files[0].suffix == ".bin":
             self._safetensors = [torch_bin.to_safetensors(f, work) for f in self.files]
 
+    def copied_bytes(self) -> int:
+        """How much `prepare` writes."""
+        return sum(f.stat().st_size for f in self.files if f.suffix == ".bin")
+
     def weights(self) -> dict[str, mx.array]:
         """All weights, unevaluated, under the names the model's module tree has."""
         weights: dict[str, mx.array] = {}
         for file in self._safetensors:
             read_header(file)  # MLX itself would read past the end of a cut file
-            weights |= mx.load(str(file))
-        model = self.model_class(self.args_class.from_dict(self.config))
-        return model.sanitize(weights) if hasattr(model, "sanitize") else weights
+            try:
+                weights |= mx.load(str(file))
+            except RuntimeError as error:  # a dtype that MLX does not have, say
+                reason = str(error).splitlines()[0]
+                raise FlashError(f"{file} cannot be read: {reason}.") from error
+        if hasattr(self._namer, "sanitize"):
+            weights = self._namer.sanitize(weights)
+        return weights
 
     def dtype(self) -> str:
         """The checkpoint's own dtype: what its config says, or its largest weight."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if named in ("float16", "bfloat16", "float32"):
             return named
+        if self.files[0].suffix == ".bin":
+            raise FlashError(
+                f"{self.folder / 'config.json'} does not say which dtype the .bin "
+                "files have. Add --dtype float16, or what it was trained in."
+            )
         largest = max(self.weights().values(), key=lambda w: w.size)
-        dtype = str(largest.dtype).removeprefix("mlx.core.")
-        return dtype if dtype in DTYPES else "float16"
+        return str(largest.dtype).removeprefix("mlx.core.")
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every file: differs when the source changed."""
@@ -82,12 +100,12 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
             try:
-                names = sorted(
-                    set(json.loads(index.read_text())["weight_map"].values())
-                )
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise FlashError(f"{index} cannot be read: {error!r}.") from error
-            files = [folder / name for name in names]
+                names = set(json.loads(index.read_text())["weight_map"].values())
+                files = sorted(folder / name for name in names)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                raise FlashError(
+                    f"{index} is damaged. Download the checkpoint again."
+                ) from None
         else:
             files = sorted(folder.glob(f"{stem}*.{suffix}"))
         for file in files:
@@ -107,9 +125,11 @@ def finite(name: str, array: mx.array) -> mx.array:
         FlashError: If it holds NaN or infinity, which no run could recover from.
     """
     if not mx.isfinite(array).all().item():
-        raise FlashError(
-            f"{name} holds NaN or infinite values (after conversion to "
-            f"{str(array.dtype).removeprefix('mlx.core.')}): the checkpoint is "
-            "damaged, or needs --dtype bfloat16 or float32."
-        )
+        # Only float16 has too small a range for weights that are sound.
+        remedy = "The checkpoint is damaged: download it again."
+        if array.dtype == mx.float16:
+            remedy = (
+                "Try --dtype bfloat16; if that fails too, the checkpoint is damaged."
+            )
+        raise FlashError(f"{name} holds NaN or infinite values. {remedy}")
     return array

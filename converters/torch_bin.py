@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 
 from ..errors import FlashError
@@ -29,18 +31,26 @@ def to_safetensors(file: Path, folder: Path) -> Path:
             f"{file} is a PyTorch file, which needs PyTorch to be read: "
             "pip install torch. Checkpoints in safetensors need nothing."
         ) from None
+    mapped = zipfile.is_zipfile(file)  # PyTorch before 1.6 wrote no zip files
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, refused anyway
+            weights = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+        if not all(isinstance(w, torch.Tensor) for w in weights.values()):
+            raise ValueError("it holds other things")
     except (
         pickle.UnpicklingError,
         RuntimeError,
         ValueError,
+        AttributeError,
+        LookupError,
         EOFError,
         OSError,
     ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FlashError(
             f"{file} cannot be read as a PyTorch checkpoint of plain tensors "
-            f"({str(error).splitlines()[0]}). Download it again."
+            f"({reason}). Download it again."
         ) from error
     known = {torch.float32: "float32", torch.float16: "float16"}
     known[torch.bfloat16] = "bfloat16"

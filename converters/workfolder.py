@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class WorkFolder:
     """
 
     def __init__(self, dst: Path):
-        self.dst = dst
+        self.dst = dst = dst.resolve()  # "." has no name, and a link is not replaced
         self.folder = dst.with_name(dst.name + ".partial")
         self.layers: list[dict] = []
         self.facts: dict = {}
@@ -46,6 +47,14 @@ class WorkFolder:
         if not overwrite:
             raise FlashError(f"{self.dst} exists. Add --overwrite to replace it.")
 
+    def check_source(self, source: Path) -> None:
+        """Refuse to replace a folder together with the checkpoint that lies in it."""
+        if self.dst in source.resolve().parents:
+            raise FlashError(
+                f"{source} lies inside {self.dst}, which would be replaced. Choose "
+                "another name."
+            )
+
     def begin(self, facts: dict) -> None:
         """Start, or go on where an earlier run with the same `facts` stopped.
 
@@ -53,26 +62,41 @@ class WorkFolder:
             facts: `source` (its fingerprint) and `options`, as JSON gives them back.
 
         Raises:
-            FlashError: If an earlier run had another source or other options.
+            FlashError: If an earlier run that finished layers had another source or
+                other options, or its folder's name is taken by something else.
         """
         facts = json.loads(json.dumps(facts))
-        file = self.path(PROGRESS)
-        if not file.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            file.parent.mkdir(parents=True)
-            (self.folder / "ffn").mkdir()
-            self.facts = facts
-            self.note()
+        self.facts, self.layers = self._earlier()
+        if self.facts == facts:
             return
-        state = json.loads(file.read_text())
-        self.layers, self.facts = state.pop("layers"), state
-        if state["source"] != facts["source"]:
+        if self.layers and self.facts["source"] != facts["source"]:
             raise self.source_changed()
-        if state["options"] != facts["options"]:
+        if self.layers:
             raise FlashError(
                 f"{self.folder} is an interrupted conversion with other options. "
                 f"Repeat those, or delete it and start anew: rm -r {self.folder}"
             )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.path("").mkdir(parents=True)
+        (self.folder / "ffn").mkdir()
+        self.facts = facts
+        self.note()
+
+    def _earlier(self) -> tuple[dict, list[dict]]:
+        """Facts and layers of an interrupted run; empty without one."""
+        if not self.folder.exists():
+            return {}, []
+        if not self.path("").is_dir():
+            raise FlashError(
+                f"{self.folder} is in the way: a conversion works in a folder of that "
+                "name. Move it, or choose another name."
+            )
+        try:
+            facts = json.loads(self.path(PROGRESS).read_text())
+            layers = facts.pop("layers")
+        except (FileNotFoundError, ValueError):  # the machine stopped while it began
+            return {}, []
+        return facts, layers
 
     def source_changed(self) -> FlashError:
         return FlashError(
@@ -86,20 +110,33 @@ class WorkFolder:
 
     def note(self) -> None:
         """Record which layers are done."""
-        part = self.path(PROGRESS + ".part")
-        part.write_text(json.dumps(self.facts | {"layers": self.layers}))
-        os.replace(part, self.path(PROGRESS))
+        text = json.dumps(self.facts | {"layers": self.layers})
+        self._write(PROGRESS, lambda file: file.write(text.encode()))
 
     def save_array(self, name: str, array: np.ndarray) -> None:
         """Write an .npy file, whole or not at all."""
+        header = np.lib.format.header_data_from_array_1_0(array)
+
+        def write(file) -> None:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(array.data)  # np.save would not say that the disk is full
+
+        self._write(name, write)
+
+    def _write(self, name: str, write: Callable) -> None:
         part = self.path(name + ".part")
         try:
             with open(part, "wb") as file:
-                np.save(file, array)
+                write(file)
             os.replace(part, self.path(name))
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+    def drop_if_empty(self) -> None:
+        """Leave nothing behind of a run that failed before it had much to keep."""
+        if not self.layers and not any(self.path("").glob("*.npy")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
         """Give the finished folder its name, and drop what was only for the work."""

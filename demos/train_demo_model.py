@@ -11,6 +11,9 @@ The text is read as one stream of stories, each ended by "</s>". Training takes 
 crops of it; the last 5 % of the stories are kept back, and the weights that predict
 those best are the ones written. VALID is read once, at the end, for the report.
 
+Interrupted, it goes on from DIR/training.pt when run again. Where others use the CPU
+too, OMP_WAIT_POLICY=passive in the environment keeps its threads from spinning.
+
 Shapes: B batch, L tokens of a window, K neurons of a layer.
 """
 
@@ -33,11 +36,13 @@ from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT
-EOS = 2
+EOS, UNK = 2, 3
 VOCABULARY = 2048
 BATCH, WINDOW = 4, 512  # full windows, or the later positions would stay untrained
 REPORT_WINDOW = 256
 PEAK_LR, LEAST_LR, WARMUP = 2e-3, 1e-4, 0.03
+TARGET_ZEROS = 0.93
+DROPOUT, HIDDEN, WEIGHT_DECAY = 0.25, 0.1, 0.2
 EVAL_EVERY_STEPS, SAVE_EVERY_S = 100, 60
 
 # UTF-8 punctuation that was once decoded as cp1252. It is mended in the tokenizer, not
@@ -118,7 +123,7 @@ def make_model() -> OPTForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=WINDOW,
-        dropout=0.2,  # some forty passes over a small text: it would be learnt by heart
+        dropout=DROPOUT,
     )
     return OPTForCausalLM(config)
 
@@ -137,11 +142,20 @@ class Activations:
 
         return hook
 
-    def l1(self):
-        return sum(a.float().mean() for a in self.latest)
-
     def zeros(self) -> list[float]:
         return [(a == 0).float().mean().item() for a in self.latest]
+
+    def l1(self, target: float = TARGET_ZEROS):
+        """Mean activation, summed over the layers that have fewer zeros than TARGET.
+
+        Under a penalty that never let go, most neurons of three layers were dead after
+        a short trial: 99 % zeros, and nothing left to choose from.
+        """
+        return sum(
+            a.float().mean()
+            for a, zeros in zip(self.latest, self.zeros(), strict=True)
+            if zeros < target
+        )
 
 
 @torch.no_grad()
@@ -179,6 +193,21 @@ def learning_rate(done: float) -> float:
     return min(1.0, done / WARMUP) * (LEAST_LR + (PEAK_LR - LEAST_LR) * cosine)
 
 
+def make_optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for all else."""
+    # Held-out loss after 200 steps, else alike: 3.87, with AdamW alone 4.02.
+    layers = model.model.decoder.layers
+    matrices = [p for p in layers.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(
+            matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     part = path.with_name(path.name + ".part")
     torch.save(state, part)
@@ -187,13 +216,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def train(model, activations, stream, held_out, args, settings) -> dict:
     """Train until the steps or minutes are done; load the best weights into MODEL."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
+    optimizers = make_optimizers(model)
     state = {"step": 0, "seconds": 0.0, "best": None, "settings": settings}
     path = args.out / "training.pt"
     if path.exists():
@@ -201,19 +224,22 @@ def train(model, activations, stream, held_out, args, settings) -> dict:
         if state["settings"] != settings:
             sys.exit(f"{path} has {state['settings']}, asked {settings}. Delete it?")
         model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        for optimizer, before in zip(optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(before)
         torch.set_rng_state(state.pop("rng"))
 
     def save():
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(path, {**state, **parts, "rng": torch.get_rng_state()})
+        now = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        save_checkpoint(path, state | now)
 
     def share_done():
-        return (
-            state["step"] / args.steps
-            if args.steps
-            else state["seconds"] / 60 / args.minutes
-        )
+        if args.steps:
+            return state["step"] / args.steps
+        return state["seconds"] / 60 / args.minutes
 
     bar = tqdm(
         total=100,
@@ -224,19 +250,24 @@ def train(model, activations, stream, held_out, args, settings) -> dict:
     model.train()
     mark, saved, mean_loss = time.monotonic(), time.monotonic(), None
     while (done := share_done()) < 1:
-        for group in optimizer.param_groups:
+        for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = learning_rate(done)
         starts = torch.randint(len(stream) - WINDOW, (BATCH, 1))
         batch = F.pad(stream[starts + torch.arange(WINDOW - 1)], (1, 0), value=EOS)
+        # A tenth of the tokens is hidden from the model: without, the held-out loss
+        # stopped falling after eight passes over this little text.
+        hidden = torch.rand(BATCH, WINDOW) < HIDDEN
+        hidden[:, 0] = False
         # bfloat16 is 1.6 times as fast as float32 where the CPU has AVX-512 BF16
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
+            loss = model(input_ids=batch.masked_fill(hidden, UNK), labels=batch).loss
         # The penalty starts late: before they mean anything neurons die for good.
         weight = args.sparsity * min(1.0, max(0.0, done - 0.05) / 0.25)
         (loss + weight * activations.l1()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
         now = time.monotonic()
         mean_loss = loss.item() if mean_loss is None else mean_loss
@@ -302,7 +333,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=15, help="default: 15")
     length.add_argument("--steps", type=int, help="instead: exact, so repeatable")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="weight of the L1")
+    parser.add_argument("--sparsity", type=float, default=1.0, help="weight of the L1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

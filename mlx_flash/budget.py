@@ -16,9 +16,9 @@ from .safetensors_io import DTYPES
 from .sizes import parse_memory, say_memory
 from .slots import PAGE
 
-KV_STEP = 256  # mlx-lm's KV cache grows by so many tokens
+KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
 MAX_PREFILL = 512
-MIN_PREFILL = 16
+MIN_PREFILL = 8
 PREFILL_SHARE = 0.05  # of the budget, for the activations of a prompt chunk
 LEAST_SHARE = 64  # the least is one slot for every 64 units
 
@@ -69,8 +69,10 @@ def make_budget(
         total = wanted
     prefill = min(max(int(PREFILL_SHARE * total / per_token), MIN_PREFILL), MAX_PREFILL)
     workspace = logits + prefill * per_token
-    # Gathered rows are a copy of at most half of one layer's slots.
-    room = (total - fixed - workspace - pages) / (1 + 0.5 / len(layers))
+    room = total - fixed - workspace - pages
+    if room < manifest.ffn_bytes:
+        # Gathered rows are a copy of at most half of one layer's slots.
+        room /= 1 + 0.5 / len(layers)
     share = min(room / manifest.ffn_bytes, 1.0)
     slots = tuple(int(share * layer.units) for layer in layers)
     least = tuple(max(layer.units // LEAST_SHARE, 1) for layer in layers)

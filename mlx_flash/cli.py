@@ -7,6 +7,7 @@ command runs, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -72,10 +73,22 @@ def main():
     envvar="MLX_FLASH_MEMORY",
     help=f"All that the model may hold.  [default: auto; demo model: {DEMO_MEMORY}]",
 )
-@click.option("--max-tokens", "-m", default=256, show_default=True, help="New tokens.")
-@click.option("--temp", default=0.0, show_default=True, help="Sampling temperature.")
-@click.option("--top-p", default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--seed", type=int, default=None, help="Seed of the sampling.")
+@click.option("--max-tokens", "-m", default=100, show_default=True, help="New tokens.")
+@click.option(
+    "--temp",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Nucleus sampling.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling.")
 @click.option(
     "--policy",
     type=click.Choice(["lru", "window"]),
@@ -116,8 +129,7 @@ def generate(
       mlx-flash generate "The recipe" --model opt-6.7b-flash --memory 7GB
       cat note.txt | mlx-flash generate - --model opt-6.7b-flash --json
     """
-    if prompt == "-":
-        prompt = click.get_text_stream("stdin").read().strip()
+    prompt = _read_prompt(prompt)
     if max_tokens < 1 and max_tokens != -1:
         raise click.BadParameter(
             "give at least 1, or -1 for no limit", param_hint="--max-tokens"
@@ -125,12 +137,14 @@ def generate(
     if window and policy == "lru":
         raise click.UsageError("--window goes with --policy window.")
     import mlx.core as mx
+    import transformers
     from mlx_lm.sample_utils import make_sampler
 
     from . import generation
     from .hub import find_model
     from .loader import load_model, load_tokenizer
 
+    transformers.logging.set_verbosity_error()  # too long a prompt is our own error
     folder = find_model(model) if model else DEMO_MODEL
     tokenizer = load_tokenizer(folder)
     tokens = generation.encode_prompt(tokenizer, prompt)
@@ -166,9 +180,23 @@ def generate(
     sys.exit(code)
 
 
+def _read_prompt(prompt: str) -> str:
+    data = os.fsencode(prompt)
+    if prompt == "-":
+        data = sys.stdin.buffer.read().strip()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FlashError(
+            f"The prompt is not text in UTF-8 (byte {data[error.start]:#x} at "
+            f"{error.start}). Convert it first, with iconv for example."
+        ) from error
+
+
 def _stream(model, tokenizer, tokens, max_tokens, sampler, silent) -> int:
     from .generation import stream_generate
 
+    code = 0
     try:
         for step in stream_generate(
             model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
@@ -176,11 +204,10 @@ def _stream(model, tokenizer, tokens, max_tokens, sampler, silent) -> int:
             if not silent:
                 click.echo(step.text, nl=False)
     except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        if not silent:
-            click.echo()
-    return 0
+        code = INTERRUPTED
+    if not silent:
+        click.echo()
+    return code
 
 
 @main.command()
@@ -198,7 +225,11 @@ def _stream(model, tokenizer, tokens, max_tokens, sampler, silent) -> int:
     help="Text to train predictors on.  [default: sampled from the model]",
 )
 @click.option(
-    "--calibration-tokens", default=16384, show_default=True, help="How much of it."
+    "--calibration-tokens",
+    type=click.IntRange(1),
+    default=16384,
+    show_default=True,
+    help="How much of it.",
 )
 @click.option(
     "--rank", type=int, help="Of all predictors, 0 for none.  [default: by layer]"
@@ -228,10 +259,14 @@ def convert(source, output, quiet, **options):
     """
     from .converters.convert import convert as run
 
-    folder = run(source, output, progress=not quiet, **options)
+    try:
+        run(source, output, progress=not quiet, **options)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The same command goes on where it stopped.", err=True)
+        raise
     if not quiet:
         click.echo(
-            f'{folder} is ready: mlx-flash generate "…" --model {folder}', err=True
+            f'{output} is ready: mlx-flash generate "…" --model {output}', err=True
         )
 
 
@@ -245,19 +280,19 @@ def info(model, as_json):
     """
     from .inspection import facts, table
 
-    click.echo(json.dumps(facts(Path(model))) if as_json else table(Path(model)))
+    click.echo(json.dumps(facts(model)) if as_json else table(model))
 
 
 @main.command()
 @click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
 def verify(model):
-    """Compare every file of a model with the digest noted at conversion.
+    """Compare every weight file of a model with the digest noted at conversion.
 
     Without FOLDER, of the demo model.
     """
     from .inspection import verify as check
 
-    check(Path(model), lambda name: click.echo(f"ok  {name}"))
+    check(model, lambda name: click.echo(f"ok  {name}"))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
 DATA_ALIGN = 16384
+MAX_INT = 2**63  # no size or offset reaches it
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not a flash folder (no {MANIFEST}). "
             f"Make one: mlx-flash convert {folder} -o {folder.name}-flash"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FlashError(f"{path} cannot be read: {error}.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
@@ -192,6 +194,15 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
             )
     for layer in manifest.layers:
         _check_layer(layer, folder)
+        if layer.predictor and layer.predictor.rank > manifest.predictor_bytes:
+            raise FlashError(
+                f"{folder / MANIFEST}, {layer.module}: a predictor of rank "
+                f"{layer.predictor.rank:,} in {manifest.predictor_bytes:,} bytes."
+            )
+    for field in ("module", "file"):
+        named = {Path(getattr(layer, field)) for layer in manifest.layers}
+        if len(named) < len(manifest.layers):
+            raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
 
 
 def _check_layer(layer: Layer, folder: Path) -> None:
@@ -217,6 +228,7 @@ def _check_layer(layer: Layer, folder: Path) -> None:
         data_offset != layer.data_offset
         or entry is None
         or entry["data_offsets"] != [0, layer.nbytes]
+        or entry["shape"] != [layer.units, layer.unit_bytes]
     ):
         raise FlashError(
             f"{path}: {MANIFEST} speaks of {layer.units:,} bundles of "
@@ -232,7 +244,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise FlashError(
             f"{folder / MANIFEST} names a file outside its folder: {name}."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise FlashError(
             f"{path} is missing. Restore it or convert the model again: "
             "mlx-flash convert --overwrite"
@@ -260,9 +272,9 @@ def _build(kind, value, path: Path, where: str):
         if not isinstance(value, list):
             raise FlashError(f"{path}: {where} must be a list.")
         return tuple(_build(args[0], v, path, where) for v in value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < MAX_INT:
         value = float(value)
     # A bool is an int to Python, and no manifest field is meant to be one.
-    if type(value) is not kind or (kind is int and value < 0):
+    if type(value) is not kind or (kind is int and not 0 <= value < MAX_INT):
         raise FlashError(f"{path}: {where} must be {kind.__name__}, found {value!r}.")
     return value

@@ -11,8 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from . import device
+from .budget import KV_STEP
 from .errors import FlashError
 from .models import read_config
 from .stats import Stats
@@ -42,14 +44,18 @@ def stream_generate(
     flash.check_open()
     prompt = encode_prompt(tokenizer, prompt)
     if flash.positions is not None:
-        room = flash.positions - len(prompt)
+        cache = options.get("prompt_cache") or []
+        used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
+        room = flash.positions - used
         if room < 1:
             raise FlashError(
-                f"The prompt has {len(prompt):,} tokens, the model {flash.positions:,} "
+                f"The prompt has {used:,} tokens, the model {flash.positions:,} "
                 "positions for prompt and answer together. Shorten the prompt."
             )
-        max_tokens = min(max_tokens, room) if max_tokens > 0 else room
+        max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     options.setdefault("prefill_step_size", flash.budget.prefill_tokens)
+    if "draft_model" not in options and "max_kv_size" not in options:
+        options.setdefault("prompt_cache", _exact_cache(model))
     run = flash.run = Run(flash.stats.copy())
     for response in mlx_stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, **options
@@ -90,6 +96,15 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     if not tokens:
         raise FlashError("The prompt is empty. Give the text to continue.")
     return tokens
+
+
+def _exact_cache(model) -> list:
+    """mlx-lm's caches, made to grow by the budget's step instead of 256 tokens."""
+    caches = make_prompt_cache(model)
+    for cache in caches:
+        if type(cache) is KVCache:
+            cache.step = KV_STEP
+    return caches
 
 
 def context_for(folder: Path, prompt_tokens: int, max_tokens: int) -> int | None:
@@ -146,7 +161,10 @@ def report(flash) -> dict:
         "peak_process_bytes": device.peak_process_bytes(),
         "layers_from_flash": len(flash.layers),
         "layers_total": len(manifest.layers),
-        "layers_held_whole": sum(layer.store.holds_all for layer in flash.layers),
+        "layers_held_whole": sum(
+            n == layer.units
+            for n, layer in zip(budget.slots, manifest.layers, strict=True)
+        ),
         "prompt_tokens_per_s": run.last.prompt_tps if run and run.last else None,
         "tokens_per_s": None,
         "ms_per_token": dict.fromkeys(("io", "cache", "compute", "total")),

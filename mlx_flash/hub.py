@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
 from .errors import FlashError
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+FLASH_FILES = ["resident.safetensors", "predictors.safetensors", "ffn/*"]
+# A checkpoint's weights: the first pattern that a repository has something for.
+WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 REPO_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_model(
-    name: str | Path, revision: str | None = None, files: tuple[str, ...] = ("ffn/*",)
+    name: str | Path, revision: str | None = None, checkpoint: bool = False
 ) -> Path:
     """A local folder as it is, or a hub repository downloaded to the hub's own cache.
 
     Args:
         name: A path, or `owner/repository`.
         revision: Branch, tag or commit of a hub repository.
-        files: Patterns of weight files wanted besides configuration, tokenizer and
-            `*.safetensors`.
+        checkpoint: Whether a repository's ordinary weights are wanted; without, it
+            must be a flash folder, which is judged before anything large comes.
 
     Raises:
         FlashError: If it is neither, or the hub cannot be reached or refuses.
@@ -35,24 +39,34 @@ def find_model(
             f"{name} does not exist. Give a model's folder or a hub name such as "
             "facebook/opt-6.7b."
         )
-    import httpx
+    folder = _download(name, revision, CONFIG_FILES)
+    # From here on the commit is named, so that all files are of one revision.
+    commit = folder.name
+    if (folder / "flash.json").exists():
+        return _download(name, commit, FLASH_FILES)
+    if not checkpoint:
+        raise FlashError(
+            f"{name} on the hub is not a flash folder (no flash.json). Make one: "
+            f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"
+        )
+    for pattern in WEIGHT_FILES:
+        _download(name, commit, [pattern])
+        if any(folder.glob(pattern)):
+            break
+    return folder
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    """The hub's snapshot of a repository, with the files of these patterns in it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                allow_patterns=[*CONFIG_FILES, "*.safetensors", *files],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise FlashError(
             f"{name} is gated: accept its licence on huggingface.co and log in "
@@ -65,8 +79,13 @@ def find_model(
         ) from error
     except RevisionNotFoundError as error:
         raise FlashError(f"{name} has no revision {revision!r} on the hub.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # each version of the library has its own HTTP client's
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise FlashError(
+                f"The disk is full: {name} could not be downloaded. Free some space or "
+                "set HF_HOME to another disk, then run the command again."
+            ) from error
         raise FlashError(
-            f"{name} is no local folder, and the Hugging Face hub could not be reached "
-            "to download it. Check the name and the network."
+            f"{name} is no local folder, and could not be downloaded from the Hugging "
+            f"Face hub ({type(error).__name__}). Check the name and the network."
         ) from error

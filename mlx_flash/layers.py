@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .errors import FlashError
 from .predictor import Predictor
 from .slots import UnitSlots
 
@@ -17,6 +18,8 @@ ACTIVATIONS = {"relu": nn.relu}
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.
 SWEEP_TOKENS = 4
+
+CLOSED = "This model was closed. Load it again to use it."
 
 
 class NeuronFFN(nn.Module):
@@ -36,19 +39,19 @@ class NeuronFFN(nn.Module):
             self.down_bias = mx.zeros((dims,))
         if rank:
             self.predictor = Predictor(dims, units, rank)
-        self.store: UnitSlots | None = None  # given by load, once slots are known
+        self.store: UnitSlots | None = None  # given by load, taken by close
         self.sweep_tokens = SWEEP_TOKENS
 
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
-        store = self.store
-        if store.holds_all:
+        if self.store is None:
+            raise FlashError(CLOSED)
+        if self.store.holds_all:
             y = self._multiply(tokens, slice(None), slice(None))
         else:
             y = self._stream(tokens)
         if "down_bias" in self:
             y = y + self.down_bias
-        store.in_use = y
         return y.astype(x.dtype).reshape(x.shape)
 
     def _stream(self, x: mx.array) -> mx.array:

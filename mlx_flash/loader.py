@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .budget import Budget, make_budget
 from .cache import Lru, Window
 from .errors import FlashError
-from .format import Manifest, read_manifest
+from .format import MANIFEST, Manifest, read_manifest
 from .hub import find_model
-from .layers import NeuronFFN
-from .models import get_model_classes, read_config
+from .layers import ACTIVATIONS, CLOSED, NeuronFFN
+from .models import get_model_classes, make_model, read_config
 from .reader import open_reader
 from .slots import UnitSlots
 from .stats import Stats
@@ -59,7 +59,7 @@ class Flash:
     def check_open(self) -> None:
         """Raise a FlashError if the model was closed."""
         if self.closed:
-            raise FlashError("This model was closed. Load it again to use it.")
+            raise FlashError(CLOSED)
 
 
 class Loaded(tuple):
@@ -105,6 +105,9 @@ def load_tokenizer(folder: Path):
 
     config = read_config(folder)
     try:
+        # transformers makes an empty tokenizer of a folder that has none.
+        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+            raise ValueError("no tokenizer* or vocab* file")
         return load_wrapped(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever transformers raises for a broken tokenizer
         reason = str(error).strip().splitlines()[0] if str(error).strip() else error
@@ -149,12 +152,12 @@ def load_model(
     manifest = read_manifest(folder)
     config = read_config(folder)
     model_class, args_class = get_model_classes(config)
+    model = make_model(model_class, args_class, config, folder)
     policy = _policy(policy, window)
     positions = config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     budget = make_budget(memory, manifest, config, context, folder)
 
-    model = model_class(args_class.from_dict(config))
     layers = _exchange_ffns(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
     reader = open_reader(READ_THREADS, direct=not page_cache, native=native)
@@ -193,6 +196,10 @@ def _policy(policy, window: int):
 def _exchange_ffns(
     model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
 ) -> list[NeuronFFN]:
+    if manifest.activation not in ACTIVATIONS:
+        raise FlashError(
+            f"{folder / MANIFEST}: unknown activation {manifest.activation!r}."
+        )
     modules = dict(model.named_modules())
     layers = []
     for entry in manifest.layers:
@@ -204,11 +211,13 @@ def _exchange_ffns(
             )
         matrices = [v for _, v in tree_flatten(old.parameters()) if v.ndim == 2]
         dims = sum(m.size for m in matrices) // (2 * entry.units)
-        shapes = [(p.name, p.shape) for p in entry.parts]
-        if shapes != [("up", (dims,)), ("down", (dims,))]:
+        parts = [(p.name, p.dtype, p.shape) for p in entry.parts]
+        dtype = manifest.dtype
+        if parts != [("up", dtype, (dims,)), ("down", dtype, (dims,))]:
             raise FlashError(
-                f"{folder}: bundles of {entry.module} hold {shapes}, its config.json "
-                f"asks for up and down of {dims} values. Convert the model again."
+                f"{folder}: bundles of {entry.module} hold {parts}, its config.json "
+                f"asks for up and down of {dims} values, {MANIFEST} for {dtype}. "
+                "Convert the model again."
             )
         rank = entry.predictor.rank if predictor and entry.predictor else 0
         bias = any("bias" in name for name, _ in tree_flatten(old.parameters()))
@@ -221,9 +230,9 @@ def _exchange_ffns(
 def _load_resident(
     model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
 ) -> None:
-    weights = mx.load(str(folder / manifest.resident.file))
+    weights = _load_file(folder / manifest.resident.file)
     if predictor and manifest.predictors:
-        weights |= mx.load(str(folder / manifest.predictors.file))
+        weights |= _load_file(folder / manifest.predictors.file)
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
@@ -233,3 +242,11 @@ def _load_resident(
         ) from error
     model.eval()
     mx.eval(model.parameters())
+
+
+def _load_file(path: Path) -> dict[str, mx.array]:
+    try:
+        return mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlashError(f"{path} cannot be read: {reason}.") from error

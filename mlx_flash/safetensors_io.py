@@ -134,27 +134,35 @@ def read_header(path: Path) -> tuple[dict, int]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise FlashError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # not JSON or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON or not UTF-8
         raise FlashError(f"{path} has a damaged safetensors header.") from error
     if not isinstance(header, dict):
         raise FlashError(f"{path} has a damaged safetensors header.")
     header.pop("__metadata__", None)
     end = 0
     for name, entry in header.items():
-        try:
-            first, last = entry["data_offsets"]
-            sound = 0 <= first <= last
-            end = max(end, last)
-        except (TypeError, KeyError, ValueError):
-            sound = False
-        if not sound:
+        if not _sound(entry):
             raise FlashError(f"{path}: the header's entry for {name} is damaged.")
+        end = max(end, entry["data_offsets"][1])
     if 8 + length + end != size:
         raise FlashError(
             f"{path} has {size:,} bytes, its header speaks of {8 + length + end:,}: "
             "it was cut short or altered. Download or convert it again."
         )
     return header, 8 + length
+
+
+def _sound(entry) -> bool:
+    """Whether offsets are in order and, for a dtype we know, agree with the shape."""
+    try:
+        first, last = entry["data_offsets"]
+        dtype, shape = entry["dtype"], entry["shape"]
+        if not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+            return False
+        size = dict(DTYPES.values()).get(dtype)  # other dtypes are not judged
+        return first <= last and (not size or prod(shape) * size == last - first)
+    except (TypeError, KeyError, ValueError):
+        return False
 
 
 def file_sha256(path: Path) -> str:

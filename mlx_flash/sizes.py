@@ -7,6 +7,7 @@ import re
 from .errors import FlashError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MAX_BYTES = 10**18  # more is said by mistake, and would not fit a float
 
 
 def parse_memory(memory: int | str) -> int | float | None:
@@ -19,7 +20,7 @@ def parse_memory(memory: int | str) -> int | float | None:
         FlashError: If it is none of these.
     """
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return memory
+        return min(memory, MAX_BYTES)
     text = str(memory).strip().upper()
     if text == "AUTO":
         return None
@@ -27,8 +28,9 @@ def parse_memory(memory: int | str) -> int | float | None:
     if match and float(match[1]) > 0:
         number, unit = float(match[1]), match[2]
         if unit == "%":
-            return number / 100
-        return int(number * UNITS[unit if unit in UNITS else unit + "B"])
+            return min(number, MAX_BYTES) / 100
+        number *= UNITS[unit if unit in UNITS else unit + "B"]
+        return round(min(number, MAX_BYTES))
     raise FlashError(f"{memory!r} is no amount of memory. Try 7GB, 512MB, 50% or auto.")
 
 

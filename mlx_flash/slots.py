@@ -118,21 +118,25 @@ class UnitSlots:
                 return
             stats.hits += len(wave.units) - len(wave.missing)
             stats.misses += len(wave.missing)
-            if len(wave.missing):
-                self._read(wave)
+            try:
+                self._finish_use()
+                if len(wave.missing):
+                    self._read(wave)
+            except BaseException:
+                self.cache.forget(wave.missing_slots)
+                raise
             yield wave
 
-    def _read(self, wave: Wave) -> None:
+    def _finish_use(self) -> None:
+        """Evaluate `in_use`, also before a wave of hits: its result takes the place."""
         if self.in_use is not None:
             mx.eval(self.in_use)
             self.in_use = None
+
+    def _read(self, wave: Wave) -> None:
         begin = time.perf_counter()
-        try:
-            ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
-            result = self._reader.wait(ticket)
-        except BaseException:
-            self.cache.forget(wave.missing_slots)
-            raise
+        ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
+        result = self._reader.wait(ticket)
         stats = self.stats
         stats.io_s += time.perf_counter() - begin
         stats.read_s += result.seconds

@@ -57,3 +57,11 @@ class Stats:
                 for f in dataclasses.fields(self)
             }
         )
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(
+            **{
+                f.name: getattr(self, f.name) + getattr(other, f.name)
+                for f in dataclasses.fields(self)
+            }
+        )

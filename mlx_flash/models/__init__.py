@@ -8,6 +8,8 @@ from pathlib import Path
 from ..errors import FlashError
 
 OWN = ("opt",)
+# What no config.json of a language model leaves out, by the names mlx-lm uses.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def get_model_classes(config: dict) -> tuple[type, type]:
@@ -37,10 +39,30 @@ def read_config(folder: Path) -> dict:
         raise FlashError(
             f"{folder} has no config.json: it is no model folder."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise FlashError(
-            f"{folder / 'config.json'} cannot be read: {error}."
+            f"{folder / 'config.json'} (or generation_config.json beside it) cannot be "
+            f"read: {error}."
         ) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise FlashError(f"{folder / 'config.json'} names no model_type.")
     return config
+
+
+def make_model(model_class: type, args_class: type, config: dict, folder: Path):
+    """The model, without weights, that the config found in `folder` describes.
+
+    Raises:
+        FlashError: If a size is missing, or no model can be built of them.
+    """
+    path = folder / "config.json"
+    for name in SIZES:
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            found = "is missing" if value is None else f"cannot be {value!r}"
+            raise FlashError(f"{path}: {name} {found}. Copy the original file again.")
+    try:
+        return model_class(args_class.from_dict(config))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlashError(f"{path} describes no possible model: {reason}") from error

@@ -1,0 +1,238 @@
+"""Models of any size that nobody trained, for benchmarks that only move bytes.
+
+Random weights, written in bounded memory and in the real formats: flash folders with
+mlx-flash's own writer, checkpoints as safetensors in shards. Selections are synthetic
+as well, and whoever prints figures from them has to say so.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_flash.converters.neurons import NeuronLayer, write_bundles
+from mlx_flash.converters.resident import write_weights
+from tqdm import tqdm
+
+from mlx_flash import format
+from mlx_flash.cache import Lru, SlotCache
+from mlx_flash.safetensors_io import Tensor, write_safetensors
+
+bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
+
+
+def flash_folder(folder: Path, layers: int, units: int, dims: int) -> format.Manifest:
+    """A flash folder with OPT's float16 bundles and next to nothing resident.
+
+    A folder that is there already and has these sizes is taken as it is.
+    """
+    if (folder / format.MANIFEST).exists():
+        manifest = format.read_manifest(folder)
+        have = {(x.units, x.parts[0].shape) for x in manifest.layers}
+        if len(manifest.layers) != layers or have != {(units, (dims,))}:
+            raise SystemExit(f"{folder} has other sizes. Delete it: rm -r {folder}")
+        return manifest
+    (folder / "ffn").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    entries = []
+    for index in bar(range(layers), desc="writing bundles", unit="layer"):
+        up, down = random_half(rng, units, dims), random_half(rng, dims, units)
+        layer = NeuronLayer(f"model.decoder.layers.{index}.mlp", up, down, None)
+        path = folder / f"ffn/layer_{index:02d}.safetensors"
+        entries.append(write_bundles(path, layer))
+    nothing = {"nothing": mx.zeros((1,))}
+    manifest = format.Manifest(
+        format_version=format.FORMAT_VERSION,
+        source="synthetic",
+        revision=None,
+        model_type="opt",
+        unit="neuron",
+        activation="relu",
+        dtype="float16",
+        resident=write_weights(folder / format.RESIDENT, nothing, mx.float16),
+        predictors=None,
+        calibration=None,
+        layers=tuple(entries),
+    )
+    (folder / format.MANIFEST).write_text(manifest.to_json())
+    return manifest
+
+
+def random_half(rng: np.random.Generator, rows: int, columns: int) -> mx.array:
+    """Random float16 bit patterns; without the exponent's top bit all are finite."""
+    bits = np.frombuffer(rng.bytes(2 * rows * columns), np.uint16) & 0xBFFF
+    return mx.array(bits.reshape(rows, columns)).view(mx.float16)
+
+
+# Shares of variance of a neuron's score: what it always has and what drifts. The rest
+# is drawn anew for every token, and is what `calibrated` sets.
+STATIC_TO_SLOW = 3 / 5
+DRIFT_TOKENS = 8
+
+
+class Trace:
+    """Synthetic selections: the top `share` of scores with a memory.
+
+    A neuron's score at a token is the sum of three Gaussians: its popularity, a part
+    that drifts over some tokens (the topic), and noise. One trace serves one layer.
+    """
+
+    def __init__(self, units: int, share: float, noise: float, seed: int):
+        self.count = max(round(share * units), 1)
+        slow = (1 - noise) / (1 + STATIC_TO_SLOW)
+        self.scales = (slow * STATIC_TO_SLOW) ** 0.5, slow**0.5, noise**0.5
+        self.draw = partial(
+            np.random.default_rng(seed).standard_normal, units, np.float32
+        )
+        self.popularity, self.drift = self.draw(), self.draw()
+
+    def tokens(self, count: int) -> Iterator[np.ndarray]:
+        """The next `count` selections, each sorted unit ids, int32."""
+        keep = math.exp(-1 / DRIFT_TOKENS)
+        a, b, c = self.scales
+        for _ in range(count):
+            self.drift = keep * self.drift + (1 - keep**2) ** 0.5 * self.draw()
+            score = a * self.popularity + b * self.drift + c * self.draw()
+            chosen = np.argpartition(score, -self.count)[-self.count :]
+            yield np.sort(chosen).astype(np.int32)
+
+
+def calibrated(units: int, share: float, slots: int, missing: float) -> float:
+    """The noise with which an LRU of `slots` misses `missing` of the layer per token.
+
+    Found by bisection, playing traces against the real bookkeeping without reading.
+    """
+    low, high = 0.0, 1.0
+    for _ in bar(range(8), desc="calibrating the trace"):
+        noise = (low + high) / 2
+        too_few = _miss_share(units, share, slots, noise) < missing
+        low, high = (noise, high) if too_few else (low, noise)
+    return (low + high) / 2
+
+
+def _miss_share(units, share, slots, noise, warm: int = 30, count: int = 90) -> float:
+    cache = SlotCache(units, slots, Lru())
+    misses = [
+        sum(len(wave.missing) for wave in cache.waves(chosen))
+        for chosen in Trace(units, share, noise, seed=1_000).tokens(count)
+    ]
+    return sum(misses[warm:]) / (count - warm) / units
+
+
+UP_RANK = 64  # of the up projections, so that a predictor has something to find
+ACTIVE = -1.3  # up bias in standard deviations: about a tenth is active
+
+
+def opt_checkpoint(folder: Path, dims: int, ffn: int, layers: int, vocab: int) -> int:
+    """A float16 OPT checkpoint in one shard per layer; returns its bytes.
+
+    Holds a few thousand rows of a matrix at a time. Its tokenizer knows numbers:
+    "17 4" are the tokens 17 and 4.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": dims,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(dims // 128, 1),
+        "ffn_dim": ffn,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "word_embed_proj_dim": dims,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {str(i): i for i in range(vocab)},
+            "unk_token": "0",
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    rng = np.random.default_rng(0)
+    outer = {
+        "decoder.embed_tokens.weight": _normal(rng, (vocab, dims), 0.02),
+        "decoder.embed_positions.weight": _normal(rng, (2050, dims), 0.02),
+    } | _norm("decoder.final_layer_norm", dims)
+    shards = [outer]
+    for i in range(layers):
+        name = f"decoder.layers.{i}"
+        tensors = {
+            **_norm(f"{name}.self_attn_layer_norm", dims),
+            **_norm(f"{name}.final_layer_norm", dims),
+            f"{name}.fc1.weight": _low_rank(rng, ffn, dims),
+            f"{name}.fc1.bias": _same(ffn, ACTIVE),
+            f"{name}.fc2.weight": _normal(rng, (dims, ffn), (1 / ffn) ** 0.5),
+            f"{name}.fc2.bias": _same(dims, 0),
+        }
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            weight = _normal(rng, (dims, dims), (1 / dims) ** 0.5)
+            tensors[f"{name}.self_attn.{part}.weight"] = weight
+            tensors[f"{name}.self_attn.{part}.bias"] = _same(dims, 0)
+        shards.append(tensors)
+    weight_map = {}
+    for k, shard in enumerate(bar(shards, desc="writing a checkpoint", unit="shard")):
+        file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+        shard = {f"model.{name}": tensor for name, tensor in shard.items()}
+        write_safetensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(tensor.nbytes for shard in shards for tensor in shard.values())
+
+
+def numbers_text(file: Path, tokens: int, vocab: int) -> None:
+    """Random tokens as the tokenizer of `opt_checkpoint` reads them."""
+    numbers = np.random.default_rng(0).integers(3, vocab, tokens)
+    file.write_text(" ".join(map(str, numbers.tolist())))
+
+
+ROWS = 4096  # of a matrix that are made at once
+
+
+def _rows(shape, make) -> Tensor:
+    def chunks():
+        for start in range(0, shape[0], ROWS):
+            n = min(ROWS, shape[0] - start)
+            yield make((n, *shape[1:])).astype("<f2").tobytes()
+
+    return Tensor("float16", tuple(shape), chunks)
+
+
+def _normal(rng, shape, scale: float) -> Tensor:
+    return _rows(shape, lambda s: scale * rng.standard_normal(s, np.float32))
+
+
+def _low_rank(rng, rows: int, columns: int) -> Tensor:
+    """Rows that give pre-activations of unit variance, nine tenths from a low rank."""
+    basis = rng.standard_normal((UP_RANK, columns), np.float32)
+
+    def make(shape):
+        common = rng.standard_normal((shape[0], UP_RANK), np.float32) @ basis
+        own = rng.standard_normal(shape, np.float32)
+        return ((0.9 / UP_RANK) ** 0.5 * common + 0.1**0.5 * own) / columns**0.5
+
+    return _rows((rows, columns), make)
+
+
+def _same(size: int, value: float) -> Tensor:
+    return _rows((size,), lambda s: np.full(s, value, np.float32))
+
+
+def _norm(name: str, dims: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": _same(dims, 1), f"{name}.bias": _same(dims, 0)}

@@ -1,0 +1,206 @@
+"""Small checkpoints and flash folders that several test modules share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from mlx.utils import tree_flatten
+from mlx_flash.converters.convert import convert
+from mlx_flash.converters.neurons import NeuronLayer, write_bundles
+from mlx_lm.utils import load_model as mlx_load_model
+
+from mlx_flash.cache import Lru
+from mlx_flash.layers import NeuronFFN
+from mlx_flash.models import get_model_classes, opt
+from mlx_flash.reader import open_reader
+from mlx_flash.slots import UnitSlots
+from mlx_flash.stats import Stats
+
+# A busy machine is no mistake of the code under test.
+settings.register_profile(
+    "mlx-flash", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("mlx-flash")
+
+GOLDENS = Path(__file__).parent / "goldens" / "opt"
+SIZES = {
+    "model_type": "opt",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
+
+
+def write_checkpoint(folder, dtype="float32", seed=0, **changes):
+    """A checkpoint as the hub has it, with weights that make every neuron matter."""
+    config = {**SIZES, "dtype": dtype, **changes}
+    model = opt.Model(opt.ModelArgs.from_dict(config))
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, array in tree_flatten(model.parameters()):
+        scale = 0.1 if "embed_tokens" in name else 0.3
+        values = rng.normal(0, scale, array.shape)
+        if name.endswith("layer_norm.weight"):
+            values += 1
+        hub_name = name.replace(".mlp.", ".")
+        weights[hub_name] = mx.array(values.astype(np.float32)).astype(
+            getattr(mx, dtype)
+        )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def save_tokenizer(folder):
+    """One word per token: `w3` is token 3, and `</s>` is token 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<pad>": 1, "</s>": 2}
+    vocab |= {f"w{i}": i for i in range(3, 97)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def load_resident(checkpoint):
+    """The same checkpoint as an ordinary model, all in memory."""
+    return mlx_load_model(checkpoint, get_model_classes=get_model_classes)[0]
+
+
+def relative_diff(actual, expected):
+    """Largest difference by largest expected value, reckoned in float32."""
+    actual, expected = actual.astype(mx.float32), expected.astype(mx.float32)
+    assert actual.shape == expected.shape
+    return (mx.abs(actual - expected).max() / mx.abs(expected).max()).item()
+
+
+class Says(nn.Module):
+    """A predictor made by hand: `choose(x)` gives bool [T, N]."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self._choose = choose
+
+    def __call__(self, x):
+        return self._choose(x)
+
+
+class Bench:
+    """One FFN on flash without a model around it, and what it should compute."""
+
+    UNITS, DIMS = 24, 16
+
+    def __init__(self, folder, dtype="float32"):
+        rng = np.random.default_rng(7)
+        kind = getattr(mx, dtype)
+
+        def draw(*shape):
+            return mx.array(rng.normal(0, 0.5, shape).astype(np.float32)).astype(kind)
+
+        self.up, self.down = draw(self.UNITS, self.DIMS), draw(self.DIMS, self.UNITS)
+        self.up_bias, self.down_bias = draw(self.UNITS), draw(self.DIMS)
+        self.folder, self.dtype = folder, kind
+        self.path = folder / "layer.safetensors"
+        self.layer = write_bundles(
+            self.path, NeuronLayer("mlp", self.up, self.down, self.up_bias)
+        )
+        self._readers = []
+        self.root = folder.parent  # a layer's file is named with its folder
+
+    def store(self, n_slots, policy=None, native=None, reader=None):
+        if reader is None:
+            reader = open_reader(4, direct=False, native=native)
+            self._readers.append(reader)
+        policy = policy or Lru()
+        return UnitSlots(self.layer, self.root, n_slots, policy, reader, Stats())
+
+    def ffn(self, n_slots, choose=None, bias=True, **options):
+        ffn = NeuronFFN(self.DIMS, self.UNITS, "relu", bias, rank=0)
+        if bias:
+            ffn.up_bias, ffn.down_bias = self.up_bias, self.down_bias
+        if choose is not None:
+            ffn.predictor = Says(choose)
+        ffn.store = self.store(n_slots, **options)
+        if ffn.store.holds_all:
+            ffn.store.read_all()
+        return ffn
+
+    def inputs(self, *shape, seed=0):
+        rng = np.random.default_rng(seed)
+        return mx.array(rng.normal(0, 1, (*shape, self.DIMS)).astype(np.float32))
+
+    def expected(self, x, chosen=None, bias=True):
+        """The slow truth in float64; `chosen` is bool [..., N]."""
+
+        def wide(a):
+            return np.array(a.astype(mx.float32)).astype(np.float64)
+
+        h = wide(x) @ wide(self.up).T + (wide(self.up_bias) if bias else 0)
+        h = np.maximum(h, 0)
+        if chosen is not None:
+            h = np.where(np.array(chosen).reshape(h.shape), h, 0)
+        return h @ wide(self.down).T + (wide(self.down_bias) if bias else 0)
+
+    def close(self):
+        while self._readers:
+            self._readers.pop().close()
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "ffn"
+    folder.mkdir()
+    return Bench(folder)
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint():
+    return GOLDENS / "pre_ln"
+
+
+@pytest.fixture(scope="session")
+def flash_folder(golden_checkpoint, tmp_path_factory):
+    """The golden OPT as a flash folder with small predictors. Not to be changed."""
+    folder = tmp_path_factory.mktemp("golden") / "flash"
+    return convert(
+        golden_checkpoint, folder, rank=8, calibration_tokens=256, progress=False
+    )
+
+
+@pytest.fixture
+def own_folder(flash_folder, tmp_path):
+    """A copy of `flash_folder` that a test may damage."""
+    return Path(shutil.copytree(flash_folder, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def make_flash(tmp_path_factory):
+    """make_flash(dtype=…, **config) → (checkpoint, flash folder without predictors)."""
+    made = {}
+
+    def make(dtype="float32", **changes):
+        key = (dtype, *sorted(changes.items()))
+        if key not in made:
+            base = tmp_path_factory.mktemp(dtype)
+            checkpoint = write_checkpoint(base / "checkpoint", dtype, **changes)
+            made[key] = (
+                checkpoint,
+                convert(checkpoint, base / "flash", rank=0, progress=False),
+            )
+        return made[key]
+
+    return make

@@ -1,0 +1,208 @@
+"""Units arrive in the memory MLX multiplies from, and stay until nobody needs them."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_flash import slots as slots_module
+from mlx_flash.cache import EMPTY, Lru, Window
+from mlx_flash.errors import FlashError
+from mlx_flash.reader import ReadResult, _reader
+from mlx_flash.slots import PAGE, allocate
+
+NATIVE = [
+    pytest.param(
+        True, marks=pytest.mark.skipif(_reader is None, reason="no C reader"), id="C"
+    ),
+    pytest.param(False, id="Python"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_reader_left(bench):
+    yield
+    bench.close()
+
+
+class FakeReader:
+    """Stands in for the SSD: copies rows, and fails when told to."""
+
+    def __init__(self, bench):
+        self.rows = [np.array(bench.up), np.array(bench.down).T.copy()]
+        self.fails = False
+        self.batches = []
+
+    def add_source(self, extents, views, units):
+        self.views = views
+        return 0
+
+    def submit(self, source, units, slots):
+        self.batches.append((units.tolist(), slots.tolist()))
+        return units, slots
+
+    def wait(self, ticket):
+        units, slots = ticket
+        for view, rows in zip(self.views, self.rows, strict=True):
+            if self.fails:
+                view[slots] = 0xEE  # half-read units are garbage
+            else:
+                view[slots] = rows[units].view(np.uint8)
+        if self.fails:
+            raise FlashError("the disk failed")
+        return ReadResult(100 * len(units), len(units), 0.5)
+
+
+def ids(*units):
+    return np.array(units, np.int32)
+
+
+def fetch_all(store, units):
+    """Every wave evaluated on the spot: {unit: (up row, down row)}."""
+    rows = {}
+    for wave in store.fetch(units):
+        up, down = (np.array(store.parts[p][mx.array(wave.slots)]) for p in PARTS)
+        rows |= {u: (up[i], down[i]) for i, u in enumerate(wave.units.tolist())}
+    return rows
+
+
+PARTS = ("up", "down")
+
+
+def check_rows(bench, rows):
+    up, down = np.array(bench.up), np.array(bench.down)
+    for unit, (got_up, got_down) in rows.items():
+        np.testing.assert_array_equal(got_up, up[unit])
+        np.testing.assert_array_equal(got_down, down[:, unit])
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((1, 1), mx.uint8), ((3, 7), mx.float16), ((5, 4, 3), mx.float32)],
+)
+def test_allocated_memory_is_aligned_and_shared(shape, dtype):
+    array, view = allocate(shape, dtype)
+    assert array.shape == shape and array.dtype == dtype
+    assert view.ctypes.data % PAGE == 0
+    assert view.shape == (shape[0], array.nbytes // shape[0])
+    assert not np.array(array.view(mx.uint8)).any()
+    view[:] = np.random.default_rng(0).integers(0, 60, view.shape)
+    assert np.array(array.view(mx.uint8)).tobytes() == view.tobytes()
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("n_slots", [1, 5, 12, 23, 24])
+def test_every_wave_has_the_bytes_of_its_units(bench, n_slots, native):
+    store = bench.store(n_slots, native=native)
+    rng = np.random.default_rng(n_slots)
+    for _ in range(20):
+        count = rng.integers(0, bench.UNITS + 1)
+        asked = np.sort(rng.choice(bench.UNITS, count, replace=False)).astype(np.int32)
+        rows = fetch_all(store, asked)
+        assert rows.keys() == set(asked.tolist())
+        check_rows(bench, rows)
+
+
+@given(st.lists(st.sets(st.integers(0, 23)).map(sorted), max_size=8), st.data())
+def test_lazy_results_survive_later_waves(bench, steps, data):
+    """MLX computes late. What it will read then must still be there."""
+    n_slots = data.draw(st.integers(1, 24), "slots")
+    policy = data.draw(st.sampled_from([Lru(), Window(1), Window(2)]), "policy")
+    store = bench.store(n_slots, policy, reader=FakeReader(bench))
+    lazy = []
+    for asked in steps:
+        for wave in store.fetch(ids(*asked)):
+            rows = store.parts["up"][mx.array(wave.slots)] * 1
+            store.in_use = rows
+            lazy.append((wave.units, rows))
+    up = np.array(bench.up)
+    for units, rows in reversed(lazy):
+        np.testing.assert_array_equal(np.array(rows), up[units])
+
+
+def test_a_lazy_result_survives_a_step_of_hits_before_the_overwriting_one(bench):
+    store = bench.store(2, reader=FakeReader(bench))
+    lazy = []
+    for asked in (ids(0, 1), ids(0, 1), ids(2, 3)):
+        (wave,) = store.fetch(asked)
+        store.in_use = store.parts["up"][mx.array(wave.slots)] * 1
+        lazy.append(store.in_use)
+    up = np.array(bench.up)
+    for rows, asked in zip(lazy, ([0, 1], [0, 1], [2, 3]), strict=True):
+        np.testing.assert_array_equal(np.array(rows), up[asked])
+
+
+def test_a_failed_read_is_forgotten_and_done_again(bench):
+    reader = FakeReader(bench)
+    store = bench.store(3, reader=reader)
+    fetch_all(store, ids(0, 1))
+    reader.fails = True
+    with pytest.raises(FlashError, match="disk failed"):
+        list(store.fetch(ids(1, 2, 3)))
+    assert set(store.cache.unit_of.tolist()) == {1, EMPTY}
+    reader.fails = False
+    reader.batches.clear()
+    rows = fetch_all(store, ids(1, 2, 3))
+    assert [units for units, _ in reader.batches] == [[2, 3]]
+    check_rows(bench, rows)
+
+
+def test_a_failed_second_wave_leaves_the_first_sound(bench):
+    reader = FakeReader(bench)
+    store = bench.store(2, reader=reader)
+    waves = store.fetch(ids(0, 1, 2, 3))
+    next(waves)
+    reader.fails = True
+    with pytest.raises(FlashError):
+        next(waves)
+    reader.fails = False
+    check_rows(bench, fetch_all(store, ids(0, 1)))
+
+
+def test_an_interruption_while_waiting_for_mlx_forgets_the_wave(bench, monkeypatch):
+    """The units count as present before they are read; Ctrl-C may come in between."""
+    store = bench.store(2, reader=FakeReader(bench))
+    store.in_use = mx.zeros((1,))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slots_module.mx, "eval", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(store.fetch(ids(0, 1)))
+    monkeypatch.undo()
+    check_rows(bench, fetch_all(store, ids(0, 1)))
+
+
+def test_counters_agree_with_what_the_reader_was_asked(bench):
+    reader = FakeReader(bench)
+    store = bench.store(4, reader=reader)
+    for asked in ([0, 1, 2], [1, 2, 3], [0, 3], [4, 5, 6, 7, 8, 9], []):
+        list(store.fetch(ids(*asked)))
+    stats = store.stats
+    # 0, 1 and 2; then 3 only; then nothing; then six in two waves
+    assert [units for units, _ in reader.batches] == [
+        [0, 1, 2],
+        [3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+    assert (stats.hits, stats.misses) == (4, 10)
+    assert stats.hit_rate == 4 / 14
+    assert (stats.bytes_read, stats.reads, stats.read_s) == (1000, 10, 2.0)
+    assert stats.read_gb_per_s == 1000 / 1e9 / 2.0
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_a_store_for_everything_has_unit_i_in_slot_i(bench, native):
+    store = bench.store(bench.UNITS, native=native)
+    assert store.holds_all
+    store.read_all()
+    assert store.cache.unit_of.tolist() == list(range(bench.UNITS))
+    assert mx.array_equal(store.parts["up"], bench.up).item()
+    assert mx.array_equal(store.parts["down"], bench.down.T).item()
+
+
+def test_a_store_for_less_does_not_hold_all(bench):
+    assert not bench.store(bench.UNITS - 1).holds_all
