@@ -19,12 +19,21 @@ from ..errors import FlashError
 from ..layers import ACTIVATIONS
 from ..safetensors_io import DTYPES, write_error
 from . import calibrate, neurons, resident
+from .experts import ExpertConversion
 from .fit import FitOptions, default_rank, fit_predictor, split
 from .layerwise import LayerwiseModel
 from .source import Source
 from .workfolder import WorkFolder
 
 CALIBRATION_TOKENS = 16384
+# Mode → the one group size and the one number of bits that it allows, if it does so
+PACKINGS = {
+    "affine": (None, None),
+    "mxfp4": (32, 4),
+    "mxfp8": (32, 8),
+    "nvfp4": (16, 4),
+}
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -39,6 +48,9 @@ def convert(
     rank: int | None = None,
     threshold: float | None = None,
     recall: float = 0.95,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -60,6 +72,9 @@ def convert(
         threshold: Probability from which a neuron is predicted; by default each layer's
             is chosen so that `recall` of its active neurons are found.
         recall: See `threshold`.
+        bits: Quantise experts to so many bits; by default they stay as they are.
+        group_size: Weights that share a scale (64, or what `mode` prescribes).
+        mode: MLX's quantisation: "affine", "mxfp4", "mxfp8" or "nvfp4".
         overwrite: Replace `dst` if it is a flash folder.
         progress: Show progress bars on stderr.
 
@@ -74,8 +89,11 @@ def convert(
     work.check_destination(overwrite)
     source = Source(src, revision)
     work.check_source(source.folder)
-    dtype = dtype or source.dtype()
-    _check_request(source, dtype, rank, threshold, recall, calibration_tokens)
+    is_neurons = source.config["model_type"] in neurons.FFN_PATHS
+    if is_neurons:
+        dtype = dtype or source.dtype()
+        _check_request(source, dtype, rank, threshold, recall, calibration_tokens)
+    quantize = _packing(bits, group_size, mode, is_neurons)
     options = {
         "dtype": dtype,
         "calibration": str(calibration) if calibration else None,
@@ -83,14 +101,19 @@ def convert(
         "rank": rank,
         "threshold": threshold,
         "recall": recall,
+        "quantize": quantize,
     }
     bars = functools.partial(tqdm, disable=not progress)
     try:
         work.begin({"source": source.fingerprint(), "options": options})
-        fit = FitOptions(rank, threshold, recall)
         try:
             with _no_mlx_cache():
-                _Conversion(source, work, options, fit, bars).run()
+                if is_neurons:
+                    fit = FitOptions(rank, threshold, recall)
+                    _Conversion(source, work, options, fit, bars).run()
+                else:
+                    cast = getattr(mx, dtype) if dtype else None
+                    ExpertConversion(source, work, cast, quantize, bars).run()
         except BaseException:
             work.drop_if_empty()
             raise
@@ -148,7 +171,7 @@ class _Conversion:
                 inputs, layer, self.activation, rank, self.fit, tokens.shape[1], index
             )
             named = {f"{layer.module}.predictor.{k}": w for k, w in arrays.items()}
-            resident.write_weights(self._predictor_path(index), named, self.dtype)
+            resident.write_weights(self._predictor_path(index), named)
             self.work.save_array(_hidden_name(index + 1), hidden)
         path = self.work.folder / f"ffn/layer_{index:02d}.safetensors"
         entry = neurons.write_bundles(path, layer)
@@ -158,35 +181,28 @@ class _Conversion:
         """Write what belongs to no layer, and the manifest last."""
         weights = self.source.weights()
         names = neurons.resident_names(weights, self.modules, self.model_type)
-        kept = {new: weights[old] for old, new in names.items()}
+        kept = {new: weights[old].astype(self.dtype) for old, new in names.items()}
         del weights
         folder = self.work.folder
-        held = resident.write_weights(folder / format.RESIDENT, kept, self.dtype)
+        held = resident.write_weights(folder / format.RESIDENT, kept)
         predictors = None
         if self.fit.rank != 0:
             arrays: dict[str, mx.array] = {}
             for index in range(len(self.modules)):
                 arrays |= mx.load(str(self._predictor_path(index)))
             path = folder / format.PREDICTORS
-            predictors = resident.write_weights(path, arrays, self.dtype)
-        resident.copy_config(self.source, folder, self.options["dtype"])
-        local = Path(self.source.name)
-        manifest = format.Manifest(
-            format_version=format.FORMAT_VERSION,
-            # A path would say more about this machine than about the model.
-            source=local.resolve().name if local.exists() else self.source.name,
-            revision=self.source.revision,
-            model_type=self.model_type,
+            predictors = resident.write_weights(path, arrays)
+        resident.copy_config(self.source, folder, {"dtype": self.options["dtype"]})
+        resident.write_manifest(
+            self.work,
+            self.source,
             unit="neuron",
             activation=self.activation,
             dtype=self.options["dtype"],
             resident=held,
             predictors=predictors,
             calibration=self._calibration_facts(tokens),
-            layers=tuple(format.layer_from_json(x) for x in self.work.layers),
         )
-        (folder / format.MANIFEST).write_text(manifest.to_json())
-        format.check_manifest(manifest, folder)
 
     def _tokens(self) -> np.ndarray:
         """The calibration text; kept on disk, so that a resumed run reads the same."""
@@ -269,6 +285,29 @@ def _check_request(source: Source, dtype, rank, threshold, recall, count) -> Non
             f"{source.name} has the activation {_activation(source.config)!r}, which "
             f"never gives exact zeros. Supported: {', '.join(ACTIVATIONS)}."
         )
+
+
+def _packing(bits, group_size, mode: str, is_neurons: bool) -> dict | None:
+    """What `mx.quantize` takes, or None for weights as they are."""
+    if mode not in PACKINGS:
+        raise FlashError(
+            f"No quantisation mode {mode!r}. Choose {', '.join(PACKINGS)}."
+        )
+    if bits is None and mode == "affine":
+        return None
+    if is_neurons:
+        raise FlashError("Neuron bundles cannot be quantised yet: leave out --bits.")
+    only_size, only_bits = PACKINGS[mode]
+    packing = {"group_size": group_size or only_size or 64, "bits": bits or only_bits}
+    sound = only_size in (None, packing["group_size"]) and (
+        packing["bits"] == only_bits if only_bits else packing["bits"] in AFFINE_BITS
+    )
+    if not sound or packing["group_size"] not in (16, 32, 64, 128):
+        raise FlashError(
+            f"MLX has no {mode} quantisation of {packing['bits']} bits in groups of "
+            f"{packing['group_size']}. Try --bits 4 --group-size 64."
+        )
+    return packing | {"mode": mode}
 
 
 @contextlib.contextmanager

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import format
 from ..errors import FlashError
 from ..hub import CONFIG_FILES
-from ..safetensors_io import DTYPES, Tensor, write_safetensors
+from ..safetensors_io import Tensor, write_safetensors
 from .source import Source, finite
+from .workfolder import WorkFolder
 
 
 def check_names(source: Source, model) -> None:
@@ -37,35 +38,63 @@ def check_names(source: Source, model) -> None:
             raise FlashError(f"The checkpoint {source.name} {what} {some}.")
 
 
-def write_weights(
-    path: Path, arrays: dict[str, mx.array], dtype: mx.Dtype
-) -> format.Weights:
-    """Write lazy arrays in `dtype`, each evaluated, checked and let go in its turn.
+def write_weights(path: Path, arrays: dict[str, mx.array]) -> format.Weights:
+    """Write lazy arrays, each evaluated, checked and let go in its turn.
 
     `arrays` is emptied on the way: what it still held would stay in memory.
     """
-    name = str(dtype).removeprefix("mlx.core.")
 
     def entry(key: str) -> Tensor:
+        shape, dtype = tuple(arrays[key].shape), arrays[key].dtype
+
         def chunks() -> Iterator[memoryview]:
-            array = finite(key, arrays.pop(key).astype(dtype))
+            array = finite(key, arrays.pop(key))
             yield np.array(mx.contiguous(array).view(mx.uint8)).reshape(-1).data
 
-        return Tensor(name, tuple(arrays[key].shape), chunks)
+        return Tensor(str(dtype).removeprefix("mlx.core."), shape, chunks)
 
     tensors = {key: entry(key) for key in sorted(arrays)}
-    nbytes = sum(prod(t.shape) for t in tensors.values()) * DTYPES[name][1]
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sha256 = write_safetensors(path, tensors)
     return format.Weights(path.name, sha256, nbytes)
 
 
-def copy_config(source: Source, folder: Path, dtype: str) -> None:
-    """Copy configuration and tokenizer; config.json gets the dtype that was written."""
+def copy_config(source: Source, folder: Path, changes: dict) -> None:
+    """Copy configuration and tokenizer; config.json gets `changes`."""
     for pattern in CONFIG_FILES:
         for file in source.folder.glob(pattern):
             if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-    config = json.loads((source.folder / "config.json").read_text())
+    config = json.loads((source.folder / "config.json").read_text()) | changes
     config.pop("torch_dtype", None)
-    config["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def packing_config(model: nn.Module) -> dict:
+    """What config.json must say of a model's quantised modules: each, by its path."""
+    packed = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "bits") and hasattr(module, "group_size"):
+            packed[path] = {k: getattr(module, k) for k in ("group_size", "bits")}
+            packed[path]["mode"] = getattr(module, "mode", "affine")
+            if getattr(module, "global_scale", None) is not None:
+                packed[path]["global_scale"] = True
+    if not packed:
+        return {}
+    return {"quantization": next(iter(packed.values())) | packed}
+
+
+def write_manifest(work: WorkFolder, source: Source, **facts) -> None:
+    """Write flash.json, the last file, and hold it against what was written."""
+    local = Path(source.name)
+    manifest = format.Manifest(
+        format_version=format.FORMAT_VERSION,
+        # A path would say more about this machine than about the model.
+        source=local.resolve().name if local.exists() else source.name,
+        revision=source.revision,
+        model_type=source.config["model_type"],
+        layers=tuple(format.layer_from_json(entry) for entry in work.layers),
+        **facts,
+    )
+    (work.folder / format.MANIFEST).write_text(manifest.to_json())
+    format.check_manifest(manifest, work.folder)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from . import device
 from .errors import FlashError
-from .format import Manifest
+from .format import Layer, Manifest
 from .safetensors_io import DTYPES
+from .shapes import Shapes
 from .sizes import parse_memory, say_memory
 from .slots import PAGE
 
@@ -20,7 +21,7 @@ KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
 MAX_PREFILL = 512
 MIN_PREFILL = 8
 PREFILL_SHARE = 0.05  # of the budget, for the activations of a prompt chunk
-LEAST_SHARE = 64  # the least is one slot for every 64 units
+LEAST_SHARE = 64  # the least is one slot for every 64 neurons, or one expert
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Budget:
 
 
 def make_budget(
-    memory: int | str, manifest: Manifest, config: dict, context: int, folder: Path
+    memory: int | str, manifest: Manifest, shapes: Shapes, context: int, folder: Path
 ) -> Budget:
     """Divide `memory` for a run of at most `context` tokens.
 
@@ -53,11 +54,11 @@ def make_budget(
         FlashError: If even the least number of slots does not fit, with the numbers.
     """
     wanted = parse_memory(memory)
-    kv_bytes = _kv_bytes_per_token(config, manifest.dtype) * -(-context // KV_STEP)
-    kv_bytes *= KV_STEP
+    tokens = -(-context // KV_STEP) * KV_STEP
+    kv_bytes = int(shapes.kv_bytes_fixed + tokens * shapes.kv_bytes_per_token)
     fixed = manifest.resident.bytes + manifest.predictor_bytes + kv_bytes
-    per_token = _workspace_per_token(config, manifest, context)
-    logits = 4 * config["vocab_size"] * 4
+    per_token = _workspace_per_token(shapes, manifest, context)
+    logits = 4 * shapes.vocabulary * 4
     layers = manifest.layers
     pages = sum(PAGE * len(layer.parts) for layer in layers)
     everything = fixed + manifest.ffn_bytes + pages + logits + MAX_PREFILL * per_token
@@ -75,7 +76,7 @@ def make_budget(
         room /= 1 + 0.5 / len(layers)
     share = min(room / manifest.ffn_bytes, 1.0)
     slots = tuple(int(share * layer.units) for layer in layers)
-    least = tuple(max(layer.units // LEAST_SHARE, 1) for layer in layers)
+    least = tuple(_least_slots(layer, manifest.unit) for layer in layers)
     if any(n < m for n, m in zip(slots, least, strict=True)):
         # One unit more of each layer makes up for rounding down above.
         share = max((m + 1) / x.units for m, x in zip(least, layers, strict=True))
@@ -89,6 +90,7 @@ def make_budget(
             f"{manifest.predictor_bytes / 1e6:,.1f} MB of predictors, "
             f"{kv_bytes / 1e6:,.1f} MB of KV cache, the rest workspace and slots."
         )
+    slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
     slot_bytes = pages + sum(
         n * sum(p.bytes for p in layer.parts)
         for n, layer in zip(slots, layers, strict=True)
@@ -105,21 +107,34 @@ def make_budget(
     )
 
 
-def _kv_bytes_per_token(config: dict, dtype: str) -> int:
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    layers = config["num_hidden_layers"]
-    return 2 * layers * kv_heads * head_dim * DTYPES[dtype][1]
+def _least_slots(layer: Layer, unit: str) -> int:
+    return max(layer.units // LEAST_SHARE, 1) if unit == "neuron" else 1
 
 
-def _workspace_per_token(config: dict, manifest: Manifest, context: int) -> int:
+def _spread_rest(slots, manifest: Manifest, room: float) -> tuple[int, ...]:
+    """Give what rounding down left over to the first layers, a slot each."""
+    slots = list(slots)
+    rest = room - sum(
+        n * x.unit_bytes for n, x in zip(slots, manifest.layers, strict=True)
+    )
+    for i, layer in enumerate(manifest.layers):
+        if slots[i] < layer.units and rest >= layer.unit_bytes:
+            slots[i] += 1
+            rest -= layer.unit_bytes
+    return tuple(slots)
+
+
+def _workspace_per_token(shapes: Shapes, manifest: Manifest, context: int) -> int:
     """Bytes that one token of a prompt chunk occupies while a layer is computed.
 
-    Scores and hidden values of all neurons with their masks, a dozen vectors of the
-    model's width, and attention scores (which only MLX's CPU backend keeps).
+    Hidden values of all neurons with scores and masks, or of the token's experts; a
+    dozen vectors of the model's width; and attention scores (which only MLX's CPU
+    backend keeps).
     """
     size = DTYPES[manifest.dtype][1]
-    units = max(layer.units for layer in manifest.layers)
-    scores = config["num_attention_heads"] * context * 4
-    return units * (3 * size + 3) + 12 * config["hidden_size"] * size + scores
+    if manifest.unit == "neuron":
+        hidden = max(layer.units for layer in manifest.layers) * (3 * size + 3)
+    else:
+        rows = max(p.shape[0] for x in manifest.layers for p in x.parts if p.shape)
+        hidden = shapes.experts_per_token * rows * 5 * size
+    return hidden + 12 * shapes.width * size + shapes.heads * context * 4

@@ -245,6 +245,11 @@ def _stream(model, tokenizer, tokens, max_tokens, sampler, silent) -> int:
     show_default=True,
     help="Share of active neurons that predictors must find.",
 )
+@click.option("--bits", type=int, help="Quantise experts.  [default: as they are]")
+@click.option("--group-size", type=int, help="Weights that share a scale.")
+@click.option(
+    "--mode", default="affine", show_default=True, help="affine, mxfp4, mxfp8 or nvfp4."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier flash folder.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def convert(source, output, quiet, **options):

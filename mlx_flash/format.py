@@ -37,6 +37,7 @@ RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
 DATA_ALIGN = 16384
+UNITS = ("neuron", "expert")
 MAX_INT = 2**63  # no size or offset reaches it
 
 
@@ -175,7 +176,7 @@ def layer_from_json(entry: dict) -> Layer:
 
 def check_manifest(manifest: Manifest, folder: Path) -> None:
     """Hold every size, shape and offset of a manifest against the files."""
-    if manifest.unit != "neuron":
+    if manifest.unit not in UNITS:
         raise FlashError(f"{folder / MANIFEST}: unknown unit kind {manifest.unit!r}.")
     if manifest.dtype not in DTYPES:
         raise FlashError(f"{folder / MANIFEST}: unknown dtype {manifest.dtype!r}.")

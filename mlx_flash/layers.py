@@ -11,15 +11,13 @@ import numpy as np
 
 from .errors import FlashError
 from .predictor import Predictor
-from .slots import UnitSlots
+from .slots import CLOSED, UnitSlots
 
 ACTIVATIONS = {"relu": nn.relu}
 
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.
 SWEEP_TOKENS = 4
-
-CLOSED = "This model was closed. Load it again to use it."
 
 
 class NeuronFFN(nn.Module):

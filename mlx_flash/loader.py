@@ -1,7 +1,7 @@
 """Load a flash folder into a model that mlx-lm's own functions accept.
 
 The model is mlx-lm's (or ours in its style); only its FFN modules are exchanged for
-`NeuronFFN`, which reads what it needs while it runs. `model.flash` is the handle on
+ones that read what they need while they run. `model.flash` is the handle on
 everything that an ordinary model does not have: figures, budget, files, `close`.
 """
 
@@ -11,18 +11,16 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
+from .assembly import assemble
 from .budget import Budget, make_budget
 from .cache import Lru, Window
 from .errors import FlashError
-from .format import MANIFEST, Manifest, read_manifest
+from .format import Manifest
 from .hub import find_model
-from .layers import ACTIVATIONS, CLOSED, NeuronFFN
-from .models import get_model_classes, make_model, read_config
+from .models import read_config
 from .reader import open_reader
-from .slots import UnitSlots
+from .slots import CLOSED, UnitSlots
 from .stats import Stats
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -37,7 +35,7 @@ class Flash:
         self.folder: Path = folder
         self.manifest: Manifest = manifest
         self.budget: Budget = budget
-        self.layers: list[NeuronFFN] = layers
+        self.layers: list = layers
         self.positions: int | None = positions
         self.stats = Stats()
         self.run = None  # of the last generation, see generation.Run
@@ -149,24 +147,27 @@ def load_model(
         FlashError: If the folder is missing, damaged or newer, or does not fit.
     """
     folder = find_model(path)
-    manifest = read_manifest(folder)
-    config = read_config(folder)
-    model_class, args_class = get_model_classes(config)
-    model = make_model(model_class, args_class, config, folder)
     policy = _policy(policy, window)
+    parts = assemble(folder, predictor)
+    model, config, manifest = parts.model, parts.config, parts.manifest
     positions = config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    budget = make_budget(memory, manifest, config, context, folder)
+    budget = make_budget(memory, manifest, parts.shapes, context, folder)
 
-    layers = _exchange_ffns(model, manifest, predictor, folder)
-    _load_resident(model, manifest, predictor, folder)
+    mx.eval(model.parameters())
     reader = open_reader(READ_THREADS, direct=not page_cache, native=native)
-    flash = Flash(folder, manifest, budget, reader, layers, positions)
+    flash = Flash(folder, manifest, budget, reader, parts.layers, positions)
     try:
-        for layer, entry, n_slots in zip(
-            layers, manifest.layers, budget.slots, strict=True
-        ):
-            layer.store = UnitSlots(entry, folder, n_slots, policy, reader, flash.stats)
+        for i, layer in enumerate(parts.layers):
+            layer.store = UnitSlots(
+                manifest.layers[i],
+                folder,
+                budget.slots[i],
+                policy,
+                reader,
+                flash.stats,
+                parts.extents[i] if parts.extents else None,
+            )
             if layer.store.holds_all:
                 layer.store.read_all()
     except BaseException:
@@ -191,62 +192,3 @@ def _policy(policy, window: int):
     if isinstance(policy, str):
         raise FlashError(f"No policy is called {policy!r}. Try lru or window.")
     return policy
-
-
-def _exchange_ffns(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[NeuronFFN]:
-    if manifest.activation not in ACTIVATIONS:
-        raise FlashError(
-            f"{folder / MANIFEST}: unknown activation {manifest.activation!r}."
-        )
-    modules = dict(model.named_modules())
-    layers = []
-    for entry in manifest.layers:
-        old = modules.get(entry.module)
-        if old is None:
-            raise FlashError(
-                f"{folder}: the manifest exchanges {entry.module}, which a model of "
-                f"type {manifest.model_type!r} does not have. Convert it again."
-            )
-        matrices = [v for _, v in tree_flatten(old.parameters()) if v.ndim == 2]
-        dims = sum(m.size for m in matrices) // (2 * entry.units)
-        parts = [(p.name, p.dtype, p.shape) for p in entry.parts]
-        dtype = manifest.dtype
-        if parts != [("up", dtype, (dims,)), ("down", dtype, (dims,))]:
-            raise FlashError(
-                f"{folder}: bundles of {entry.module} hold {parts}, its config.json "
-                f"asks for up and down of {dims} values, {MANIFEST} for {dtype}. "
-                "Convert the model again."
-            )
-        rank = entry.predictor.rank if predictor and entry.predictor else 0
-        bias = any("bias" in name for name, _ in tree_flatten(old.parameters()))
-        layers.append(NeuronFFN(dims, entry.units, manifest.activation, bias, rank))
-    names = [entry.module for entry in manifest.layers]
-    model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
-    return layers
-
-
-def _load_resident(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> None:
-    weights = _load_file(folder / manifest.resident.file)
-    if predictor and manifest.predictors:
-        weights |= _load_file(folder / manifest.predictors.file)
-    try:
-        model.load_weights(list(weights.items()), strict=True)
-    except ValueError as error:
-        raise FlashError(
-            f"{folder}: its weights do not fit its config.json "
-            f"({str(error).splitlines()[0]}). Convert the model again."
-        ) from error
-    model.eval()
-    mx.eval(model.parameters())
-
-
-def _load_file(path: Path) -> dict[str, mx.array]:
-    try:
-        return mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FlashError(f"{path} cannot be read: {reason}.") from error

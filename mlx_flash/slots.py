@@ -20,6 +20,7 @@ from .reader import Extent, Reader
 from .stats import Stats
 
 PAGE = 16384
+CLOSED = "This model was closed. Load it again to use it."
 
 
 def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
@@ -62,6 +63,7 @@ class UnitSlots:
         policy: Lru | Window,
         reader: Reader,
         stats: Stats,
+        extents: list[Extent] | None = None,
     ):
         self.cache = SlotCache(layer.units, n_slots, policy)
         self.parts: dict[str, mx.array] = {}
@@ -73,13 +75,11 @@ class UnitSlots:
             array, view = allocate((n_slots, *part.shape), getattr(mx, part.dtype))
             self.parts[part.name] = array
             views.append(view)
-        extent = Extent(
-            folder / layer.file,
-            layer.data_offset,
-            layer.unit_bytes,
-            tuple((i, p.offset, p.bytes) for i, p in enumerate(layer.parts)),
-        )
-        self._source = reader.add_source([extent], views, layer.units)
+        if extents is None:  # all parts of a unit side by side in the layer's file
+            parts = tuple((i, p.offset, p.bytes) for i, p in enumerate(layer.parts))
+            path = folder / layer.file
+            extents = [Extent(path, layer.data_offset, layer.unit_bytes, parts)]
+        self._source = reader.add_source(extents, views, layer.units)
 
     @property
     def units(self) -> int:

@@ -39,7 +39,7 @@ SIZES = {
 }
 
 
-def rope(theta, **more):
+def rope(theta: float, **more) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **more}}
 
 
@@ -68,6 +68,8 @@ FALCON = {
         "ffn_hidden_size": 40,
         "bias": True,
         "activation": "relu2",
+        "layer_norm_epsilon": 0.01,
+        **rope(10000.0, rope_type="linear", factor=4.0),
     },
 }
 PERSIMMON = {
@@ -76,12 +78,14 @@ PERSIMMON = {
         "intermediate_size": 36,
         **rope(25000.0, partial_rotary_factor=0.5),
     },
-    "no_qk_norm": {
-        "num_attention_heads": 2,
+    "relu_no_qk_norm": {
+        "num_attention_heads": 3,
         "intermediate_size": 40,
         "qk_layernorm": False,
+        "hidden_act": "relu",
+        "layer_norm_eps": 0.01,
         "tie_word_embeddings": True,
-        **rope(10000.0, partial_rotary_factor=0.5),
+        **rope(100.0, partial_rotary_factor=0.75, rope_type="linear", factor=4.0),
     },
 }
 LLAMA = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40}

@@ -4,20 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_flash import budget as budget_module
 from mlx_flash import format
 from mlx_flash.budget import make_budget
 from mlx_flash.errors import FlashError
+from mlx_flash.shapes import Shapes
 from mlx_flash.sizes import parse_memory, say_memory
 
 FOLDER = Path("some-flash")
 
 
 def opt_like(dims, units, layers, vocab, dtype="float16"):
-    """(manifest, config) of an OPT of this size, with predictors."""
+    """(manifest, shapes) of an OPT of this size, with predictors."""
     size = 4 if dtype == "float32" else 2
     part = dims * size
     layer = format.Layer(
@@ -48,13 +49,8 @@ def opt_like(dims, units, layers, vocab, dtype="float16"):
         calibration=None,
         layers=(layer,) * layers,
     )
-    config = {
-        "vocab_size": vocab,
-        "hidden_size": dims,
-        "num_attention_heads": max(dims // 64, 1),
-        "num_hidden_layers": layers,
-    }
-    return manifest, config
+    shapes = Shapes(2 * layers * dims * size, 0, vocab, dims, max(dims // 64, 1))
+    return manifest, shapes
 
 
 MODELS = {
@@ -88,6 +84,22 @@ def test_the_least_that_is_named_works_and_less_does_not(name):
         assert n >= max(layer.units // 64, 1)
     with pytest.raises(FlashError, match=f"at least --memory {amount}"):
         make(name, int(0.9 * parse_memory(amount)))
+
+
+@given(
+    st.integers(1, 64).map(lambda n: 8 * n),
+    st.integers(1, 5000),
+    st.integers(1, 40),
+    st.integers(1, 5000),
+    st.integers(1, 4096),
+)
+def test_the_least_works_for_a_model_of_any_size(dims, units, layers, vocab, context):
+    model = opt_like(dims, units, layers, vocab)
+    with pytest.raises(FlashError) as error:
+        make_budget(1, *model, context, FOLDER)
+    amount = re.search(r"--memory (\S+) ", str(error.value))[1]
+    budget = make_budget(amount, *model, context, FOLDER)
+    assert min(budget.slots) >= max(units // 64, 1)
 
 
 @models
@@ -194,6 +206,9 @@ def test_what_is_no_amount_is_refused_with_an_example(text):
 
 
 @given(st.one_of(st.text(), st.integers(), st.from_regex(r"\d+(\.\d+)?[KMGT%]?")))
+@example(10**400)
+@example("9" * 400 + "GB")
+@example("9" * 400 + "%")
 def test_any_amount_is_understood_or_refused(memory):
     try:
         make("tiny", memory)

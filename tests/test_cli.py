@@ -1,6 +1,7 @@
 """The command line: exit codes, what goes to stdout and what to stderr."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -283,9 +284,18 @@ def test_prompt_that_is_no_text(flash):
 
 
 def test_prompt_longer_than_the_positions(flash):
+    import transformers
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    transformers.logging.set_verbosity_warning()  # as in a fresh process
+    transformers.logging.add_handler(handler)
     message = refused("generate", "a" * 256, "--model", flash)
     assert "257 tokens" in message and "256 positions" in message
     assert "Shorten" in message
+    transformers.logging.remove_handler(handler)
+    assert not said  # the one line is ours
     data = json.loads(generate(flash, "a" * 250, "--json").stdout)
     assert data["generation_tokens"] == 5  # as many as there are positions
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import batch_generate, generate
@@ -111,7 +112,7 @@ def compare_live(module, ours, theirs, tmp_path, names=None):
     """Give transformers our weights; compare both, and what we load of theirs."""
     torch = import_torch()
     state = {
-        name: torch.tensor(weight.tolist())
+        name: torch.from_numpy(np.array(weight))
         for name, weight in tree_flatten(ours.parameters())
     }
     missing, unexpected = theirs.eval().load_state_dict(state, strict=False)

@@ -229,7 +229,7 @@ def test_any_change_is_refused_or_harmless(victim, data):
             st.sampled_from(NASTY) | st.integers() | st.text(max_size=5), "what"
         )
         raw = put(raw, path, value)
-    check_damage(victim, raw)
+    check_damage(victim, json.dumps(raw))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,9 @@ def test_any_change_is_refused_or_harmless(victim, data):
         (("activation",), "gelu"),
         (("dtype",), "float16"),
         (("dtype",), "float8"),
+        (("calibration", "tokens"), -1),
+        (("calibration", "tokens"), True),
+        (("calibration", "tokens"), 2**63),
         (("resident",), None),
         (("resident", "bytes"), 36380),
         (("resident", "bytes"), -1),
@@ -297,8 +300,11 @@ def test_this_change_is_refused(victim, path, value):
 
 
 def test_a_unit_count_that_only_agrees_in_bytes_is_refused(victim):
-    raw = put(victim[1], ("layers", 0, "units"), 24)
-    assert check_damage(victim, put(raw, ("layers", 0, "unit_bytes"), 384))
+    folder, raw, _ = victim
+    raw = put(put(raw, ("layers", 0, "units"), 24), ("layers", 0, "unit_bytes"), 384)
+    (folder / "flash.json").write_text(json.dumps(raw))
+    with pytest.raises(FlashError, match="layer_00.safetensors: .* not what the file"):
+        read_manifest(folder)
 
 
 def test_a_free_text_field_may_change(victim):
@@ -376,6 +382,14 @@ def test_any_flipped_bit_of_a_header_is_refused_or_harmless(victim, name, data):
         assert str(folder) in str(error)
     finally:
         path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_weights_of_a_dtype_mlx_does_not_know_are_refused(own_folder, name):
+    path = own_folder / name
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"X32"', 1))
+    with pytest.raises(FlashError, match=re.escape(str(path))):
+        load_model(own_folder)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

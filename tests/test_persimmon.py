@@ -15,7 +15,7 @@ from test_falcon import (
 
 from mlx_flash.models import persimmon
 
-VARIANTS = ["base", "no_qk_norm"]
+VARIANTS = ["base", "relu_no_qk_norm"]
 CONFIG = {**SIZES, "intermediate_size": 96}
 
 
@@ -114,7 +114,6 @@ def test_config_as_the_hub_has_it():
             "num_key_value_heads": 64,
             "hidden_dropout": 0.6,
             "rope_scaling": None,
-            "rope_theta": 25000.0,
         }
     )
     assert (args.partial_rotary_factor, args.rope_theta) == (0.5, 25000.0)

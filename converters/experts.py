@@ -1,0 +1,149 @@
+"""Turn a mixture-of-experts checkpoint into one bundle per expert.
+
+mlx-lm loads the checkpoint, renames and stacks; every `SwitchGLU` and `SwitchMLP` it
+built is found by its type, whatever the model. An expert's bundle is all arrays of its
+projections: weights, scales, biases. Everything else stays resident.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from .. import format
+from ..errors import FlashError
+from ..experts import switch_layers, switch_parts
+from ..stock import load_stock
+from . import resident
+from .bundles import write_bundles
+from .source import Source, finite
+from .workfolder import WorkFolder
+
+PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
+
+
+class ExpertConversion:
+    """One mixture-of-experts checkpoint, layer by layer.
+
+    Args:
+        source: The checkpoint.
+        work: Where to write.
+        dtype: What unquantised weights are cast to; None keeps each as it is.
+        quantize: `group_size`, `bits` and `mode` for the experts, or None.
+        bars: Makes progress bars, as `tqdm.tqdm`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        work: WorkFolder,
+        dtype: mx.Dtype | None,
+        quantize: dict | None,
+        bars,
+    ):
+        self.source, self.work, self.dtype, self.bars = source, work, dtype, bars
+        if source.copied_bytes():
+            raise FlashError(
+                f"{source.name} has .bin files, which mlx-lm does not read. Convert "
+                "them to safetensors first."
+            )
+        self.stock = load_stock(source.folder)
+        self.switches = switch_layers(self.stock.model)
+        if not self.switches:
+            raise FlashError(
+                f"{source.name}: a model of type {source.config['model_type']!r} has "
+                "no FFN that can be brought from flash: neither ReLU neurons nor "
+                "mixture-of-experts layers (SwitchGLU or SwitchMLP of mlx-lm)."
+            )
+        if quantize:
+            self._quantize(quantize)
+        self._check_disk()
+
+    def run(self) -> None:
+        done, total = len(self.work.layers), len(self.switches)
+        modules = list(self.switches)
+        for module in modules[:done]:
+            self._release(module)
+        for index in self.bars(
+            range(done, total), "converting", initial=done, total=total, unit="layer"
+        ):
+            entry = self._convert_layer(index, modules[index])
+            self.work.layers.append(dataclasses.asdict(entry))
+            self.work.note()
+        if self.source.fingerprint() != self.work.facts["source"]:
+            raise self.work.source_changed()
+        folder = self.work.folder
+        dtype = self.stock.dtype() if self.dtype is None else _name(self.dtype)
+        config = {"dtype": dtype} | resident.packing_config(self.stock.model)
+        held = resident.write_weights(folder / format.RESIDENT, self._resident())
+        resident.copy_config(self.source, folder, config)
+        resident.write_manifest(
+            self.work,
+            self.source,
+            unit="expert",
+            activation="switch",  # whatever mlx-lm's module does
+            dtype=dtype,
+            resident=held,
+            predictors=None,
+            calibration=None,
+        )
+
+    def _convert_layer(self, index: int, module: str) -> format.Layer:
+        """Write the bundles of one switch layer, and let go of its weights."""
+        parts = {}
+        for name, array in switch_parts(self.switches[module]).items():
+            parts[name] = self._cast(name, array)
+            if mx.issubdtype(array.dtype, mx.floating):
+                finite(f"{module}.{name}", parts[name])
+        path = self.work.folder / f"ffn/layer_{index:02d}.safetensors"
+        entry = write_bundles(path, module, parts)
+        self._release(module)
+        return entry
+
+    def _release(self, module: str) -> None:
+        # Unevaluated zeros keep shapes and occupy nothing.
+        switch = self.switches[module]
+        zeros = tree_map(lambda w: mx.zeros(w.shape, w.dtype), switch.parameters())
+        switch.update(zeros)
+
+    def _resident(self) -> dict[str, mx.array]:
+        """All weights that are no expert's."""
+        inside = tuple(f"{module}." for module in self.switches)
+        return {
+            name: self._cast(name, array)
+            for name, array in tree_flatten(self.stock.model.parameters())
+            if not name.startswith(inside)
+        }
+
+    def _cast(self, name: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        if self.dtype is None or not floating or name.endswith(PACKING):
+            return array
+        return array.astype(self.dtype)
+
+    def _quantize(self, quantize: dict) -> None:
+        for switch in self.switches.values():
+            for name, linear in switch.children().items():
+                if isinstance(linear, nn.Module) and hasattr(linear, "to_quantized"):
+                    switch[name] = linear.to_quantized(**quantize)
+
+    def _check_disk(self) -> None:
+        arrays = [a for _, a in tree_flatten(self.stock.model.parameters())]
+        need = sum(a.nbytes for a in arrays)
+        need *= 1 - len(self.work.layers) / len(self.switches)
+        free = shutil.disk_usage(self.work.folder).free
+        if free < need:
+            raise FlashError(
+                f"The conversion needs about {need / 1e9:.2f} GB, "
+                f"{Path(self.work.dst).parent} has {free / 1e9:.2f} GB free. Free some "
+                "space or choose another folder."
+            )
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

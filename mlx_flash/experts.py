@@ -1,0 +1,111 @@
+"""Mixture-of-experts layers whose experts are on flash.
+
+mlx-lm's own `SwitchGLU` or `SwitchMLP` does the multiplying: its weights are exchanged
+for slots, and it is given slot numbers where it was given expert numbers. Activations,
+biases, quantisation and sorting stay its business, and so the result is its result.
+Shapes: T tokens, K experts of each token, D model width.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from .errors import FlashError
+from .slots import CLOSED, UnitSlots
+
+SWITCHES = (SwitchGLU, SwitchMLP)
+
+# From so many (token, expert) pairs on, mlx-lm sorts them and uses another kernel.
+SORT_PAIRS = 64
+
+
+def switch_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every switch layer of a model by its path, in the order of the layers."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, SWITCHES)}
+
+    def order(path: str) -> list[tuple[int, str]]:
+        return [(int(p) if p.isdigit() else -1, p) for p in path.split(".")]
+
+    return dict(sorted(found.items(), key=lambda item: order(item[0])))
+
+
+def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
+    """Every array of a switch layer by name, [experts, …]: weights, scales, biases."""
+    parts = {}
+    for name, linear in switch.children().items():
+        if isinstance(linear, nn.Module):
+            parts |= {
+                f"{name}.{key}": value
+                for key, value in linear.items()
+                if isinstance(value, mx.array)
+            }
+    return parts
+
+
+class ExpertFFN(nn.Module):
+    """A switch layer that has its experts brought when the router chose them."""
+
+    def __init__(self, switch: nn.Module):
+        super().__init__()
+        self._switch = switch  # the underscore: its arrays are slots, not parameters
+        self._store: UnitSlots | None = None
+
+    @property
+    def store(self) -> UnitSlots | None:
+        return self._store
+
+    @store.setter
+    def store(self, store: UnitSlots | None) -> None:
+        self._store = store
+        for name, array in (store.parts if store else {}).items():
+            linear, key = name.rsplit(".", 1)
+            self._switch[linear][key] = array
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        store = self.store
+        if store is None:
+            raise FlashError(CLOSED)
+        if store.holds_all:
+            y = self._switch(x, indices)
+        else:
+            # The one point where the host waits for MLX: it must know what to read.
+            chosen = np.asarray(indices)
+            y = self._stream(x, chosen, np.unique(chosen).astype(np.int32))
+        store.in_use = y
+        return y
+
+    def _stream(self, x: mx.array, chosen: np.ndarray, needed: np.ndarray) -> mx.array:
+        store, K = self.store, chosen.shape[-1]
+        waves = store.fetch(needed, tokens=chosen.size // K)
+        if len(needed) <= store.n_slots:
+            next(waves)
+            return self._switch(x, mx.array(store.cache.slot_of[chosen]))
+        pairs = chosen.reshape(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        done, outputs = [], []
+        for wave in waves:
+            mine = np.flatnonzero(np.isin(pairs, wave.units))
+            store.in_use = self._pairs(
+                rows, mine, K, store.cache.slot_of[pairs[mine]], len(pairs)
+            )
+            done.append(mine)
+            outputs.append(store.in_use)
+        order = np.argsort(np.concatenate(done))
+        y = mx.concatenate(outputs)[mx.array(order)]
+        return y.reshape(*chosen.shape, -1)
+
+    def _pairs(self, rows, mine, K: int, slots, total: int) -> mx.array:
+        """The outputs [P, D] of P pairs of a token and an expert's slot.
+
+        Where mlx-lm would have sorted all pairs, a short wave is filled up so that it
+        is sorted too: on a GPU the two kernels round differently.
+        """
+        count = len(mine)
+        if total >= SORT_PAIRS > count:
+            mine = np.resize(mine, SORT_PAIRS)
+            slots = np.resize(slots, SORT_PAIRS)
+        y = self._switch(rows[mx.array(mine // K)], mx.array(slots[:, None]))
+        return y[:count, 0]
