@@ -56,7 +56,13 @@ class PoolReader(Reader):
         self._pool = ThreadPoolExecutor(threads, "mlx-flash-reader")
         self._buffers = threading.local()
         self._pid = os.getpid()
-        self._close_with(self._pool.shutdown)
+        self._flights: set[Future] = set()
+        self._close_with(_leave, self._pool, self._flights)
+
+    def close(self):
+        if self._close.alive and self._pid == os.getpid():
+            self._pool.shutdown(wait=True)
+        super().close()
 
     def _register(self, source):
         rows = [memoryview(array.reshape(-1)) for array in source.slots]
@@ -73,6 +79,9 @@ class PoolReader(Reader):
             self._pool.submit(_work, batch, self._buffers)
             for _ in range(min(self._threads, len(jobs)))
         ]
+        for worker in batch.workers:
+            self._flights.add(worker)
+            worker.add_done_callback(self._flights.discard)
         return batch
 
     def _wait(self, batch):
@@ -90,6 +99,16 @@ class PoolReader(Reader):
                 "the reader was opened before a fork; "
                 "open another one in the child process"
             )
+
+
+def _leave(pool: ThreadPoolExecutor, flights: set[Future]) -> bool:
+    """End a reader that nobody closed; False if its files are still being read.
+
+    Garbage collection may run this in any thread, also in one that holds a lock which
+    the pool's threads need to end: waiting for them here has been seen to hang.
+    """
+    pool.shutdown(wait=False)
+    return all(flight.done() for flight in flights.copy())
 
 
 def plan(

@@ -154,6 +154,7 @@ def load_model(
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     budget = make_budget(memory, manifest, parts.shapes, context, folder)
 
+    mx.reset_peak_memory()
     mx.eval(model.parameters())
     reader = open_reader(READ_THREADS, direct=not page_cache, native=native)
     flash = Flash(folder, manifest, budget, reader, parts.layers, positions)
@@ -188,6 +189,8 @@ def _policy(policy, window: int):
     if policy == "lru":
         return Lru()
     if policy == "window":
+        if window < 1:
+            raise FlashError(f"A window of {window} tokens keeps nothing. Try 4.")
         return Window(window)
     if isinstance(policy, str):
         raise FlashError(f"No policy is called {policy!r}. Try lru or window.")

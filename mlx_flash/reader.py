@@ -260,7 +260,8 @@ def open_reader(
 
 
 def _close(stop, args, sources, files):
-    stop(*args)
+    if stop(*args) is False:
+        return  # reads still run: better to leave files open than to close them now
     sources.clear()
     while files:
         os.close(files.popitem()[1][0])

@@ -6,6 +6,7 @@ the same memory are what the reader writes to, so nothing is staged or copied.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from math import prod
@@ -16,6 +17,7 @@ import numpy as np
 
 from . import format
 from .cache import Lru, SlotCache, Wave, Window
+from .errors import FlashError
 from .reader import Extent, Reader
 from .stats import Stats
 
@@ -43,6 +45,15 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndar
     if np.asarray(array.view(mx.uint8)).ctypes.data != view.ctypes.data:
         raise RuntimeError("this MLX copies where it used to share memory")
     return array, view
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change; None where there is no file."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns
 
 
 class UnitSlots:
@@ -80,6 +91,7 @@ class UnitSlots:
             path = folder / layer.file
             extents = [Extent(path, layer.data_offset, layer.unit_bytes, parts)]
         self._source = reader.add_source(extents, views, layer.units)
+        self._files = {extent.path: _identity(extent.path) for extent in extents}
 
     @property
     def units(self) -> int:
@@ -133,7 +145,16 @@ class UnitSlots:
             mx.eval(self.in_use)
             self.in_use = None
 
+    def _check_files(self) -> None:
+        """A file that is written anew under a running model would mix two models."""
+        for path, before in self._files.items():
+            if _identity(path) != before:
+                raise FlashError(
+                    f"{path} changed while its model was in use. Load the model again."
+                )
+
     def _read(self, wave: Wave) -> None:
+        self._check_files()
         begin = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
         result = self._reader.wait(ticket)

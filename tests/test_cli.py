@@ -359,7 +359,7 @@ def test_what_is_no_flash_folder(command, tmp_path):
     assert f"{missing} does not exist" in refused(*command, missing)
     src = make_checkpoint(tmp_path / "plain")
     message = refused(*command, src)
-    assert f"{src} is not a flash folder" in message
+    assert str(src) in message and "flash.json" in message
     assert f"mlx-flash convert {src}" in message
     file = src / "config.json"
     assert f"{file} is a file" in refused(*command, file)

@@ -359,8 +359,8 @@ def test_config_that_is_none(refuse, checkpoint, text, words):
     "change, words",
     [
         ({"model_type": "gpt_neox_nope"}, ["gpt_neox_nope", "opt"]),
-        ({"model_type": None}, ["None", "opt"]),
-        ({"model_type": ["opt"]}, ["['opt']", "opt"]),
+        ({"model_type": None}, ["config.json", "names no model_type"]),
+        ({"model_type": ["opt"]}, ["config.json", "names no model_type"]),
         ({"hidden_size": None}, ["config.json", "hidden_size is missing"]),
         ({"vocab_size": None}, ["config.json", "vocab_size is missing"]),
         ({"num_hidden_layers": None}, ["config.json", "num_hidden_layers"]),

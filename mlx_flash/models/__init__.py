@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict:
             f"{folder / 'config.json'} (or generation_config.json beside it) cannot be "
             f"read: {error}."
         ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise FlashError(f"{folder / 'config.json'} names no model_type.")
     return config
 
