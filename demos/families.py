@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -25,7 +26,7 @@ from mlx_flash.assembly import assemble
 from mlx_flash.budget import make_budget
 from mlx_flash.models import get_model_classes
 
-PROMPT, DECODED, VOCABULARY = 40, 3, 96  # 40 tokens × 2 experts: mlx-lm sorts from 64
+PROMPT, DECODED, VOCABULARY = 70, 3, 96  # mlx-lm sorts from 64 pairs on
 NEURON_TOLERANCE = 1e-4  # of the largest logit
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 
@@ -111,14 +112,43 @@ SIZES = dict(
     use_conv_bias=True,
 )
 SLIDING = ["sliding_attention", "full_attention"]
-LLAMA4 = dict(
-    attention_chunk_size=32,
-    interleave_moe_layer_step=1,
-    intermediate_size_mlp=64,
-    rope_scaling=None,
+YARN = dict(
+    type="yarn",
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=2.0,
+    original_max_position_embeddings=512,
+    mscale=1.0,
+    mscale_all_dim=1.0,
 )
+GRANITE = dict(
+    logits_scaling=2.0,
+    attention_multiplier=0.25,
+    embedding_multiplier=2.0,
+    residual_multiplier=0.5,
+)
+KIMI = dict(
+    linear_attn_config=dict(
+        kda_layers=[1],
+        full_attn_layers=[2],
+        num_heads=4,
+        head_dim=32,
+        short_conv_kernel_size=4,
+    )
+)
+LONGCAT = dict(
+    attention_method="MLA",
+    zero_expert_type="identity",
+    zero_expert_num=4,
+    ffn_hidden_size=64,
+    expert_ffn_hidden_size=64,
+    num_layers=2,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+)
+TEXT_TYPES = dict(kimi_k25="deepseek_v3", kimi_k3="kimi_linear", kimi_vl="deepseek_v3")
 
-# What else a family asks for. `text` is put into `text_config`, with the sizes.
+# What else a family asks for. `text` becomes its `text_config`, beside the sizes.
 FAMILIES: dict[str, dict] = {
     "Klear": {},
     "afmoe": dict(layer_types=SLIDING),
@@ -126,8 +156,15 @@ FAMILIES: dict[str, dict] = {
     "bailing_moe": {},
     "bailing_moe_linear": {},
     "bailing_moe_v3": {},
+    "dbrx": dict(
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        ffn_config=dict(moe_num_experts=8, moe_top_k=2, ffn_hidden_size=64),
+        attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=1e4),
+    ),
     "deepseek": {},
-    "deepseek_v2": {},
+    "deepseek_v2": dict(rope_scaling=YARN),
     "deepseek_v3": {},
     "deepseek_v32": {},
     "deepseek_v41": {},
@@ -149,27 +186,16 @@ FAMILIES: dict[str, dict] = {
         topk_method="noaux_tc",
         scoring_func="sigmoid",
         moe_layer_freq=1,
-        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+        rope_parameters=dict(rope_theta=1e4, rope_type="default"),
     ),
     "gpt_oss": dict(layer_types=SLIDING),
-    "granitemoe": dict(
-        logits_scaling=2.0,
-        attention_multiplier=0.25,
-        embedding_multiplier=2.0,
-        residual_multiplier=0.5,
-    ),
-    "granitemoehybrid": dict(
-        logits_scaling=2.0,
-        attention_multiplier=0.25,
-        embedding_multiplier=2.0,
-        residual_multiplier=0.5,
-        layer_types=["mamba", "attention"],
-    ),
+    "granitemoe": GRANITE,
+    "granitemoehybrid": GRANITE | dict(layer_types=["mamba", "attention"]),
     "hunyuan": dict(
         use_mixed_mlp_moe=True,
         use_cla=False,
         cla_share_factor=2,
-        rope_scaling={"alpha": 1.0, "factor": 1.0, "type": "dynamic"},
+        rope_scaling=dict(alpha=1.0, factor=1.0, type="dynamic"),
     ),
     "jamba": dict(
         attn_layer_offset=1,
@@ -177,19 +203,10 @@ FAMILIES: dict[str, dict] = {
         expert_layer_offset=1,
         expert_layer_period=2,
     ),
-    "kimi_k25": {},
-    "kimi_k3": {},
-    "kimi_linear": dict(
-        model_max_length=1024,
-        linear_attn_config=dict(
-            kda_layers=[1],
-            full_attn_layers=[2],
-            num_heads=4,
-            head_dim=32,
-            short_conv_kernel_size=4,
-        ),
-    ),
-    "kimi_vl": {},
+    "kimi_k25": dict(text={}),
+    "kimi_k3": dict(text=KIMI | dict(attn_res_block_size=2)),
+    "kimi_linear": KIMI | dict(model_max_length=1024),
+    "kimi_vl": dict(text={}),
     "laguna": {},
     "lfm2_moe": dict(
         use_expert_bias=True,
@@ -197,29 +214,21 @@ FAMILIES: dict[str, dict] = {
         conv_L_cache=3,
         layer_types=["conv", "full_attention"],
     ),
-    "llama4": dict(text=LLAMA4),
-    "longcat_flash": dict(
-        attention_method="MLA",
-        zero_expert_type="identity",
-        zero_expert_num=4,
-        ffn_hidden_size=64,
-        expert_ffn_hidden_size=64,
-        num_layers=2,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
+    "llama4": dict(
+        text=dict(
+            num_experts_per_tok=1,  # the only number mlx-lm has
+            attention_chunk_size=32,
+            interleave_moe_layer_step=1,
+            intermediate_size_mlp=64,
+            rope_scaling=None,
+        )
     ),
-    "longcat_flash_ngram": dict(
-        attention_method="MLA",
-        zero_expert_type="identity",
-        zero_expert_num=4,
-        ffn_hidden_size=64,
-        expert_ffn_hidden_size=64,
-        num_layers=2,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
-        ngram_vocab_size_ratio=4,
+    "longcat_flash": LONGCAT,
+    "longcat_flash_ngram": LONGCAT | dict(ngram_vocab_size_ratio=4),
+    "mellum": dict(
+        layer_types=SLIDING,
+        rope_parameters={kind: dict(rope_theta=1e4) for kind in SLIDING},
     ),
-    "mellum": dict(layer_types=SLIDING),
     "mimo_v2_flash": dict(
         hybrid_layer_pattern=[1, 0],
         moe_layer_freq=[0, 1],
@@ -235,13 +244,24 @@ FAMILIES: dict[str, dict] = {
         swa_v_head_dim=16,
     ),
     "minimax": dict(rotary_dim=16),
-    "minimax_m3_vl": {},
-    "mistral4": {},
+    "minimax_m3_vl": dict(text=dict(dense_intermediate_size=64)),
+    "mistral4": dict(rope_parameters=YARN | dict(llama_4_scaling_beta=0.1)),
     "mixtral": {},
-    "muse_spark": {},
+    "muse_spark": dict(
+        text=dict(
+            post_norm_eps=1e-5,
+            rope_parameters=dict(rope_theta=1e4),
+            layer_rope_theta=[1e4, 1e4],
+            layer_types=SLIDING,
+            final_logit_softcapping=20.0,
+            output_multiplier=0.5,
+            moe_hidden_size=64,
+            num_shared_experts=0,
+        )
+    ),
     "nemotron_h": dict(hybrid_override_pattern=["M", "E", "*", "E"]),
     "olmoe": {},
-    "phimoe": {},
+    "phimoe": dict(rope_scaling=dict(short_factor=1.0, long_factor=1.0)),
     "phixtral": dict(
         num_vocab=VOCABULARY, model_dim=64, num_heads=4, num_layers=2, rotary_dim=8
     ),
@@ -249,7 +269,171 @@ FAMILIES: dict[str, dict] = {
     "qwen3_5_moe": dict(text={}),
     "qwen3_moe": {},
     "qwen3_next": {},
-    "qwen3_vl_moe": {},
+    "qwen3_vl_moe": dict(text={}),
     "solar_open": {},
-    "step3p5": {},
+    "step3p5": dict(num_attention_groups=2, share_expert_dim=64),
 }
+# Streamed in place like the others, and from a converted folder as well.
+ALSO_CONVERTED = ("gpt_oss", "mixtral", "nemotron_h", "phixtral", "qwen3_moe")
+
+
+def make_config(family: str) -> dict:
+    """The family's config.json."""
+    changes = dict(FAMILIES[family])
+    config = SIZES | {"model_type": family}
+    if "text" in changes:
+        name = TEXT_TYPES.get(family, f"{family}_text")
+        config["text_config"] = SIZES | {"model_type": name} | changes.pop("text")
+    return config | changes
+
+
+def write_checkpoint(folder: Path, config: dict) -> Path:
+    """A checkpoint as mlx-lm would save it, with random weights that all matter."""
+    model_class, args_class = get_model_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.random.seed(0)
+
+    def draw(array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        around = 1.0 if array.ndim == 1 else 0.0  # norms
+        return (around + 0.15 * mx.random.normal(array.shape)).astype(array.dtype)
+
+    weights = tree_flatten(model.apply(draw).parameters())
+    folder.mkdir()
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(weights), {"format": "mlx"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def few_slots(folder: Path) -> int:
+    """The least memory in bytes with which a quarter of each layer's units fits."""
+    parts = assemble(folder, predictor=False)
+
+    def enough(memory: int) -> bool:
+        try:
+            budget = make_budget(memory, parts.manifest, parts.shapes, 128, folder)
+        except mlx_flash.FlashError:
+            return False
+        layers = parts.manifest.layers
+        return all(n >= x.units // 4 for n, x in zip(budget.slots, layers, strict=True))
+
+    low, high = 0, 1 << 30
+    while high - low > 1024:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def run(model) -> list[np.ndarray]:
+    """Logits of a prompt, and of further tokens one by one."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, PROMPT + DECODED))
+    tokens, cache = mx.array(tokens), make_prompt_cache(model)
+    steps = [tokens[:, :PROMPT], *mx.split(tokens[:, PROMPT:], DECODED, axis=1)]
+    return [np.array(model(step, cache=cache).astype(mx.float32)) for step in steps]
+
+
+def compare(folder: Path, expected: list[np.ndarray]) -> tuple[str, str, float]:
+    """Stream the model in `folder`; (unit, layers from flash, largest difference)."""
+    model, _ = mlx_flash.load_model(
+        folder, few_slots(folder), predictor=False, context=128, page_cache=True
+    )
+    flash = model.flash
+    try:
+        actual = run(model)
+    finally:
+        flash.close()
+    if flash.stats.misses == 0 or any(
+        slots == layer.units
+        for slots, layer in zip(flash.budget.slots, flash.manifest.layers, strict=True)
+    ):
+        raise RuntimeError("a layer was not streamed: this compares nothing")
+    if not all(np.isfinite(e).all() and np.ptp(e) > 0 for e in expected):
+        raise RuntimeError("the resident model's logits are NaN or all alike")
+    diff = max(np.abs(a - e).max() for a, e in zip(actual, expected, strict=True))
+    layers = f"{len(flash.layers)} of {len(flash.manifest.layers)}"
+    return flash.manifest.unit, layers, float(diff)
+
+
+def check(family: str, checkpoint: Path | None, work: Path) -> dict:
+    """One row of the table. `checkpoint` is None where one has to be made."""
+    row = {"family": family, "unit": "", "layers": "", "from": "", "difference": None}
+    try:
+        neurons = checkpoint is not None
+        if checkpoint is None:
+            checkpoint = write_checkpoint(work / "checkpoint", make_config(family))
+        resident, _ = load_resident(checkpoint, get_model_classes=get_model_classes)
+        expected = run(resident)
+        folders = {} if neurons else {"in place": checkpoint}
+        if neurons or family in ALSO_CONVERTED:
+            folders["converted"] = mlx_flash.convert(
+                checkpoint, work / "flash", rank=0, progress=False
+            )
+        results = [compare(folder, expected) for folder in folders.values()]
+    except mlx_flash.FlashError as error:
+        return row | {"from": "refused", "verdict": str(error).replace(str(work), "…")}
+    except Exception as error:  # a row, so that the other families are still checked
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return row | {"from": "failed", "verdict": reason}
+    worst = max(difference for _, _, difference in results)
+    scale = max(float(np.abs(e).max()) for e in expected)
+    allowed = NEURON_TOLERANCE * scale if neurons else 0.0
+    return row | {
+        "unit": results[0][0],
+        "layers": results[0][1],
+        "from": ", ".join(folders),
+        "difference": worst,
+        "verdict": "same" if worst <= allowed else "DIFFERS",
+    }
+
+
+def all_families() -> dict[str, Path | None]:
+    """Every family by name; those of ours with a checkpoint from the tests."""
+    ours = {f"{p.parent.name}/{p.name}": p for p in sorted(GOLDENS.glob("*/*"))}
+    return dict.fromkeys(FAMILIES) | ours
+
+
+@click.command()
+@click.option("--family", help="Only this one.")
+def main(family):
+    """Compare every family from flash with the same model in memory."""
+    families = all_families()
+    if family and family not in families:
+        raise click.BadParameter(f"{family!r} is none of {', '.join(families)}.")
+    print("| family | unit | layers from flash | from | largest difference |")
+    print("| --- | --- | --- | --- | --- |")
+    begin, rows = time.perf_counter(), []
+    for name in [family] if family else families:
+        work = Path(tempfile.mkdtemp(prefix="families-"))
+        try:
+            row = check(name, families[name], work)
+        finally:
+            shutil.rmtree(work)
+        rows.append(row)
+        figure = row["verdict"]
+        if row["difference"] is not None:
+            figure = f"{row['difference']:.2g}, {figure}"
+            figure = "0" if row["difference"] == 0 else figure
+        cells = [row[k] for k in ("family", "unit", "layers", "from")]
+        print("|", " | ".join([*cells, figure]), "|", flush=True)
+    bad = [r["family"] for r in rows if r["verdict"] == "DIFFERS"]
+    failed = [r["family"] for r in rows if r["from"] == "failed"]
+    summary = {
+        "compared": sum(r["difference"] is not None for r in rows),
+        "identical": sum(r["difference"] == 0 for r in rows),
+        "differ": bad,
+        "failed": failed,
+        "refused": [r["family"] for r in rows if r["from"] == "refused"],
+        "seconds": round(time.perf_counter() - begin, 1),
+        "device": str(mx.default_device()),
+        "mlx": mx.__version__,
+        "mlx_lm": version("mlx_lm"),
+    }
+    print(json.dumps(summary))
+    sys.exit(1 if bad or failed else 0)
+
+
+if __name__ == "__main__":
+    main()

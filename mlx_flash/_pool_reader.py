@@ -101,14 +101,14 @@ class PoolReader(Reader):
             )
 
 
-def _leave(pool: ThreadPoolExecutor, flights: set[Future]) -> bool:
-    """End a reader that nobody closed; False if its files are still being read.
+def _leave(pool: ThreadPoolExecutor, flights: set[Future]) -> list[Future]:
+    """End a reader, and return what is still reading if nobody closed it before.
 
     Garbage collection may run this in any thread, also in one that holds a lock which
     the pool's threads need to end: waiting for them here has been seen to hang.
     """
     pool.shutdown(wait=False)
-    return all(flight.done() for flight in flights.copy())
+    return [flight for flight in flights.copy() if not flight.done()]
 
 
 def plan(

@@ -260,11 +260,17 @@ def open_reader(
 
 
 def _close(stop, args, sources, files):
-    if stop(*args) is False:
-        return  # reads still run: better to leave files open than to close them now
+    flights = stop(*args) or []
     sources.clear()
-    while files:
-        os.close(files.popitem()[1][0])
+
+    def close_files(_=None):
+        if all(flight.done() for flight in flights):
+            while files:
+                os.close(files.popitem()[1][0])
+
+    close_files()
+    for flight in flights:  # the last to end closes the files it read
+        flight.add_done_callback(close_files)
 
 
 def _address(array: np.ndarray) -> int:
