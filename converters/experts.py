@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import format
 from ..errors import FlashError
@@ -108,16 +108,20 @@ class ExpertConversion:
     def _release(self, module: str) -> None:
         # Unevaluated zeros keep shapes and occupy nothing.
         switch = self.switches[module]
-        zeros = tree_map(lambda w: mx.zeros(w.shape, w.dtype), switch.parameters())
-        switch.update(zeros)
+        zeros = {n: mx.zeros(w.shape, w.dtype) for n, w in switch_parts(switch).items()}
+        switch.update(tree_unflatten(list(zeros.items())))
 
     def _resident(self) -> dict[str, mx.array]:
         """All weights that are no expert's."""
-        inside = tuple(f"{module}." for module in self.switches)
+        bundled = {
+            f"{module}.{name}"
+            for module, switch in self.switches.items()
+            for name in switch_parts(switch)
+        }
         return {
             name: self._cast(name, array)
             for name, array in tree_flatten(self.stock.model.parameters())
-            if not name.startswith(inside)
+            if name not in bundled
         }
 
     def _cast(self, name: str, array: mx.array) -> mx.array:

@@ -2,12 +2,14 @@
 
 For each family a tiny checkpoint with random weights is written and loaded twice: by
 mlx-lm as a whole, and by mlx-flash with slots for a quarter of a layer's experts or
-neurons. Both read the same prompt and the same further tokens. Experts must give the
-same bits; neurons are added up in another order, and must agree to 1e-4.
+neurons: in place, and converted. All read the same prompt and further tokens. Experts
+must give the same bits; neurons are added up in another order, and agree to 1e-4.
 """
 
+import contextlib
+import io
 import json
-import shutil
+import re
 import sys
 import tempfile
 import time
@@ -18,15 +20,18 @@ import click
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_flash.converters.neurons import FFN_PATHS
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_resident
+from mlx_lm.utils import quantize_model
 
 import mlx_flash
 from mlx_flash.assembly import assemble
 from mlx_flash.budget import make_budget
-from mlx_flash.models import get_model_classes
+from mlx_flash.models import get_model_classes, read_config
 
 PROMPT, DECODED, VOCABULARY = 70, 3, 96  # mlx-lm sorts from 64 pairs on
+NEURON_PROMPT = 40
 NEURON_TOLERANCE = 1e-4  # of the largest logit
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 
@@ -121,6 +126,15 @@ YARN = dict(
     mscale=1.0,
     mscale_all_dim=1.0,
 )
+GEMMA = dict(
+    enable_moe_block=True,
+    top_k_experts=2,
+    num_kv_shared_layers=0,
+    global_head_dim=16,
+    vocab_size_per_layer_input=VOCABULARY,
+    hidden_size_per_layer_input=0,
+    layer_types=SLIDING,
+)
 GRANITE = dict(
     logits_scaling=2.0,
     attention_multiplier=0.25,
@@ -171,15 +185,8 @@ FAMILIES: dict[str, dict] = {
     "dots1": dict(scoring_func="noaux_tc"),
     "ernie4_5_moe": {},
     "exaone_moe": dict(layer_types=SLIDING, is_moe_layer=[False, True]),
-    "gemma4_text": dict(
-        enable_moe_block=True,
-        top_k_experts=2,
-        num_kv_shared_layers=0,
-        global_head_dim=16,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size_per_layer_input=0,
-        layer_types=SLIDING,
-    ),
+    "gemma4": dict(text=GEMMA | dict(model_type="gemma4_text")),
+    "gemma4_text": GEMMA,
     "glm4_moe": dict(rope_scaling=None),
     "glm4_moe_lite": dict(num_key_value_heads=4),
     "glm_moe_dsa": dict(
@@ -216,7 +223,8 @@ FAMILIES: dict[str, dict] = {
     ),
     "llama4": dict(
         text=dict(
-            num_experts_per_tok=1,  # the only number mlx-lm has
+            num_experts_per_tok=1,  # mlx-lm has no other, nor fewer than 4 layers
+            num_hidden_layers=4,
             attention_chunk_size=32,
             interleave_moe_layer_step=1,
             intermediate_size_mlp=64,
@@ -261,7 +269,7 @@ FAMILIES: dict[str, dict] = {
     ),
     "nemotron_h": dict(hybrid_override_pattern=["M", "E", "*", "E"]),
     "olmoe": {},
-    "phimoe": dict(rope_scaling=dict(short_factor=1.0, long_factor=1.0)),
+    "phimoe": dict(rope_scaling=None),
     "phixtral": dict(
         num_vocab=VOCABULARY, model_dim=64, num_heads=4, num_layers=2, rotary_dim=8
     ),
@@ -273,8 +281,6 @@ FAMILIES: dict[str, dict] = {
     "solar_open": {},
     "step3p5": dict(num_attention_groups=2, share_expert_dim=64),
 }
-# Streamed in place like the others, and from a converted folder as well.
-ALSO_CONVERTED = ("gpt_oss", "mixtral", "nemotron_h", "phixtral", "qwen3_moe")
 
 
 def make_config(family: str) -> dict:
@@ -287,7 +293,7 @@ def make_config(family: str) -> dict:
     return config | changes
 
 
-def write_checkpoint(folder: Path, config: dict) -> Path:
+def write_checkpoint(folder: Path, config: dict, bits: int | None) -> Path:
     """A checkpoint as mlx-lm would save it, with random weights that all matter."""
     model_class, args_class = get_model_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -299,11 +305,16 @@ def write_checkpoint(folder: Path, config: dict) -> Path:
         around = 1.0 if array.ndim == 1 else 0.0  # norms
         return (around + 0.15 * mx.random.normal(array.shape)).astype(array.dtype)
 
-    weights = tree_flatten(model.apply(draw).parameters())
+    model.apply(draw)
+    if bits:
+        rule = getattr(model, "quant_predicate", None)  # routers, say, stay at 8 bits
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, config = quantize_model(
+                model, config, 32, bits, quant_predicate=rule
+            )
+    weights = dict(tree_flatten(model.parameters()))
     folder.mkdir()
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(weights), {"format": "mlx"}
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -327,11 +338,11 @@ def few_slots(folder: Path) -> int:
     return high
 
 
-def run(model) -> list[np.ndarray]:
+def run(model, prompt: int) -> list[np.ndarray]:
     """Logits of a prompt, and of further tokens one by one."""
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, PROMPT + DECODED))
-    tokens, cache = mx.array(tokens), make_prompt_cache(model)
-    steps = [tokens[:, :PROMPT], *mx.split(tokens[:, PROMPT:], DECODED, axis=1)]
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, prompt + DECODED))
+    cache = make_prompt_cache(model)
+    steps = mx.split(mx.array(tokens), range(prompt, prompt + DECODED), axis=1)
     return [np.array(model(step, cache=cache).astype(mx.float32)) for step in steps]
 
 
@@ -342,7 +353,7 @@ def compare(folder: Path, expected: list[np.ndarray]) -> tuple[str, str, float]:
     )
     flash = model.flash
     try:
-        actual = run(model)
+        actual = run(model, expected[0].shape[1])
     finally:
         flash.close()
     if flash.stats.misses == 0 or any(
@@ -357,47 +368,60 @@ def compare(folder: Path, expected: list[np.ndarray]) -> tuple[str, str, float]:
     return flash.manifest.unit, layers, float(diff)
 
 
-def check(family: str, checkpoint: Path | None, work: Path) -> dict:
+def check(family: str, checkpoint: Path | None, work: Path, bits: int | None) -> dict:
     """One row of the table. `checkpoint` is None where one has to be made."""
     row = {"family": family, "unit": "", "layers": "", "from": "", "difference": None}
+    neurons = checkpoint is not None
     try:
-        neurons = checkpoint is not None
-        if checkpoint is None:
-            checkpoint = write_checkpoint(work / "checkpoint", make_config(family))
+        if not neurons:
+            config = make_config(family)
+            checkpoint = write_checkpoint(work / "checkpoint", config, bits)
         resident, _ = load_resident(checkpoint, get_model_classes=get_model_classes)
-        expected = run(resident)
-        folders = {} if neurons else {"in place": checkpoint}
-        if neurons or family in ALSO_CONVERTED:
-            folders["converted"] = mlx_flash.convert(
-                checkpoint, work / "flash", rank=0, progress=False
-            )
-        results = [compare(folder, expected) for folder in folders.values()]
-    except mlx_flash.FlashError as error:
-        return row | {"from": "refused", "verdict": str(error).replace(str(work), "…")}
+        expected = run(resident, NEURON_PROMPT if neurons else PROMPT)
     except Exception as error:  # a row, so that the other families are still checked
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return row | {"from": "failed", "verdict": reason}
-    worst = max(difference for _, _, difference in results)
+        return row | {"from": "mlx-lm cannot run it here", "verdict": reason(error)}
+    try:
+        results = {}
+        if not neurons:
+            with contextlib.suppress(mlx_flash.FlashError):  # then only converted
+                results["in place"] = compare(checkpoint, expected)
+        flash = mlx_flash.convert(checkpoint, work / "flash", rank=0, progress=False)
+        results["converted"] = compare(flash, expected)
+    except mlx_flash.FlashError as error:
+        return row | {"from": "refused", "verdict": reason(error)}
+    except Exception as error:
+        return row | {"from": "FAILED", "verdict": reason(error)}
+    worst = max(difference for _, _, difference in results.values())
     scale = max(float(np.abs(e).max()) for e in expected)
     allowed = NEURON_TOLERANCE * scale if neurons else 0.0
     return row | {
-        "unit": results[0][0],
-        "layers": results[0][1],
-        "from": ", ".join(folders),
+        "unit": results["converted"][0],
+        "layers": results["converted"][1],
+        "from": ", ".join(results),
         "difference": worst,
-        "verdict": "same" if worst <= allowed else "DIFFERS",
+        "verdict": f"{worst:.2g}" + ("" if worst <= allowed else " DIFFERS"),
     }
+
+
+def reason(error: Exception) -> str:
+    text = re.sub(tempfile.gettempdir() + r"\S*/", "", f"{error}")
+    if not isinstance(error, mlx_flash.FlashError):
+        text = f"{type(error).__name__} {text}"
+    return " ".join(text.split())[:140]
 
 
 def all_families() -> dict[str, Path | None]:
     """Every family by name; those of ours with a checkpoint from the tests."""
     ours = {f"{p.parent.name}/{p.name}": p for p in sorted(GOLDENS.glob("*/*"))}
-    return dict.fromkeys(FAMILIES) | ours
+    types = {name: read_config(folder)["model_type"] for name, folder in ours.items()}
+    known = {name: ours[name] for name, kind in types.items() if kind in FFN_PATHS}
+    return dict.fromkeys(FAMILIES) | known
 
 
 @click.command()
 @click.option("--family", help="Only this one.")
-def main(family):
+@click.option("--bits", type=int, help="Quantise the checkpoints, as mlx-lm does.")
+def main(family, bits):
     """Compare every family from flash with the same model in memory."""
     families = all_families()
     if family and family not in families:
@@ -406,33 +430,32 @@ def main(family):
     print("| --- | --- | --- | --- | --- |")
     begin, rows = time.perf_counter(), []
     for name in [family] if family else families:
-        work = Path(tempfile.mkdtemp(prefix="families-"))
-        try:
-            row = check(name, families[name], work)
-        finally:
-            shutil.rmtree(work)
+        with tempfile.TemporaryDirectory(prefix="families-") as work:
+            row = check(name, families[name], Path(work), bits)
+        cells = [row[k] for k in ("family", "unit", "layers", "from", "verdict")]
+        print("|", " | ".join(cells), "|", flush=True)
         rows.append(row)
-        figure = row["verdict"]
-        if row["difference"] is not None:
-            figure = f"{row['difference']:.2g}, {figure}"
-            figure = "0" if row["difference"] == 0 else figure
-        cells = [row[k] for k in ("family", "unit", "layers", "from")]
-        print("|", " | ".join([*cells, figure]), "|", flush=True)
-    bad = [r["family"] for r in rows if r["verdict"] == "DIFFERS"]
-    failed = [r["family"] for r in rows if r["from"] == "failed"]
+
+    def names(test) -> list[str]:
+        return [row["family"] for row in rows if test(row)]
+
+    differ = names(lambda row: "DIFFERS" in row["verdict"])
+    failed = names(lambda row: row["from"] == "FAILED")
     summary = {
-        "compared": sum(r["difference"] is not None for r in rows),
-        "identical": sum(r["difference"] == 0 for r in rows),
-        "differ": bad,
+        "compared": len(names(lambda row: row["difference"] is not None)),
+        "identical": len(names(lambda row: row["difference"] == 0)),
+        "differ": differ,
         "failed": failed,
-        "refused": [r["family"] for r in rows if r["from"] == "refused"],
+        "refused": names(lambda row: row["from"] == "refused"),
+        "not_run": names(lambda row: "mlx-lm" in row["from"]),
         "seconds": round(time.perf_counter() - begin, 1),
+        "bits": bits,
         "device": str(mx.default_device()),
         "mlx": mx.__version__,
         "mlx_lm": version("mlx_lm"),
     }
     print(json.dumps(summary))
-    sys.exit(1 if bad or failed else 0)
+    sys.exit(1 if differ or failed else 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_flash.converters.neurons import NeuronLayer, write_bundles
+from mlx_flash.converters.bundles import write_bundles
 from mlx_flash.converters.resident import write_weights
 from tqdm import tqdm
 
@@ -40,11 +40,10 @@ def flash_folder(folder: Path, layers: int, units: int, dims: int) -> format.Man
     rng = np.random.default_rng(0)
     entries = []
     for index in bar(range(layers), desc="writing bundles", unit="layer"):
-        up, down = random_half(rng, units, dims), random_half(rng, dims, units)
-        layer = NeuronLayer(f"model.decoder.layers.{index}.mlp", up, down, None)
+        parts = {name: random_half(rng, units, dims) for name in ("up", "down")}
         path = folder / f"ffn/layer_{index:02d}.safetensors"
-        entries.append(write_bundles(path, layer))
-    nothing = {"nothing": mx.zeros((1,))}
+        entries.append(write_bundles(path, f"model.decoder.layers.{index}.mlp", parts))
+    nothing = {"nothing": mx.zeros((1,), mx.float16)}
     manifest = format.Manifest(
         format_version=format.FORMAT_VERSION,
         source="synthetic",
@@ -53,7 +52,7 @@ def flash_folder(folder: Path, layers: int, units: int, dims: int) -> format.Man
         unit="neuron",
         activation="relu",
         dtype="float16",
-        resident=write_weights(folder / format.RESIDENT, nothing, mx.float16),
+        resident=write_weights(folder / format.RESIDENT, nothing),
         predictors=None,
         calibration=None,
         layers=tuple(entries),

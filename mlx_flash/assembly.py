@@ -62,10 +62,9 @@ def _is_checkpoint(folder: Path) -> bool:
 def _from_flash(folder: Path, predictor: bool) -> Assembled:
     manifest = read_manifest(folder)
     config = read_config(folder)
-    model = make_model(*get_model_classes(config), config, folder)
-    _quantize(model, config.get("quantization"))
-    model.set_dtype(getattr(mx, manifest.dtype))
-    shapes = find_shapes(model, config)
+    # A model of their own: Kimi K3 keeps what it computed from weights in its first run
+    shapes = find_shapes(_empty_model(manifest, config, folder), config)
+    model = _empty_model(manifest, config, folder)
     if manifest.unit == "expert":
         exchange = _exchange_experts
     else:
@@ -75,6 +74,14 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
     _load_resident(model, manifest, predictor, folder)
     return Assembled(model, config, manifest, layers, None, shapes)
+
+
+def _empty_model(manifest: Manifest, config: dict, folder: Path) -> nn.Module:
+    """The folder's model with weights that nothing evaluates."""
+    model = make_model(*get_model_classes(config), config, folder)
+    _quantize(model, config.get("quantization"))
+    model.set_dtype(getattr(mx, manifest.dtype))
+    return model
 
 
 def _quantize(model: nn.Module, quantization: dict | None) -> None:
@@ -121,9 +128,17 @@ def _exchange_neurons(
                 f"asks for up and down of {dims} values, {MANIFEST} for {dtype}. "
                 "Convert the model again."
             )
-        rank = entry.predictor.rank if predictor and entry.predictor else 0
+        facts = entry.predictor if predictor else None
+        rank, bits = (facts.rank, facts.bits) if facts else (0, 0)
         bias = any("bias" in name for name, _ in tree_flatten(old.parameters()))
-        layers.append(NeuronFFN(dims, entry.units, manifest.activation, bias, rank))
+        try:
+            ffn = NeuronFFN(dims, entry.units, manifest.activation, bias, rank, bits)
+        except ValueError as error:
+            raise FlashError(
+                f"{folder / MANIFEST}, {entry.module}: no predictor of rank {rank} and "
+                f"{bits} bits is possible ({str(error).splitlines()[0]})."
+            ) from error
+        layers.append(ffn)
     return layers
 
 

@@ -15,12 +15,12 @@ from .format import Layer, Manifest
 from .safetensors_io import DTYPES
 from .shapes import Shapes
 from .sizes import parse_memory, say_memory
-from .slots import PAGE
+from .slots import spare_bytes
 
 KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
 MAX_PREFILL = 512
 MIN_PREFILL = 8
-PREFILL_SHARE = 0.05  # of the budget, for the activations of a prompt chunk
+PREFILL_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
 LEAST_SHARE = 64  # the least is one slot for every 64 neurons, or one expert
 
 
@@ -60,7 +60,7 @@ def make_budget(
     per_token = _workspace_per_token(shapes, manifest, context)
     logits = 4 * shapes.vocabulary * 4
     layers = manifest.layers
-    pages = sum(PAGE * len(layer.parts) for layer in layers)
+    pages = sum(spare_bytes(p.bytes) for layer in layers for p in layer.parts)
     everything = fixed + manifest.ffn_bytes + pages + logits + MAX_PREFILL * per_token
     if wanted is None:
         total = min(everything, device.usable_memory_bytes())

@@ -11,12 +11,18 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
 
 from .errors import FlashError
 from .slots import CLOSED, UnitSlots
 
 SWITCHES = (SwitchGLU, SwitchMLP)
+LINEARS = (SwitchLinear, QuantizedSwitchLinear)
 
 # From so many (token, expert) pairs on, mlx-lm sorts them and uses another kernel.
 SORT_PAIRS = 64
@@ -36,7 +42,7 @@ def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
     """Every array of a switch layer by name, [experts, …]: weights, scales, biases."""
     parts = {}
     for name, linear in switch.children().items():
-        if isinstance(linear, nn.Module):
+        if isinstance(linear, LINEARS):
             parts |= {
                 f"{name}.{key}": value
                 for key, value in linear.items()
@@ -51,6 +57,9 @@ class ExpertFFN(nn.Module):
     def __init__(self, switch: nn.Module):
         super().__init__()
         self._switch = switch  # the underscore: its arrays are slots, not parameters
+        for name, child in switch.children().items():
+            if not isinstance(child, LINEARS):
+                self[name] = child  # Muse Spark keeps a norm beside the projections
         self._store: UnitSlots | None = None
 
     @property

@@ -58,9 +58,11 @@ class PredictorFacts:
 
     `recall` is the share of truly active neurons that were predicted, `mass` the same
     weighted by activation, `precision` the share of predictions that were active.
+    `bits` is the width its matrices are quantised to, 0 for none.
     """
 
     rank: int
+    bits: int
     threshold: float
     recall: float
     precision: float

@@ -29,14 +29,22 @@ class NeuronFFN(nn.Module):
     every neuron is computed.
     """
 
-    def __init__(self, dims: int, units: int, activation: str, bias: bool, rank: int):
+    def __init__(
+        self,
+        dims: int,
+        units: int,
+        activation: str,
+        bias: bool,
+        rank: int,
+        predictor_bits: int = 0,
+    ):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         if bias:
             self.up_bias = mx.zeros((units,))
             self.down_bias = mx.zeros((dims,))
         if rank:
-            self.predictor = Predictor(dims, units, rank)
+            self.predictor = Predictor(dims, units, rank, predictor_bits)
         self.store: UnitSlots | None = None  # given by load, taken by close
         self.sweep_tokens = SWEEP_TOKENS
 

@@ -3,23 +3,43 @@
 Two thin matrices stand for the up (or gate) projection: a neuron is predicted active
 where its low-rank score exceeds zero. The threshold that was chosen for the target
 recall is folded into the bias, so that one comparison serves all layers. (LLM in a
-flash, section 3.2; Deja Vu, arXiv 2310.17157.)
+flash, section 3.2; Deja Vu, arXiv 2310.17157.) Both matrices are quantised where their
+shape allows it: at 4 bits a predictor of four times the rank takes the same memory,
+and rank is what decides how much is read in vain.
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
 
+BITS, GROUP_SIZE = 4, 64
+
 
 class Predictor(nn.Module):
-    """Low-rank scores of an FFN's neurons from the FFN's own input."""
+    """Low-rank scores of an FFN's neurons from the FFN's own input.
 
-    def __init__(self, dims: int, units: int, rank: int):
+    `bits` 0 leaves the matrices in floating point.
+    """
+
+    def __init__(self, dims: int, units: int, rank: int, bits: int = 0):
         super().__init__()
-        self.reduce = mx.zeros((rank, dims))
-        self.expand = mx.zeros((units, rank))
+        self.reduce = nn.Linear(dims, rank, bias=False)
+        self.expand = nn.Linear(rank, units, bias=False)
         self.bias = mx.zeros((units,))
+        if bits:
+            self.quantize(bits)
+
+    def quantize(self, bits: int) -> None:
+        nn.quantize(self, group_size=GROUP_SIZE, bits=bits)
+
+    def scores(self, x: mx.array) -> mx.array:
+        return self.expand(self.reduce(x)) + self.bias
 
     def __call__(self, x: mx.array) -> mx.array:
         """bool [T, N]: which neurons to compute for each of the tokens x [T, D]."""
-        return (x @ self.reduce.T) @ self.expand.T + self.bias > 0
+        return self.scores(x) > 0
+
+
+def possible_bits(dims: int, rank: int) -> int:
+    """The width to which such a predictor can be quantised, or 0."""
+    return BITS if dims % GROUP_SIZE == 0 and rank % GROUP_SIZE == 0 else 0

@@ -18,7 +18,7 @@ import numpy as np
 from . import format
 from .cache import Lru, SlotCache, Wave, Window
 from .errors import FlashError
-from .reader import Extent, Reader
+from .reader import PAGE_BYTES, Extent, Reader
 from .stats import Stats
 
 PAGE = 16384
@@ -26,18 +26,20 @@ CLOSED = "This model was closed. Load it again to use it."
 
 
 def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """A page-aligned MLX array of zeros and a NumPy view of the same memory.
+    """An MLX array of zeros and a NumPy view of the same memory.
 
-    MLX aligns to less than a page, which direct I/O needs: one page more is allocated
-    and the array is a view into it.
+    Where direct I/O can read into its rows, the array begins on a page. MLX aligns to
+    less: one page more is allocated, and the array is a view into it.
 
     Returns:
         The array, and uint8 `[shape[0], bytes of a row]` over the same bytes.
     """
     nbytes = prod(shape) * dtype.size
-    raw = mx.zeros((nbytes + PAGE,), mx.uint8)
+    spare = spare_bytes(nbytes // shape[0])
+    raw = mx.zeros((nbytes + spare,), mx.uint8)
     mx.eval(raw)
-    start = -np.asarray(raw).__array_interface__["data"][0] % PAGE
+    address = np.asarray(raw).__array_interface__["data"][0]
+    start = -address % PAGE if spare else 0
     flat = raw[start : start + nbytes]
     array = flat.view(dtype).reshape(shape)
     mx.eval(flat, array)
@@ -45,6 +47,11 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndar
     if np.asarray(array.view(mx.uint8)).ctypes.data != view.ctypes.data:
         raise RuntimeError("this MLX copies where it used to share memory")
     return array, view
+
+
+def spare_bytes(part_bytes: int) -> int:
+    """What `allocate` takes beyond the slots of a part of this size."""
+    return PAGE if part_bytes % PAGE_BYTES == 0 else 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

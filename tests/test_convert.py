@@ -201,8 +201,8 @@ def test_calibration_text_trains_predictors(tmp_path, checkpoint, short_fit):
     shapes = {n: w.shape for n, w in load(folder / "predictors.safetensors").items()}
     for i in range(2):
         at = f"{LAYER}.{i}.mlp.predictor"
-        assert shapes[f"{at}.reduce"] == (4, 32)
-        assert shapes[f"{at}.expand"] == (64, 4)
+        assert shapes[f"{at}.reduce.weight"] == (4, 32)
+        assert shapes[f"{at}.expand.weight"] == (64, 4)
         assert shapes[f"{at}.bias"] == (64,)
 
 

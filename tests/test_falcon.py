@@ -108,7 +108,7 @@ def import_torch():
     return pytest.importorskip("torch", reason=reason)
 
 
-def compare_live(module, ours, theirs, tmp_path, names=None):
+def compare_live(module, ours, theirs, tmp_path):
     """Give transformers our weights; compare both, and what we load of theirs."""
     torch = import_torch()
     state = {

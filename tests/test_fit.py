@@ -44,7 +44,7 @@ def guess(inputs, arrays):
     w = {
         k: np.array(a.astype(mx.float32)).astype(np.float64) for k, a in arrays.items()
     }
-    return inputs @ w["reduce"].T @ w["expand"].T + w["bias"] > 0
+    return inputs @ w["reduce.weight"].T @ w["expand.weight"].T + w["bias"] > 0
 
 
 def fit_it(inputs, layer, rank=6, seed=0, **options):
@@ -161,8 +161,8 @@ def test_any_rank_for_any_amount_of_text(monkeypatch, sequences, rank):
     if sequences == 1:
         inputs = inputs[:4]  # fewer tokens than the rank
     arrays, facts = fit_it(inputs, make_layer(), rank=rank)
-    assert arrays["reduce"].shape == (rank, D)
-    assert arrays["expand"].shape == (N, rank)
+    assert arrays["reduce.weight"].shape == (rank, D)
+    assert arrays["expand.weight"].shape == (N, rank)
     assert all(mx.isfinite(a).all().item() for a in arrays.values())
     assert facts.rank == rank and 0 <= facts.recall <= 1
 
@@ -206,7 +206,7 @@ def test_split_holds_whole_sequences_back(sequences):
 def test_default_ranks_are_the_papers():
     ranks = [default_rank(i, 32, 4096) for i in range(32)]
     assert ranks == [128] * 28 + [1024] * 4  # OPT-6.7B
-    assert default_rank(0, 4, 256) == 32
-    assert default_rank(3, 4, 256) == 64
+    assert default_rank(0, 4, 256) == 128
+    assert default_rank(3, 4, 768) == 192
     assert default_rank(0, 2, 16) == 8
     assert default_rank(0, 1, 1) == 1

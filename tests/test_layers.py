@@ -181,7 +181,9 @@ def test_the_predictor_compares_low_rank_scores_with_zero():
         [
             (n, mx.array(w))
             for n, w in zip(
-                ("reduce", "expand", "bias"), (reduce, expand, bias), strict=True
+                ("reduce.weight", "expand.weight", "bias"),
+                (reduce, expand, bias),
+                strict=True,
             )
         ]
     )
