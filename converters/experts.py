@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import format
 from ..errors import FlashError
@@ -131,10 +131,21 @@ class ExpertConversion:
         return array.astype(self.dtype)
 
     def _quantize(self, quantize: dict) -> None:
-        for switch in self.switches.values():
+        for module, switch in self.switches.items():
             for name, linear in switch.children().items():
-                if isinstance(linear, nn.Module) and hasattr(linear, "to_quantized"):
-                    switch[name] = linear.to_quantized(**quantize)
+                if isinstance(linear, QuantizedSwitchLinear):
+                    raise FlashError(
+                        f"The experts of {self.source.name} have {linear.bits} bits "
+                        "already: leave out --bits, or convert the original checkpoint."
+                    )
+                if isinstance(linear, SwitchLinear):
+                    try:
+                        switch[name] = linear.to_quantized(**quantize)
+                    except ValueError as error:  # rows that are no whole groups, say
+                        raise FlashError(
+                            f"{module}.{name} cannot be quantised: {error} "
+                            "Try --group-size 32."
+                        ) from error
 
     def _check_disk(self) -> None:
         arrays = [a for _, a in tree_flatten(self.stock.model.parameters())]

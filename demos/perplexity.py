@@ -2,7 +2,7 @@
 
 Perplexity of a text, dense (every neuron) against predicted, on a flash folder at a
 given memory; then bytes per token while decoding the same text with windows of several
-lengths and with LRU. Text is cut into pieces of 256 tokens that each begin as the
+lengths and with LRU. Text is cut into pieces of 128 tokens that each begin as the
 tokenizer begins a text.
 """
 
@@ -19,10 +19,15 @@ from tqdm import tqdm
 
 import mlx_flash
 from mlx_flash.cli import DEMO_MODEL
+from mlx_flash.stats import Stats
+
+LENGTH = 128  # half the model's size has little room for a longer KV cache
 
 
-def pieces(tokenizer, text: Path, count: int, length: int = 256) -> np.ndarray:
-    ids = tokenizer.encode(text.read_text(), add_special_tokens=False)
+def pieces(tokenizer, text: Path, count: int, length: int = LENGTH) -> np.ndarray:
+    ids = tokenizer.encode(
+        text.read_text(), add_special_tokens=False, verbose=False
+    )
     start = tokenizer.encode("", add_special_tokens=True)[:1]
     body = length - len(start)
     rows = [ids[i : i + body] for i in range(0, len(ids) - body, body)]
@@ -41,7 +46,7 @@ def perplexity(model, rows: np.ndarray) -> float:
     return math.exp(loss / (rows.size - len(rows)))
 
 
-def decode(model, rows: np.ndarray, warm: int = 16) -> mlx_flash.stats.Stats:
+def decode(model, rows: np.ndarray, warm: int = 16) -> Stats:
     """The counters of feeding `rows` token by token, after the first few."""
     total = None
     for row in rows:
@@ -64,18 +69,22 @@ def decode(model, rows: np.ndarray, warm: int = 16) -> mlx_flash.stats.Stats:
 def main(text, model, memory, tokens, decode_tokens):
     """Measure TEXT with and without prediction, and with windows."""
     result = {"model": str(model), "memory": memory, "text": text.name}
-    with mlx_flash.load(model, memory=memory, predictor=False) as (net, tokenizer):
+    with mlx_flash.load(model, memory=memory, predictor=False, context=LENGTH) as (
+        net,
+        tokenizer,
+    ):
         rows = pieces(tokenizer, text, tokens)
         result |= {"tokens": rows.size, "dense": perplexity(net, rows)}
-    with mlx_flash.load(model, memory=memory) as (net, _):
+    with mlx_flash.load(model, memory=memory, context=LENGTH) as (net, _):
         result["predicted"] = perplexity(net, rows)
         result["slots"] = net.flash.budget.slots
         found = [x.predictor for x in net.flash.manifest.layers]
         result["recall"] = [round(x.recall, 4) for x in found]
     result["cost"] = result["predicted"] / result["dense"] - 1
     print(
-        f"perplexity on {rows.size:,} tokens of {text.name}: dense {result['dense']:.3f},"
-        f" predicted {result['predicted']:.3f} ({result['cost']:+.2%})\n"
+        f"perplexity on {rows.size:,} tokens of {text.name}: dense "
+        f"{result['dense']:.3f}, predicted {result['predicted']:.3f} "
+        f"({result['cost']:+.2%})\n"
     )
     print("| kept in memory | MB per token | reads per token | hit rate |")
     print("|---|---|---|---|")
@@ -84,7 +93,7 @@ def main(text, model, memory, tokens, decode_tokens):
     steps = some.size - 16 * len(some)
     for window in (1, 2, 4, 8, None):
         policy = {"policy": "window", "window": window} if window else {}
-        with mlx_flash.load(model, memory=memory, **policy) as (net, _):
+        with mlx_flash.load(model, memory=memory, context=LENGTH, **policy) as (net, _):
             spent = decode(net, some)
         name = f"window {window}" if window else "LRU, all slots"
         per_token = spent.bytes_read / steps, spent.reads / steps

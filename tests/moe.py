@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 import mlx_flash
-from mlx_flash.assembly import assemble
+from mlx_flash import loader
 from mlx_flash.budget import make_budget
 
 COMMON = dict(
@@ -55,7 +57,7 @@ NEMOTRON = COMMON | dict(
     layer_norm_epsilon=1e-5,
     use_bias=False,
     use_conv_bias=True,
-    head_dim=16,
+    head_dim=32,
     moe_intermediate_size=64,
     moe_shared_expert_intermediate_size=64,
     n_routed_experts=8,
@@ -151,30 +153,17 @@ def write_original(folder: Path, config: dict, seed: int = 1) -> Path:
     return save(folder, config, weights)
 
 
-def memory_for(folder: Path, enough, context: int = 2048) -> int:
-    """The least bytes of memory with which `enough(slots of each layer)`."""
-    parts = assemble(folder, predictor=False)
+def stream(folder: Path, *slots: int):
+    """The model with so many slots for every layer, or for each."""
 
-    def holds(memory: int) -> bool:
-        try:
-            budget = make_budget(memory, parts.manifest, parts.shapes, context, folder)
-        except mlx_flash.FlashError:
-            return False
-        return enough(budget.slots)
+    def exactly(*args):
+        budget = make_budget(*args)
+        counts = slots if len(slots) > 1 else slots * len(budget.slots)
+        return dataclasses.replace(budget, slots=counts)
 
-    low, high = 0, 1 << 30
-    while high - low > 256:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def stream(folder: Path, slots: int):
-    """The model with at least `slots` slots for each layer, and not many more."""
-    memory = memory_for(folder, lambda found: min(found) >= slots)
-    model, _ = mlx_flash.load_model(folder, memory, page_cache=True)
-    assert slots <= min(model.flash.budget.slots) <= slots + 1
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "make_budget", exactly)
+        return mlx_flash.load_model(folder, "1GB", page_cache=True)[0]
 
 
 def run(model: nn.Module, batch: int, prompt: int = 40) -> list[np.ndarray]:

@@ -47,6 +47,7 @@ parts = st.builds(
 predictors = st.builds(
     format.PredictorFacts,
     rank=ints,
+    bits=ints,
     threshold=floats,
     recall=floats,
     precision=floats,
