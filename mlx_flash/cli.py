@@ -56,6 +56,8 @@ def main():
     FFN weights stay on the SSD and are read as they are needed; the rest is MLX and
     mlx-lm.
     """
+    # Else transformers, of which only tokenizers are used, asks for PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @main.command()
