@@ -65,9 +65,12 @@ class SlotCache:
         if not 1 <= slots <= units:
             raise ValueError(f"{slots} slots for {units} units")
         self.policy = policy
-        self.slot_of = np.full(units, EMPTY, np.int32)
-        self.unit_of = np.full(slots, EMPTY, np.int32)
-        self.last_used = np.full(slots, -1, np.int64)
+        # Indices of the machine's own width: NumPy converts any other on every use.
+        self.slot_of = np.full(units, EMPTY, np.intp)
+        self.unit_of = np.full(slots, EMPTY, np.intp)
+        # One more than slots, so that marking slot EMPTY marks nothing.
+        self._marks = np.full(slots + 1, -1, np.int64)
+        self.last_used = self._marks[:-1]
         self.now = 0  # tokens seen
 
     def waves(self, units: np.ndarray, tokens: int = 1) -> Iterator[Wave]:
@@ -84,20 +87,21 @@ class SlotCache:
         """
         self.now += tokens
         self.policy.expire(self)
+        units = units.astype(np.intp, copy=False)
         slots = self.slot_of[units]
-        present = slots != EMPTY
-        if present.all():
-            self.last_used[slots] = self.now
-            yield Wave(units, slots, units[:0], slots[:0])
+        self._marks[slots] = self.now  # what this step needs is not evicted
+        absent = np.flatnonzero(slots == EMPTY)
+        missing = units[absent]
+        room = len(self.unit_of) - len(units) + len(missing)
+        if len(missing) <= room:
+            taken = slots[absent] = self._assign(missing)
+            yield Wave(units, slots, missing, taken)
             return
-        hits, hit_slots, missing = units[present], slots[present], units[~present]
-        room = len(self.unit_of) - len(hits)
+        present = slots != EMPTY
+        hits, hit_slots = units[present], slots[present]
         while len(missing):
-            # Only slots that this wave does not need itself may be overwritten.
-            self.last_used[hit_slots] = self.now + 1
             now_missing, missing = missing[:room], missing[room:]
             taken = self._assign(now_missing)
-            self.last_used[hit_slots] = self.now
             if len(now_missing) or len(hits):
                 yield Wave(
                     np.concatenate([hits, now_missing]),
@@ -115,10 +119,12 @@ class SlotCache:
 
     def _assign(self, units: np.ndarray) -> np.ndarray:
         count = len(units)
+        if count == 0:
+            return units
         if count < len(self.last_used):
-            slots = np.argpartition(self.last_used, count)[:count].astype(np.int32)
+            slots = np.argpartition(self.last_used, count)[:count]
         else:
-            slots = np.arange(count, dtype=np.int32)
+            slots = np.arange(count)
         # Sorted, so that neighbouring units tend to land in neighbouring slots.
         slots.sort()
         old = self.unit_of[slots]

@@ -12,6 +12,7 @@ from conftest import save_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_flash.converters.bundles import write_bundles
 from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.models import qwen3_moe
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import load_model as mlx_load_model
@@ -140,6 +141,19 @@ def test_the_same_bits_at_any_number_of_slots(packing, kind, make_store):
     switch = make_switch(kind, PACKINGS[packing])
     capacities = [1, UNITS // 4, TOP_K, UNITS // 2, UNITS - 1, UNITS]
     check_capacities(switch, make_store, mx.float32, capacities)
+
+
+@pytest.mark.parametrize("slots", [TOP_K, UNITS // 2])
+def test_a_result_that_was_not_evaluated_outlives_its_slots(slots, make_store):
+    switch = make_switch("gated")
+    wanted = [(x, i, switch(x, i)) for x, i in calls(mx.float32) if i.size == TOP_K]
+    mx.eval(wanted)
+    ffn = ExpertFFN(switch)
+    ffn.store = make_store(switch)(slots)
+    results = [ffn(x, chosen) for x, chosen, _ in wanted]
+    assert ffn.store.stats.misses > slots  # slots were read anew in between
+    for result, (_, _, y) in zip(results, wanted, strict=True):
+        assert mx.array_equal(result, y)
 
 
 def test_nvfp4_with_a_scale_for_each_expert(make_store):
@@ -326,6 +340,25 @@ def test_a_model_that_keeps_values_from_its_first_run(tmp_path, streamed):
     expected = mlx_load_model(src)[0](tokens)
     for folder in (src, dst):
         assert mx.array_equal(streamed(folder, 2)(tokens), expected)
+
+
+def test_a_norm_beside_the_experts(tmp_path, streamed, monkeypatch):
+    """As in Muse Spark, which needs Metal: here a block of Qwen3 is given one."""
+
+    class Block(qwen3_moe.Qwen3MoeSparseMoeBlock):
+        def __init__(self, args):
+            super().__init__(args)
+            self.switch_mlp.post_expert_norm = nn.RMSNorm(args.hidden_size)
+
+        def __call__(self, x):
+            return self.switch_mlp.post_expert_norm(super().__call__(x))
+
+    monkeypatch.setattr(qwen3_moe, "Qwen3MoeSparseMoeBlock", Block)
+    src = write_checkpoint(tmp_path / "src", QWEN3)
+    dst = mlx_flash.convert(src, tmp_path / "dst", progress=False)
+    expected = run(mlx_load_model(src)[0], 1)
+    for folder in (src, dst):
+        assert_same(run(streamed(folder, 2), 1), expected)
 
 
 def test_in_place_means_no_copy_and_no_change(tmp_path, streamed):
