@@ -91,6 +91,8 @@ def sample_tokens(model: LayerwiseModel, count: int, progress) -> np.ndarray:
     fitting = SAMPLED_CACHE_BYTES // (token_bytes * length)
     n = int(min(max(fitting, 4), max(count // length, 2)))
     caches = [KVCache() for _ in model.layers]
+    for cache in caches:
+        cache.step = length  # mlx-lm would set memory for 256 tokens aside
     first = config.get("bos_token_id")
     key = mx.random.key(0)
     tokens = mx.full((n, 1), 0 if first is None else first, mx.int32)

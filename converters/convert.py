@@ -261,7 +261,11 @@ def _hidden_name(index: int) -> str:
 
 
 def _activation(config: dict) -> str:
-    return config.get("activation_function", "relu")
+    """The FFN's non-linearity, under whichever name a model type gives it."""
+    for key in ("activation_function", "activation", "hidden_act"):
+        if isinstance(config.get(key), str):
+            return config[key]
+    return {"opt": "relu", "falcon": "gelu"}.get(config["model_type"], "relu2")
 
 
 def _check_request(source: Source, dtype, rank, threshold, recall, count) -> None:

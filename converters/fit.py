@@ -125,9 +125,8 @@ def _sigmoid(score: float) -> float:
 
 
 def _scores(weights: dict[str, mx.array], x: mx.array) -> mx.array:
-    return (x @ weights["reduce.weight"].T) @ weights["expand.weight"].T + weights[
-        "bias"
-    ]
+    low = x @ weights["reduce.weight"].T
+    return low @ weights["expand.weight"].T + weights["bias"]
 
 
 def _active(inputs: np.ndarray, hidden) -> np.ndarray:

@@ -24,7 +24,12 @@ CHUNK_BYTES = 32_000_000
 SAMPLE = 8  # neurons of each layer that are read back and compared
 
 # model_type → path of the FFN inside a layer, its up and down projections
-FFN_PATHS = {"opt": ("mlp", "fc1", "fc2")}
+FFN_PATHS = {
+    "opt": ("mlp", "fc1", "fc2"),
+    "falcon": ("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "persimmon": ("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    "nemotron": ("mlp", "up_proj", "down_proj"),
+}
 
 
 @dataclass(frozen=True)

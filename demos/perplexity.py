@@ -54,7 +54,7 @@ def decode(model, rows: np.ndarray, warm: int = 16) -> Stats:
         for i, token in enumerate(row):
             if i == warm:
                 before = model.flash.stats.copy()
-            mx.eval(model(mx.array([[token]]), cache=cache))
+            mx.eval(model(mx.array([[int(token)]]), cache=cache))
         spent = model.flash.stats - before
         total = spent if total is None else total + spent
     return total

@@ -13,7 +13,7 @@ from .errors import FlashError
 from .predictor import Predictor
 from .slots import CLOSED, UnitSlots
 
-ACTIVATIONS = {"relu": nn.relu}
+ACTIVATIONS = {"relu": nn.relu, "relu2": nn.relu2}
 
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.

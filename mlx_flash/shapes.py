@@ -14,6 +14,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 NEAR, FAR = 256, 512  # multiples of the step by which mlx-lm's caches grow
 
 
@@ -64,10 +72,12 @@ def find_shapes(model: nn.Module, config: dict) -> Shapes:
 
 
 def _experts_per_token(config: dict) -> int:
-    """The number under whichever name a model gives it; 8 if it hides it."""
-    for key, value in config.items():
-        if key.endswith(("per_tok", "per_token", "top_k", "topk")) and (
-            type(value) is int and value > 0
-        ):
+    """The number under whichever name a model gives it; 8 if it hides it.
+
+    By exact names: `index_topk` counts tokens, and `top_k` belongs to sampling.
+    """
+    for key in EXPERTS_PER_TOKEN:
+        value = config.get(key)
+        if type(value) is int and value > 0:
             return value
     return 8
