@@ -55,6 +55,13 @@ def assemble(folder: Path, predictor: bool) -> Assembled:
     return _in_place(load_stock(folder))
 
 
+def can_stream(folder: Path) -> bool:
+    """Whether a checkpoint with this config.json has experts to stream in place."""
+    config = read_config(folder)
+    model = make_model(*get_model_classes(config), config, folder)
+    return bool(switch_layers(model))
+
+
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
 

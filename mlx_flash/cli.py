@@ -143,11 +143,12 @@ def generate(
     from mlx_lm.sample_utils import make_sampler
 
     from . import generation
+    from .assembly import can_stream
     from .hub import find_model
     from .loader import load_model, load_tokenizer
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
-    folder = find_model(model) if model else DEMO_MODEL
+    folder = find_model(model, checkpoint=can_stream) if model else DEMO_MODEL
     tokenizer = load_tokenizer(folder)
     tokens = generation.encode_prompt(tokenizer, prompt)
     loaded = load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import FlashError
@@ -16,15 +17,18 @@ REPO_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_model(
-    name: str | Path, revision: str | None = None, checkpoint: bool = False
+    name: str | Path,
+    revision: str | None = None,
+    checkpoint: bool | Callable[[Path], bool] = False,
 ) -> Path:
     """A local folder as it is, or a hub repository downloaded to the hub's own cache.
 
     Args:
         name: A path, or `owner/repository`.
         revision: Branch, tag or commit of a hub repository.
-        checkpoint: Whether a repository's ordinary weights are wanted; without, it
-            must be a flash folder, which is judged before anything large comes.
+        checkpoint: Whether a repository's ordinary weights are wanted, or a function
+            that decides it from a folder with its configuration; without, it must be
+            a flash folder. All this is judged before anything large comes.
 
     Raises:
         FlashError: If it is neither, or the hub cannot be reached or refuses.
@@ -44,7 +48,7 @@ def find_model(
     commit = folder.name
     if (folder / "flash.json").exists():
         return _download(name, commit, FLASH_FILES)
-    if not checkpoint:
+    if not (checkpoint(folder) if callable(checkpoint) else checkpoint):
         raise FlashError(
             f"{name} on the hub is not a flash folder (no flash.json). Make one: "
             f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .assembly import assemble
+from .assembly import assemble, can_stream
 from .budget import Budget, make_budget
 from .cache import Lru, Window
 from .errors import FlashError
@@ -87,7 +87,7 @@ def load(path: str | Path, memory: int | str = "auto", **options) -> Loaded:
     Raises:
         FlashError: As `load_model`, and if the folder has no tokenizer.
     """
-    folder = find_model(path)
+    folder = find_model(path, checkpoint=can_stream)
     tokenizer = load_tokenizer(folder)
     model, _ = load_model(folder, memory, **options)
     return Loaded((model, tokenizer))
@@ -146,7 +146,7 @@ def load_model(
     Raises:
         FlashError: If the folder is missing, damaged or newer, or does not fit.
     """
-    folder = find_model(path)
+    folder = find_model(path, checkpoint=can_stream)
     policy = _policy(policy, window)
     parts = assemble(folder, predictor)
     model, config, manifest = parts.model, parts.config, parts.manifest
