@@ -25,9 +25,7 @@ LENGTH = 128  # half the model's size has little room for a longer KV cache
 
 
 def pieces(tokenizer, text: Path, count: int, length: int = LENGTH) -> np.ndarray:
-    ids = tokenizer.encode(
-        text.read_text(), add_special_tokens=False, verbose=False
-    )
+    ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
     body = length - len(start)
     rows = [ids[i : i + body] for i in range(0, len(ids) - body, body)]

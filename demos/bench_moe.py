@@ -1,0 +1,141 @@
+"""A mixture of experts larger than its memory, streamed in place.
+
+Writes a stock mlx-lm checkpoint of the shape of Qwen3-30B-A3B (48 layers, 128 experts
+of which a token takes 8, 4 bits; a vocabulary of 2,048) with random weights, layer by
+layer, and generates from it within a budget. The router's choice among random experts
+is uniform: real models choose some experts far more often, and hit more. float32
+scales, because half-precision quantised products are many times slower on MLX's CPU
+backend.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import psutil
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_moe
+from tqdm import tqdm
+
+import mlx_flash
+from mlx_flash import device, generation
+from mlx_flash.cli import DEMO_MODEL
+from mlx_flash.loader import load_tokenizer
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "vocab_size": 2048,
+}
+PACKING = {"group_size": 64, "bits": 4}
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """One shard a layer, each made and let go before the next."""
+    folder.mkdir(parents=True)
+    config = CONFIG | {"num_hidden_layers": layers, "quantization": PACKING}
+    (folder / "config.json").write_text(json.dumps(config))
+    args = qwen3_moe.ModelArgs.from_dict(config)
+    model = qwen3_moe.Model(args)
+    mx.random.seed(0)
+    weights = {}
+    for name, shape in shapes(model):
+        weights |= random_weights(name, shape)
+    groups: dict[str, dict] = {}
+    for name, make in weights.items():
+        layer = name.split(".")[2] if ".layers." in name else "outer"
+        groups.setdefault(layer, {})[name] = make
+    for layer, makers in tqdm(groups.items(), desc="writing", unit="shard"):
+        arrays = {name: make() for name, make in makers.items()}
+        mx.save_safetensors(str(folder / f"model-{layer}.safetensors"), arrays)
+
+
+def shapes(model) -> list[tuple[str, tuple]]:
+    return [(name, w.shape) for name, w in tree_flatten(model.parameters())]
+
+
+def random_weights(name: str, shape: tuple) -> dict:
+    """Makers of a weight's arrays: packed where mlx-lm would quantise it."""
+    path = name.removesuffix(".weight")
+    if len(shape) == 1:
+        return {name: lambda: mx.ones(shape)}
+    groups = (*shape[:-1], shape[-1] // PACKING["group_size"])
+    packed = (*shape[:-1], shape[-1] * PACKING["bits"] // 32)
+    # 4-bit values around 7.5, with a spread like that of 1/sqrt(inputs)
+    scale = 0.2 * shape[-1] ** -0.5
+    return {
+        name: lambda: mx.random.randint(0, 2**32 - 1, packed, mx.uint32),
+        f"{path}.scales": lambda: mx.full(groups, scale),
+        f"{path}.biases": lambda: mx.full(groups, -7.5 * scale),
+    }
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), help="Where; kept if given.")
+@click.option("--layers", default=48, show_default=True)
+@click.option("--memory", default="6GB", show_default=True)
+@click.option("--prompt-tokens", default=16, show_default=True)
+@click.option("--tokens", default=8, show_default=True)
+def main(folder, layers, memory, prompt_tokens, tokens):
+    """Write the checkpoint if it is not there, generate, print a table and JSON."""
+    made = folder is None
+    folder = folder or Path(tempfile.mkdtemp()) / "moe"
+    if not folder.exists():
+        write_checkpoint(folder, layers)
+    baseline = psutil.Process().memory_info().rss
+    context = prompt_tokens + tokens
+    begin = time.perf_counter()
+    with mlx_flash.load_model(folder, memory, context=context) as (model, _):
+        load_s = time.perf_counter() - begin
+        prompt = list(range(100, 100 + prompt_tokens))
+        rows = generation.stream_generate(
+            model, load_tokenizer(DEMO_MODEL), prompt, max_tokens=tokens
+        )
+        for _ in tqdm(rows, desc="generating", total=tokens, unit="token"):
+            pass
+        report = generation.report(model.flash)
+        slots = model.flash.budget.slots
+        first_s = model.flash.run.last.prompt_tokens / report["prompt_tokens_per_s"]
+    growth = device.peak_process_bytes() - baseline
+    ms = report["ms_per_token"]
+    cost = f"{ms['io']:,.0f}, {ms['cache']:.1f}, {ms['compute']:,.0f}"
+    row = {
+        "on disk": f"{report['model_bytes'] / 1e9:.1f} GB",
+        "budget": memory,
+        "growth of the process": f"{growth / 1e9:.2f} GB",
+        "slots": f"{slots[-1]} of {CONFIG['num_experts']}",
+        "to first token": f"{first_s:.1f} s",
+        "ms per token": f"{ms['total']:,.0f}",
+        "I/O, cache, compute": cost,
+        "MB per token": f"{report['bytes_per_token'] / 1e6:,.0f}",
+        "hit rate": f"{report['hit_rate']:.1%}",
+    }
+    for cells in (row.keys(), ["---"] * len(row), row.values()):
+        print(f"| {' | '.join(cells)} |")
+    facts = {"growth_bytes": growth, "baseline_bytes": baseline, "load_s": load_s}
+    print(json.dumps(report | facts | {"routing": "uniform (random weights)"}))
+    if made:
+        shutil.rmtree(folder.parent)
+
+
+if __name__ == "__main__":
+    main()
