@@ -19,6 +19,7 @@ import mlx.core as mx
 import psutil
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_moe
+from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 import mlx_flash
@@ -108,7 +109,11 @@ def main(folder, layers, memory, prompt_tokens, tokens):
         load_s = time.perf_counter() - begin
         prompt = list(range(100, 100 + prompt_tokens))
         rows = generation.stream_generate(
-            model, load_tokenizer(DEMO_MODEL), prompt, max_tokens=tokens
+            model,
+            load_tokenizer(DEMO_MODEL),
+            prompt,
+            max_tokens=tokens,
+            sampler=make_sampler(temp=1.0),  # greedily it repeats one token
         )
         for _ in tqdm(rows, desc="generating", total=tokens, unit="token"):
             pass
