@@ -8,20 +8,15 @@ Shapes: D model width, N neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from .. import format
 from ..errors import FlashError
-from ..safetensors_io import DTYPES, Tensor, read_header, write_safetensors
+from . import bundles
 from .source import finite
-
-CHUNK_BYTES = 32_000_000
-SAMPLE = 8  # neurons of each layer that are read back and compared
 
 # model_type → path of the FFN inside a layer, its up and down projections
 FFN_PATHS = {
@@ -81,48 +76,6 @@ def resident_names(names, modules: list[str], model_type: str) -> dict[str, str]
 
 
 def write_bundles(path: Path, layer: NeuronLayer) -> format.Layer:
-    """Write one layer's file, read some neurons back, and describe it.
-
-    Raises:
-        FlashError: If the disk is full, or gives back other bytes than it was given.
-    """
-    units, dims = layer.up.shape
-    dtype = str(layer.up.dtype).removeprefix("mlx.core.")
-    part_bytes = dims * DTYPES[dtype][1]
-    unit_bytes = 2 * part_bytes
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        pair = mx.stack([layer.up[start:stop], layer.down[:, start:stop].T], axis=1)
-        return np.array(mx.contiguous(pair).view(mx.uint8)).reshape(-1, unit_bytes)
-
-    def chunks() -> Iterator[memoryview]:
-        step = max(CHUNK_BYTES // unit_bytes, 1)
-        for start in range(0, units, step):
-            yield rows(start, min(start + step, units)).data
-
-    bundles = Tensor("uint8", (units, unit_bytes), chunks)
-    sha256 = write_safetensors(path, {format.BUNDLES: bundles}, format.DATA_ALIGN)
-    _, data_offset = read_header(path)
-    with open(path, "rb") as file:
-        for unit in np.linspace(0, units - 1, SAMPLE).astype(int).tolist():
-            file.seek(data_offset + unit * unit_bytes)
-            if file.read(unit_bytes) != rows(unit, unit + 1).tobytes():
-                raise FlashError(
-                    f"{path}: neuron {unit} reads back differently from what was "
-                    "written. The disk is failing, or something else writes there."
-                )
-    parts = (
-        format.Part("up", dtype, (dims,), 0, part_bytes),
-        format.Part("down", dtype, (dims,), part_bytes, part_bytes),
-    )
-    return format.Layer(
-        module=layer.module,
-        file=f"{path.parent.name}/{path.name}",
-        sha256=sha256,
-        data_offset=data_offset,
-        units=units,
-        unit_bytes=unit_bytes,
-        parts=parts,
-        order="checkpoint",
-        predictor=None,
-    )
+    """Write one layer's file: up row and down column of each neuron, side by side."""
+    parts = {"up": layer.up, "down": layer.down.T}
+    return bundles.write_bundles(path, layer.module, parts)

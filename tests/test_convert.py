@@ -24,6 +24,7 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 from mlx_flash.converters import (
+    bundles,
     calibrate,
     fit,
     layerwise,
@@ -951,7 +952,7 @@ def test_progress_that_was_never_written_out_begins_anew(
 
 def test_failing_disk_is_noticed(tmp_path, checkpoint, monkeypatch):
     """What is read back differs from what was written."""
-    real = neurons.read_header
+    real = bundles.read_header
 
     def spoil(path):
         header, offset = real(path)
@@ -960,7 +961,7 @@ def test_failing_disk_is_noticed(tmp_path, checkpoint, monkeypatch):
             file.write(b"\xff\xff\xff\xff")
         return header, offset
 
-    monkeypatch.setattr(neurons, "read_header", spoil)
+    monkeypatch.setattr(bundles, "read_header", spoil)
     with pytest.raises(FlashError, match="layer_00.*reads back differently"):
         convert_plain(checkpoint, tmp_path / "flash")
     assert not (tmp_path / "flash").exists()
