@@ -18,7 +18,9 @@ from .. import format
 from ..errors import FlashError
 from ..layers import ACTIVATIONS
 from ..safetensors_io import DTYPES, write_error
+from ..stock import Stock, load_stock
 from . import calibrate, neurons, resident
+from .blocks import BlockConversion
 from .experts import ExpertConversion
 from .fit import FitOptions, default_rank, fit_predictor, split
 from .layerwise import LayerwiseModel
@@ -113,7 +115,8 @@ def convert(
                     _Conversion(source, work, options, fit, bars).run()
                 else:
                     cast = getattr(mx, dtype) if dtype else None
-                    ExpertConversion(source, work, cast, quantize, bars).run()
+                    kind, stock = _stock_kind(source)
+                    kind(source, stock, work, cast, quantize, bars).run()
         except BaseException:
             work.drop_if_empty()
             raise
@@ -289,6 +292,25 @@ def _check_request(source: Source, dtype, rank, threshold, recall, count) -> Non
             f"{source.name} has the activation {_activation(source.config)!r}, which "
             f"never gives exact zeros. Supported: {', '.join(ACTIVATIONS)}."
         )
+
+
+def _stock_kind(source: Source) -> tuple[type[ExpertConversion], Stock]:
+    """What becomes of a checkpoint that mlx-lm loads: experts, or blocks."""
+    if source.copied_bytes():
+        raise FlashError(
+            f"{source.name} has .bin files, which mlx-lm does not read. Convert them "
+            "to safetensors first."
+        )
+    stock = load_stock(source.folder)
+    for kind in (ExpertConversion, BlockConversion):
+        if kind.find(stock.model):
+            return kind, stock
+    raise FlashError(
+        f"{source.name}: a model of type {source.config['model_type']!r} has no FFN "
+        "that can be brought from flash: neither ReLU neurons, nor mixture-of-experts "
+        "layers (SwitchGLU or SwitchMLP of mlx-lm), nor dense FFNs of two or three "
+        "projections."
+    )
 
 
 def _packing(bits, group_size, mode: str, is_neurons: bool) -> dict | None:

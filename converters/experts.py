@@ -13,12 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import format
 from ..errors import FlashError
 from ..experts import switch_layers, switch_parts
-from ..stock import load_stock
+from ..stock import Stock
 from . import resident
 from .bundles import write_bundles
 from .source import Source, finite
@@ -38,35 +37,32 @@ class ExpertConversion:
         bars: Makes progress bars, as `tqdm.tqdm`.
     """
 
+    unit = "expert"
+    activation = "switch"  # whatever mlx-lm's module does
+    # Modules that go to flash by path; of one, its arrays as they are and as units.
+    find = staticmethod(switch_layers)
+    arrays = staticmethod(switch_parts)
+    split = staticmethod(switch_parts)
+
     def __init__(
         self,
         source: Source,
+        stock: Stock,
         work: WorkFolder,
         dtype: mx.Dtype | None,
         quantize: dict | None,
         bars,
     ):
         self.source, self.work, self.dtype, self.bars = source, work, dtype, bars
-        if source.copied_bytes():
-            raise FlashError(
-                f"{source.name} has .bin files, which mlx-lm does not read. Convert "
-                "them to safetensors first."
-            )
-        self.stock = load_stock(source.folder)
-        self.switches = switch_layers(self.stock.model)
-        if not self.switches:
-            raise FlashError(
-                f"{source.name}: a model of type {source.config['model_type']!r} has "
-                "no FFN that can be brought from flash: neither ReLU neurons nor "
-                "mixture-of-experts layers (SwitchGLU or SwitchMLP of mlx-lm)."
-            )
+        self.stock = stock
+        self.modules = self.find(stock.model)
         if quantize:
             self._quantize(quantize)
         self._check_disk()
 
     def run(self) -> None:
-        done, total = len(self.work.layers), len(self.switches)
-        modules = list(self.switches)
+        done, total = len(self.work.layers), len(self.modules)
+        modules = list(self.modules)
         for module in modules[:done]:
             self._release(module)
         for index in self.bars(
@@ -85,8 +81,8 @@ class ExpertConversion:
         resident.write_manifest(
             self.work,
             self.source,
-            unit="expert",
-            activation="switch",  # whatever mlx-lm's module does
+            unit=self.unit,
+            activation=self.activation,
             dtype=dtype,
             resident=held,
             predictors=None,
@@ -94,9 +90,9 @@ class ExpertConversion:
         )
 
     def _convert_layer(self, index: int, module: str) -> format.Layer:
-        """Write the bundles of one switch layer, and let go of its weights."""
+        """Write the bundles of one layer, and let go of its weights."""
         parts = {}
-        for name, array in switch_parts(self.switches[module]).items():
+        for name, array in self.split(self.modules[module]).items():
             parts[name] = self._cast(name, array)
             if mx.issubdtype(array.dtype, mx.floating):
                 finite(f"{module}.{name}", parts[name])
@@ -107,16 +103,16 @@ class ExpertConversion:
 
     def _release(self, module: str) -> None:
         # Unevaluated zeros keep shapes and occupy nothing.
-        switch = self.switches[module]
-        zeros = {n: mx.zeros(w.shape, w.dtype) for n, w in switch_parts(switch).items()}
-        switch.update(tree_unflatten(list(zeros.items())))
+        arrays = self.arrays(self.modules[module]).items()
+        zeros = [(name, mx.zeros(w.shape, w.dtype)) for name, w in arrays]
+        self.modules[module].update(tree_unflatten(zeros))
 
     def _resident(self) -> dict[str, mx.array]:
-        """All weights that are no expert's."""
+        """All weights that are in no bundle."""
         bundled = {
-            f"{module}.{name}"
-            for module, switch in self.switches.items()
-            for name in switch_parts(switch)
+            f"{path}.{name}"
+            for path, module in self.modules.items()
+            for name in self.arrays(module)
         }
         return {
             name: self._cast(name, array)
@@ -131,14 +127,14 @@ class ExpertConversion:
         return array.astype(self.dtype)
 
     def _quantize(self, quantize: dict) -> None:
-        for module, switch in self.switches.items():
+        for module, switch in self.modules.items():
             for name, linear in switch.children().items():
-                if isinstance(linear, QuantizedSwitchLinear):
+                if hasattr(linear, "bits"):
                     raise FlashError(
-                        f"The experts of {self.source.name} have {linear.bits} bits "
+                        f"The FFNs of {self.source.name} have {linear.bits} bits "
                         "already: leave out --bits, or convert the original checkpoint."
                     )
-                if isinstance(linear, SwitchLinear):
+                if hasattr(linear, "to_quantized"):
                     try:
                         switch[name] = linear.to_quantized(**quantize)
                     except ValueError as error:  # rows that are no whole groups, say
@@ -150,7 +146,7 @@ class ExpertConversion:
     def _check_disk(self) -> None:
         arrays = [a for _, a in tree_flatten(self.stock.model.parameters())]
         need = sum(a.nbytes for a in arrays)
-        need *= 1 - len(self.work.layers) / len(self.switches)
+        need *= 1 - len(self.work.layers) / len(self.modules)
         free = shutil.disk_usage(self.work.folder).free
         if free < need:
             raise FlashError(

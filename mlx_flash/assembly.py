@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .blocks import BlockFFN
 from .errors import FlashError
 from .experts import ExpertFFN, switch_layers, switch_parts
+from .ffn import projections
 from .format import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
 from .layers import ACTIVATIONS, NeuronFFN
 from .models import get_model_classes, make_model, read_config
@@ -72,10 +74,7 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     # A model of their own: Kimi K3 keeps what it computed from weights in its first run
     shapes = find_shapes(_empty_model(manifest, config, folder), config)
     model = _empty_model(manifest, config, folder)
-    if manifest.unit == "expert":
-        exchange = _exchange_experts
-    else:
-        exchange = _exchange_neurons
+    exchange = EXCHANGES[manifest.unit]
     layers = exchange(model, manifest, predictor, folder)
     names = [entry.module for entry in manifest.layers]
     model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
@@ -165,6 +164,30 @@ def _exchange_experts(
             )
         layers.append(ExpertFFN(old))
     return layers
+
+
+def _exchange_blocks(
+    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
+) -> list[BlockFFN]:
+    layers = []
+    olds = _modules(model, manifest, folder)
+    for entry, old in zip(manifest.layers, olds, strict=True):
+        ins, _ = projections(old) or (("",), "")
+        cut = {p.name: p.shape for p in entry.parts}.get(f"{ins[0]}.weight")
+        if not cut or entry.units * cut[0] != old[ins[0]].weight.shape[0]:
+            raise FlashError(
+                f"{folder}: bundles of {entry.module} and its config.json disagree "
+                "about its neurons. Convert the model again."
+            )
+        layers.append(BlockFFN(old))
+    return layers
+
+
+EXCHANGES = {
+    "neuron": _exchange_neurons,
+    "expert": _exchange_experts,
+    "block": _exchange_blocks,
+}
 
 
 def _load_resident(

@@ -69,6 +69,9 @@ class ExpertFFN(nn.Module):
     @store.setter
     def store(self, store: UnitSlots | None) -> None:
         self._store = store
+        if store is None:
+            self._switch = None  # it holds the slots
+            return
         for name, array in (store.parts if store else {}).items():
             linear, key = name.rsplit(".", 1)
             self._switch[linear][key] = array

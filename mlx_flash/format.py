@@ -37,7 +37,7 @@ RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
 DATA_ALIGN = 16384
-UNITS = ("neuron", "expert")
+UNITS = ("neuron", "expert", "block")
 MAX_INT = 2**63  # no size or offset reaches it
 
 

@@ -209,7 +209,7 @@ def _recorded_recall(manifest) -> float | None:
 
 def summary(flash) -> str:
     """The figures of a model's last run as a few lines for a person."""
-    run, s = flash.run, report(flash)
+    run, s, unit = flash.run, report(flash), flash.manifest.unit
     if run is None or run.last is None:
         return "nothing was generated"
     lines = [
@@ -225,7 +225,7 @@ def summary(flash) -> str:
             f"flash       {s['bytes_per_token'] / 1e6:.3f} MB in "
             f"{s['reads_per_token']:.0f} reads per token"
             + (f", {s['read_gb_per_s']:.2f} GB/s" if s["read_gb_per_s"] else "")
-            + (f", {hit:.0%} of neurons were in memory" if hit is not None else ""),
+            + ("" if hit is None else f", {hit:.0%} of {unit}s were in memory"),
         ]
     lines += [
         f"memory      {s['peak_memory_bytes'] / 1e6:.1f} MB at most, budget "

@@ -93,6 +93,18 @@ KIMI_K3 = dict(
     ),
 )
 
+MAMBA = dict(
+    model_type="mamba",
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=128,
+    state_size=8,
+    num_hidden_layers=2,
+    conv_kernel=4,
+    use_bias=False,
+    use_conv_bias=True,
+    time_step_rank=4,
+)
 LLAMA = COMMON | dict(model_type="llama")
 
 

@@ -19,6 +19,7 @@ from mlx_lm.utils import load_model as mlx_load_model
 from moe import (
     KIMI_K3,
     LLAMA,
+    MAMBA,
     NEMOTRON,
     QWEN3,
     assert_same,
@@ -554,6 +555,8 @@ def test_a_model_without_experts(tmp_path):
     looked_for = ["llama", "SwitchGLU", "SwitchMLP", "mixture-of-experts"]
     refused(lambda: mlx_flash.load_model(src), src, *looked_for)
     dst = tmp_path / "dst"
+    src = write_checkpoint(tmp_path / "mamba", MAMBA)
+    looked_for = ["mamba", "SwitchGLU", "SwitchMLP", "dense FFNs"]
     refused(lambda: mlx_flash.convert(src, dst, progress=False), src, *looked_for)
     assert not dst.exists() and not dst.with_name("dst.partial").exists()
 
