@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import mlx_flash
 from mlx_flash import device, generation
-from mlx_flash.cli import DEMO_MODEL
+from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.loader import load_tokenizer
 
 CONFIG = {

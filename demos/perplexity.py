@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 import mlx_flash
-from mlx_flash.cli import DEMO_MODEL
+from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.stats import Stats
 
 LENGTH = 128  # half the model's size has little room for a longer KV cache

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_flash
-from mlx_flash.cli import DEMO_MODEL
+from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.format import read_manifest
 from mlx_flash.inspection import verify
 

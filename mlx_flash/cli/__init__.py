@@ -1,0 +1,50 @@
+"""The command line: parse, call the library, print. One module a command.
+
+Text goes to stdout, progress and figures to stderr. Nothing here imports MLX before a
+command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from .._version import __version__
+from ..errors import FlashError
+from . import convert, generate, inspect
+from .common import INTERRUPTED
+
+
+class _Commands(click.Group):
+    """Prints a FlashError as one line and ends with exit code 1."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except FlashError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-flash")
+def main():
+    """Run language models larger than this machine's memory.
+
+    FFN weights stay on the SSD and are read as they are needed; the rest is MLX and
+    mlx-lm.
+    """
+    # Else transformers, of which only tokenizers are used, asks for PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+for command in (
+    generate.generate,
+    convert.convert,
+    inspect.info,
+    inspect.verify,
+):
+    main.add_command(command)

@@ -1,0 +1,72 @@
+"""`mlx-flash convert`: make a flash folder of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, metavar="FOLDER", help="Where to write.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of all weights.  [default: the checkpoint's]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text to train predictors on.  [default: sampled from the model]",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(1),
+    default=16384,
+    show_default=True,
+    help="How much of it.",
+)
+@click.option(
+    "--rank", type=int, help="Of all predictors, 0 for none.  [default: by layer]"
+)
+@click.option(
+    "--threshold",
+    type=float,
+    help="Probability from which a neuron is read.  [default: by --recall]",
+)
+@click.option(
+    "--recall",
+    default=0.95,
+    show_default=True,
+    help="Share of active neurons that predictors must find.",
+)
+@click.option("--bits", type=int, help="Quantise experts.  [default: as they are]")
+@click.option("--group-size", type=int, help="Weights that share a scale.")
+@click.option(
+    "--mode", default="affine", show_default=True, help="affine, mxfp4, mxfp8 or nvfp4."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier flash folder.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def convert(source, output, quiet, **options):
+    """Convert SOURCE, a checkpoint's folder or hub name, to a flash folder.
+
+    Interrupted, it goes on where it stopped when the same command is run again.
+
+    \b
+    Examples:
+      mlx-flash convert facebook/opt-6.7b -o opt-6.7b-flash --calibration notes.txt
+      mlx-flash convert ./my-opt -o my-opt-flash --dtype float16
+    """
+    from ..converters.convert import convert as run
+
+    try:
+        run(source, output, progress=not quiet, **options)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The same command goes on where it stopped.", err=True)
+        raise
+    if not quiet:
+        click.echo(
+            f'{output} is ready: mlx-flash generate "…" --model {output}', err=True
+        )

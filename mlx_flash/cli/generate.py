@@ -1,0 +1,165 @@
+"""`mlx-flash generate`: continue a prompt, and say what it cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from ..errors import FlashError
+from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--model",
+    default=None,
+    metavar="FOLDER",
+    help="Flash folder.  [default: demo model]",
+)
+@click.option(
+    "--memory",
+    type=Memory(),
+    default=None,
+    envvar="MLX_FLASH_MEMORY",
+    help=f"All that the model may hold.  [default: auto; demo model: {DEMO_MEMORY}]",
+)
+@click.option("--max-tokens", "-m", default=100, show_default=True, help="New tokens.")
+@click.option(
+    "--temp",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Nucleus sampling.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling.")
+@click.option(
+    "--policy",
+    type=click.Choice(["lru", "window"]),
+    default=None,
+    help="What stays in memory: all that fits, or a window.  [default: lru]",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1),
+    default=None,
+    metavar="K",
+    help="Keep what the last K tokens used; implies --policy window.",
+)
+@click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
+@click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the text alone.")
+def generate(
+    prompt,
+    model,
+    memory,
+    max_tokens,
+    temp,
+    top_p,
+    seed,
+    policy,
+    window,
+    no_predictor,
+    page_cache,
+    as_json,
+    quiet,
+):
+    """Continue PROMPT (- reads stdin), bringing FFN weights from flash as needed.
+
+    \b
+    Examples:
+      mlx-flash generate "Once upon a time"
+      mlx-flash generate "The recipe" --model opt-6.7b-flash --memory 7GB
+      cat note.txt | mlx-flash generate - --model opt-6.7b-flash --json
+    """
+    prompt = _read_prompt(prompt)
+    if max_tokens < 1 and max_tokens != -1:
+        raise click.BadParameter(
+            "give at least 1, or -1 for no limit", param_hint="--max-tokens"
+        )
+    if window and policy == "lru":
+        raise click.UsageError("--window goes with --policy window.")
+    import mlx.core as mx
+    import transformers
+    from mlx_lm.sample_utils import make_sampler
+
+    from .. import generation
+    from ..assembly import can_stream
+    from ..hub import find_model
+    from ..loader import load_model, load_tokenizer
+
+    transformers.logging.set_verbosity_error()  # too long a prompt is our own error
+    folder = find_model(model, checkpoint=can_stream) if model else DEMO_MODEL
+    tokenizer = load_tokenizer(folder)
+    tokens = generation.encode_prompt(tokenizer, prompt)
+    loaded = load_model(
+        folder,
+        memory or ("auto" if model else DEMO_MEMORY),
+        predictor=not no_predictor,
+        policy=policy or ("window" if window else "lru"),
+        window=window or 4,
+        context=generation.context_for(folder, len(tokens), max_tokens),
+        page_cache=page_cache,
+    )
+    if seed is not None:
+        mx.random.seed(seed)
+    sampler = make_sampler(temp, top_p if top_p < 1 else 0.0)
+    with loaded as (network, _):
+        code = _stream(network, tokenizer, tokens, max_tokens, sampler, as_json)
+        run = network.flash.run
+        figures = generation.report(network.flash)
+        lines = generation.summary(network.flash)
+    if as_json:
+        text = {
+            "text": run.text,
+            "tokens": run.tokens,
+            "prompt_tokens": len(tokens),
+            "generation_tokens": len(run.tokens),
+            "finish_reason": "interrupted" if code else run.last.finish_reason,
+            "stats": figures,
+        }
+        click.echo(json.dumps(text))
+    elif not quiet:
+        click.echo(lines, err=True)
+    sys.exit(code)
+
+
+def _read_prompt(prompt: str) -> str:
+    data = os.fsencode(prompt)
+    if prompt == "-":
+        data = sys.stdin.buffer.read().strip()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FlashError(
+            f"The prompt is not text in UTF-8 (byte {data[error.start]:#x} at "
+            f"{error.start}). Convert it first, with iconv for example."
+        ) from error
+
+
+def _stream(model, tokenizer, tokens, max_tokens, sampler, silent) -> int:
+    from ..generation import stream_generate
+
+    code = 0
+    try:
+        for step in stream_generate(
+            model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
+        ):
+            if not silent:
+                click.echo(step.text, nl=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if not silent:
+        click.echo()
+    return code

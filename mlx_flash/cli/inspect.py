@@ -1,0 +1,34 @@
+"""`mlx-flash info` and `verify`: what a folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .common import DEMO_MODEL
+
+
+@click.command()
+@click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model, as_json):
+    """Say what of a model is resident and what is on flash, layer by layer.
+
+    Without FOLDER, of the demo model.
+    """
+    from ..inspection import facts, table
+
+    click.echo(json.dumps(facts(model)) if as_json else table(model))
+
+
+@click.command()
+@click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
+def verify(model):
+    """Compare every weight file of a model with the digest noted at conversion.
+
+    Without FOLDER, of the demo model.
+    """
+    from ..inspection import verify as check
+
+    check(model, lambda name: click.echo(f"ok  {name}"))
