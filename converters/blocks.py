@@ -13,19 +13,10 @@ import mlx.nn as nn
 
 from ..errors import FlashError
 from ..ffn import packing, projections
+from .dense import dense_ffns
 from .experts import ExpertConversion
 
 UNIT_BYTES = 2_000_000  # long enough to read at full speed, short enough to share out
-
-
-def dense_ffns(model: nn.Module) -> dict[str, nn.Module]:
-    """Every dense FFN of a model by its path, in the order of the layers."""
-    found = {n: m for n, m in model.named_modules() if projections(m)}
-
-    def order(path: str) -> list[tuple[int, str]]:
-        return [(int(p) if p.isdigit() else -1, p) for p in path.split(".")]
-
-    return dict(sorted(found.items(), key=lambda item: order(item[0])))
 
 
 def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import KVCache
 
 from ..errors import FlashError
@@ -150,8 +151,8 @@ def run_layer(
         What its FFN was given, float32 [n·length, D], in the order of the tokens.
     """
     layer = model.load_layer(index)
-    recorder = _Recorder(getattr(layer, ffn))
-    setattr(layer, ffn, recorder)
+    recorder = _Recorder(dict(layer.named_modules())[ffn])
+    layer.update_modules(tree_unflatten([(ffn, recorder)]))
     done = 0
     for batch in _batches(tokens):
         n = batch.shape[0]
@@ -161,7 +162,7 @@ def run_layer(
         h = finite(f"the output of layer {index}", layer(h, *args, **kwargs))
         hidden[done : done + n] = np.array(h.astype(mx.float32))
         done += n
-    setattr(layer, ffn, recorder.ffn)
+    layer.update_modules(tree_unflatten([(ffn, recorder.ffn)]))
     model.release(layer)
     return np.concatenate(recorder.inputs)
 

@@ -33,7 +33,8 @@ class ExpertConversion:
         source: The checkpoint.
         work: Where to write.
         dtype: What unquantised weights are cast to; None keeps each as it is.
-        quantize: `group_size`, `bits` and `mode` for the experts, or None.
+        quantize: `group_size`, `bits` and `mode` for what goes to flash, or None.
+        quantize_resident: The same for everything else.
         bars: Makes progress bars, as `tqdm.tqdm`.
     """
 
@@ -51,6 +52,7 @@ class ExpertConversion:
         work: WorkFolder,
         dtype: mx.Dtype | None,
         quantize: dict | None,
+        quantize_resident: dict | None,
         bars,
     ):
         self.source, self.work, self.dtype, self.bars = source, work, dtype, bars
@@ -58,6 +60,8 @@ class ExpertConversion:
         self.modules = self.find(stock.model)
         if quantize:
             self._quantize(quantize)
+        if quantize_resident:
+            resident.quantize_modules(stock.model, self.modules, quantize_resident)
         self._check_disk()
 
     def run(self) -> None:
@@ -75,7 +79,9 @@ class ExpertConversion:
             raise self.work.source_changed()
         folder = self.work.folder
         dtype = self.stock.dtype() if self.dtype is None else _name(self.dtype)
-        config = {"dtype": dtype} | resident.packing_config(self.stock.model)
+        config = {"dtype": dtype} | resident.packing_config(
+            resident.packing_of(self.stock.model)
+        )
         held = resident.write_weights(folder / format.RESIDENT, self._resident())
         resident.copy_config(self.source, folder, config)
         resident.write_manifest(

@@ -1,6 +1,7 @@
 """Fit a layer's predictor to the activations that calibration recorded.
 
-The start is the best low-rank stand-in for the up projection on real inputs: with U the
+The start is the best low-rank stand-in for the projection that decides (the gate where
+there is one, else the up projection) on real inputs: with W its weight and U the
 r leading principal directions of the pre-activations X·Wᵀ, it is U·(UᵀW), which loses
 least of the pre-activations' variance of all rank-r matrices. From there both factors
 and the bias are trained to tell active from inactive neurons, both counting alike as in
@@ -19,10 +20,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..ffn import projections
 from ..format import PredictorFacts
-from ..layers import ACTIVATIONS
 from ..predictor import Predictor, possible_bits
-from .neurons import NeuronLayer
+from .dense import hidden_values
 
 BATCH = 256
 STEPS = 400  # at least; two passes where there is more text
@@ -68,8 +69,8 @@ def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
 
 def fit_predictor(
     inputs: np.ndarray,
-    layer: NeuronLayer,
-    activation: str,
+    ffn: nn.Module,
+    dtype: mx.Dtype,
     rank: int,
     options: FitOptions,
     length: int,
@@ -79,27 +80,27 @@ def fit_predictor(
 
     Args:
         inputs: What the FFN was given, [T, D] float32, sequences of `length` tokens.
-        layer: The FFN's weights.
+        ffn: The FFN with its weights in float32.
+        dtype: Of the predictor's arrays.
         rank: r.
 
     Returns:
-        Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in the layer's dtype
-        or quantised from it), and what it does on held-out tokens.
+        Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in `dtype` or
+        quantised from it), and what it does on held-out tokens.
     """
     train, choose, test = split(len(inputs), length)
-    up, up_bias = layer.up.astype(mx.float32), layer.up_bias
-    up_bias = mx.zeros(up.shape[0]) if up_bias is None else up_bias.astype(mx.float32)
-    act = ACTIVATIONS[activation]
+    gate = ffn[projections(ffn)[0][0]]
+    up, up_bias = gate.weight, gate.get("bias", mx.zeros(len(gate.weight)))
 
     def hidden(x: np.ndarray) -> mx.array:
-        return act(mx.array(x) @ up.T + up_bias)
+        return hidden_values(ffn, mx.array(x))
 
     active = _active(inputs[train], hidden)
     weights = _start(inputs[train], up, up_bias, rank, seed)
     weights = _train(weights, inputs[train], active, len(up), seed)
 
     predictor = Predictor(up.shape[1], len(up), rank)
-    stored = {k: w.astype(layer.up.dtype) for k, w in weights.items()}
+    stored = {k: w.astype(dtype) for k, w in weights.items()}
     predictor.load_weights(list(stored.items()))
     bits = possible_bits(up.shape[1], rank)
     if bits:
@@ -113,7 +114,7 @@ def fit_predictor(
         cut = _cut_for_recall(inputs[choose], hidden, scores, options.recall)
     else:
         cut = math.log(options.threshold / (1 - options.threshold))
-    predictor.bias = (weights["bias"] - cut).astype(layer.up.dtype)
+    predictor.bias = (weights["bias"] - cut).astype(dtype)
     facts = _measure(inputs[test], hidden, scores, rank, bits, _sigmoid(cut))
     arrays = dict(tree_flatten(predictor.parameters()))
     mx.eval(arrays)
@@ -132,7 +133,7 @@ def _scores(weights: dict[str, mx.array], x: mx.array) -> mx.array:
 def _active(inputs: np.ndarray, hidden) -> np.ndarray:
     """Which neurons are active, [T, N/8] packed bits."""
     return np.concatenate(
-        [np.packbits(np.array(hidden(x) > 0), axis=1) for x in _batches(inputs)]
+        [np.packbits(np.array(hidden(x) != 0), axis=1) for x in _batches(inputs)]
     )
 
 
@@ -196,7 +197,7 @@ def _train(weights: dict, inputs, active, units: int, seed: int) -> dict:
 
 def _cut_for_recall(inputs, hidden, scores, recall: float) -> float:
     """The score that `recall` of the active neurons exceed."""
-    found = [np.array(scores(x))[np.array(hidden(x) > 0)] for x in _batches(inputs)]
+    found = [np.array(scores(x))[np.array(hidden(x) != 0)] for x in _batches(inputs)]
     found = np.concatenate(found)
     return float(np.quantile(found, 1 - recall)) if len(found) else 0.0
 
@@ -207,11 +208,11 @@ def _measure(
     active = predicted = both = mass = kept = cells = 0.0
     for x in _batches(inputs):
         h, guess = hidden(x), scores(x) > 0
-        active += (h > 0).sum().item()
+        active += (h != 0).sum().item()
         predicted += guess.sum().item()
-        both += ((h > 0) & guess).sum().item()
-        mass += h.sum().item()
-        kept += (h * guess).sum().item()
+        both += ((h != 0) & guess).sum().item()
+        mass += mx.abs(h).sum().item()
+        kept += mx.abs(h * guess).sum().item()
         cells += h.size
     return PredictorFacts(
         rank=rank,

@@ -45,6 +45,7 @@ class LayerwiseModel:
         self.layers = list(self.model.layers)
         first = next(n for n, m in self.model.named_modules() if m is self.layers[0])
         self._prefix = first.removesuffix("0")
+        self._modules = dict(self.model.named_modules())
 
     def load_outer(self) -> None:
         """Load embeddings, final norm and head: all that belongs to no layer."""
@@ -54,12 +55,19 @@ class LayerwiseModel:
 
     def load_layer(self, index: int) -> nn.Module:
         """Layer `index` with its weights; `release` it when it has run."""
-        prefix = f"{self._prefix}{index}."
+        return self.load_module(self.layer_path(index).removesuffix("."))
+
+    def layer_path(self, index: int) -> str:
+        """Where layer `index` is in the module tree, with a dot at the end."""
+        return f"{self._prefix}{index}."
+
+    def load_module(self, path: str, dtype: mx.Dtype | None = None) -> nn.Module:
+        """The module at `path` with its weights, in `dtype` or what is computed in."""
         weights = self.source.weights().items()
+        prefix = path + "."
         own = [(n.removeprefix(prefix), w) for n, w in weights if n.startswith(prefix)]
-        layer = self.layers[index]
-        self._load(layer, own, strict=True)
-        return layer
+        self._load(self._modules[path], own, dtype, strict=True)
+        return self._modules[path]
 
     def release(self, module: nn.Module | None = None) -> None:
         """Let go of a module's weights (of all, without one)."""
@@ -86,10 +94,17 @@ class LayerwiseModel:
         finally:
             self.model.layers[:] = self.layers
 
-    def _load(self, module: nn.Module, weights, strict: bool = False) -> None:
+    def _load(
+        self,
+        module: nn.Module,
+        weights,
+        dtype: mx.Dtype | None = None,
+        strict: bool = False,
+    ) -> None:
+        dtype = dtype or self.dtype
         try:
             module.load_weights(
-                [(n, w.astype(self.dtype)) for n, w in weights], strict=strict
+                [(n, w.astype(dtype)) for n, w in weights], strict=strict
             )
         except ValueError as error:
             raise FlashError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -70,8 +70,38 @@ def copy_config(source: Source, folder: Path, changes: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def packing_config(model: nn.Module) -> dict:
-    """What config.json must say of a model's quantised modules: each, by its path."""
+def quantize_modules(model: nn.Module, but: Collection[str], quantize: dict) -> int:
+    """Quantise all that can be, as mlx-lm's own `convert` would.
+
+    Args:
+        model: Changed in place; nothing is evaluated.
+        but: Paths of modules to leave as they are, with all below them.
+        quantize: `group_size`, `bits` and `mode`.
+
+    Returns:
+        How many modules it was.
+    """
+    changed = 0
+    theirs = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+    def wanted(path: str, module: nn.Module) -> bool | dict:
+        nonlocal changed
+        if (
+            not hasattr(module, "to_quantized")
+            or any(f"{path}.".startswith(f"{name}.") for name in but)
+            or module.weight.shape[-1] % quantize["group_size"]
+        ):
+            return False
+        say = theirs(path, module)
+        changed += bool(say)
+        return say
+
+    nn.quantize(model, **quantize, class_predicate=wanted)
+    return changed
+
+
+def packing_of(model: nn.Module) -> dict[str, dict]:
+    """How each of a model's quantised modules is packed, by its path."""
     packed = {}
     for path, module in model.named_modules():
         if hasattr(module, "bits") and hasattr(module, "group_size"):
@@ -79,6 +109,11 @@ def packing_config(model: nn.Module) -> dict:
             packed[path]["mode"] = getattr(module, "mode", "affine")
             if getattr(module, "global_scale", None) is not None:
                 packed[path]["global_scale"] = True
+    return packed
+
+
+def packing_config(packed: dict[str, dict]) -> dict:
+    """What config.json must say of quantised modules: each, by its path."""
     if not packed:
         return {}
     return {"quantization": next(iter(packed.values())) | packed}

@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .blocks import BlockFFN
 from .errors import FlashError
 from .experts import ExpertFFN, switch_layers, switch_parts
-from .ffn import projections
+from .ffn import pack, packing, projections
 from .format import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
-from .layers import ACTIVATIONS, NeuronFFN
 from .models import get_model_classes, make_model, read_config
+from .neurons import NeuronFFN
+from .predictor import Predictor
 from .reader import Extent
 from .safetensors_io import DTYPES
 from .shapes import Shapes, find_shapes
@@ -117,35 +118,43 @@ def _modules(model: nn.Module, manifest: Manifest, folder: Path) -> list[nn.Modu
 def _exchange_neurons(
     model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
 ) -> list[NeuronFFN]:
-    if manifest.activation not in ACTIVATIONS:
-        raise FlashError(
-            f"{folder / MANIFEST}: unknown activation {manifest.activation!r}."
-        )
     layers = []
     olds = _modules(model, manifest, folder)
     for entry, old in zip(manifest.layers, olds, strict=True):
-        matrices = [v for _, v in tree_flatten(old.parameters()) if v.ndim == 2]
-        dims = sum(m.size for m in matrices) // (2 * entry.units)
-        parts = [(p.name, p.dtype, p.shape) for p in entry.parts]
-        dtype = manifest.dtype
-        if parts != [("up", dtype, (dims,)), ("down", dtype, (dims,))]:
+        want, dims = _neuron_shapes(old, getattr(mx, manifest.dtype))
+        have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
+        if have != want:
             raise FlashError(
-                f"{folder}: bundles of {entry.module} hold {parts}, its config.json "
-                f"asks for up and down of {dims} values, {MANIFEST} for {dtype}. "
-                "Convert the model again."
+                f"{folder}: bundles of {entry.module} hold {have}, its config.json "
+                f"and {MANIFEST} ask for {want}. Convert the model again."
             )
         facts = entry.predictor if predictor else None
-        rank, bits = (facts.rank, facts.bits) if facts else (0, 0)
-        bias = any("bias" in name for name, _ in tree_flatten(old.parameters()))
         try:
-            ffn = NeuronFFN(dims, entry.units, manifest.activation, bias, rank, bits)
+            guess = facts and Predictor(dims, entry.units, facts.rank, facts.bits)
         except ValueError as error:
             raise FlashError(
-                f"{folder / MANIFEST}, {entry.module}: no predictor of rank {rank} and "
-                f"{bits} bits is possible ({str(error).splitlines()[0]})."
+                f"{folder / MANIFEST}, {entry.module}: no predictor of rank "
+                f"{facts.rank} and {facts.bits} bits is possible "
+                f"({str(error).splitlines()[0]})."
             ) from error
-        layers.append(ffn)
+        layers.append(NeuronFFN(old, guess))
     return layers
+
+
+def _neuron_shapes(ffn: nn.Module, dtype: mx.Dtype) -> tuple[dict, int]:
+    """(dtype and shape of every part of all neurons, D), or nothing if it has none."""
+    if projections(ffn) is None:
+        return {}, 0
+    ins, out = projections(ffn)
+    neurons, dims = len(ffn[ins[0]].weight), len(ffn[out].weight)
+    # Nothing evaluates these: it is their shapes that are asked for.
+    rows = mx.zeros((neurons, dims), dtype)
+    shapes = {}
+    for name in (*ins, out):
+        for key, array in pack(rows, packing(ffn[name])).items():
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            shapes[f"{name}.{key}"] = (kind, array.shape)
+    return shapes, dims
 
 
 def _exchange_experts(

@@ -8,6 +8,8 @@ Shapes: T tokens, D model width, N neurons, K of them now, n units now.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -44,6 +46,20 @@ def packing(linear: nn.Module) -> dict | None:
     if not isinstance(linear, nn.QuantizedLinear):
         return None
     return {key: getattr(linear, key) for key in ("group_size", "bits", "mode")}
+
+
+def pack(rows: mx.array, packing: dict | None) -> dict[str, mx.array]:
+    """Rows [N, D] as a linear layer holds them, quantised along D where asked for."""
+    if packing is None:
+        return {"weight": rows}
+    names = ("weight", "scales", "biases")
+    return dict(zip(names, mx.quantize(rows, **packing), strict=False))
+
+
+def neuron_rows(ffn: nn.Module) -> dict[str, mx.array]:
+    """A row [D] of every projection for each neuron, [N, D], from float weights."""
+    ins, out = projections(ffn)
+    return {name: ffn[name].weight for name in ins} | {out: ffn[out].weight.T}
 
 
 class Into(nn.Module):
@@ -88,12 +104,14 @@ class OutOf(nn.Module):
         if "bias" in linear:
             self.bias = linear.bias  # added once by the FFN, not once a wave
 
-    def show(self, arrays: dict[str, mx.array]) -> None:
-        """Compute with `arrays` from now on."""
-        self._arrays = arrays
+    def show(self, arrays: dict[str, mx.array], through=None) -> None:
+        """Compute with `arrays` from now on, with what `through` makes of h first."""
+        self._arrays, self._through = arrays, through
 
     def __call__(self, h: mx.array) -> mx.array:
         a = self._arrays
+        if self._through is not None:
+            h = self._through(h)
         if self.columns and self.packing:
             n = len(a["weight"])
             h = h.reshape(len(h), n, -1).swapaxes(0, 1)
@@ -125,9 +143,20 @@ class SlotFFN(nn.Module):
         self._ffn = ffn
 
     def compute(
-        self, x: mx.array, parts: dict[str, mx.array], rows, neurons=None
+        self,
+        x: mx.array,
+        parts: dict[str, mx.array],
+        rows,
+        neurons: mx.array | None = None,
+        through: Callable[[mx.array], mx.array] | None = None,
     ) -> mx.array:
-        """The FFN of x [T, D] over `rows` of the slots, whose neurons are `neurons`."""
+        """The FFN of x [T, D] over some of the slots.
+
+        Args:
+            rows: Which slots, as MLX arrays are indexed.
+            neurons: Whose they are, None where all are asked for in order.
+            through: Given the hidden values [T, K], says what goes on in their place.
+        """
         out = self.names[-1]
         for name in self.names:
             arrays = {
@@ -138,7 +167,7 @@ class SlotFFN(nn.Module):
             if name != out:
                 self[name].show(arrays, neurons)
             else:
-                self[out].show(arrays)
+                self[out].show(arrays, through)
         y = self._ffn(x)
         for name in self.names:
             self[name].show({})  # whoever closes the model gets the slots' memory back

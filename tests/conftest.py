@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx.utils import tree_flatten
+from mlx_flash.converters.bundles import write_bundles
 from mlx_flash.converters.convert import convert
-from mlx_flash.converters.neurons import NeuronLayer, write_bundles
 from mlx_lm.utils import load_model as mlx_load_model
 
 from mlx_flash.cache import Lru
-from mlx_flash.layers import NeuronFFN
+from mlx_flash.ffn import neuron_rows
 from mlx_flash.models import get_model_classes, opt
+from mlx_flash.neurons import NeuronFFN
 from mlx_flash.reader import open_reader
 from mlx_flash.slots import UnitSlots
 from mlx_flash.stats import Stats
@@ -99,6 +100,18 @@ class Says(nn.Module):
         return self._choose(x)
 
 
+class FFN(nn.Module):
+    """A plain FFN, as OPT has it."""
+
+    def __init__(self, dims, neurons, bias=True):
+        super().__init__()
+        self.fc1 = nn.Linear(dims, neurons, bias=bias)
+        self.fc2 = nn.Linear(neurons, dims, bias=bias)
+
+    def __call__(self, x):
+        return self.fc2(nn.relu(self.fc1(x)))
+
+
 class Bench:
     """One FFN on flash without a model around it, and what it should compute."""
 
@@ -115,11 +128,18 @@ class Bench:
         self.up_bias, self.down_bias = draw(self.UNITS), draw(self.DIMS)
         self.folder, self.dtype = folder, kind
         self.path = folder / "layer.safetensors"
-        self.layer = write_bundles(
-            self.path, NeuronLayer("mlp", self.up, self.down, self.up_bias)
-        )
+        parts = {f"{k}.weight": w for k, w in neuron_rows(self.module()).items()}
+        self.layer = write_bundles(self.path, "mlp", parts)
         self._readers = []
         self.root = folder.parent  # a layer's file is named with its folder
+
+    def module(self, bias=True):
+        """The FFN as it would be without flash."""
+        ffn = FFN(self.DIMS, self.UNITS, bias)
+        ffn.fc1.weight, ffn.fc2.weight = self.up, self.down
+        if bias:
+            ffn.fc1.bias, ffn.fc2.bias = self.up_bias, self.down_bias
+        return ffn
 
     def store(self, n_slots, policy=None, native=None, reader=None):
         if reader is None:
@@ -129,11 +149,7 @@ class Bench:
         return UnitSlots(self.layer, self.root, n_slots, policy, reader, Stats())
 
     def ffn(self, n_slots, choose=None, bias=True, **options):
-        ffn = NeuronFFN(self.DIMS, self.UNITS, "relu", bias, rank=0)
-        if bias:
-            ffn.up_bias, ffn.down_bias = self.up_bias, self.down_bias
-        if choose is not None:
-            ffn.predictor = Says(choose)
+        ffn = NeuronFFN(self.module(bias), choose and Says(choose))
         ffn.store = self.store(n_slots, **options)
         if ffn.store.holds_all:
             ffn.store.read_all()
@@ -177,7 +193,12 @@ def flash_folder(golden_checkpoint, tmp_path_factory):
     """The golden OPT as a flash folder with small predictors. Not to be changed."""
     folder = tmp_path_factory.mktemp("golden") / "flash"
     return convert(
-        golden_checkpoint, folder, rank=8, calibration_tokens=256, progress=False
+        golden_checkpoint,
+        folder,
+        rank=8,
+        unit="neuron",
+        calibration_tokens=256,
+        progress=False,
     )
 
 

@@ -74,6 +74,7 @@ def flash(tmp_path_factory):
         return convert(
             src,
             base / "flash",
+            unit="neuron",
             calibration=text,
             calibration_tokens=640,
             rank=8,
@@ -386,10 +387,13 @@ def edit(path, change):
         (lambda m: m["layers"][0].update(data_offset=1 << 40), ["layer_00", "offset"]),
         (lambda m: m["layers"][0].update(file="../x"), ["outside its folder"]),
         (lambda m: m["layers"][0].update(module="nope"), ["nope"]),
-        (lambda m: m["layers"][0]["parts"][0].update(shape=[64]), ["up", "[64]"]),
+        (
+            lambda m: m["layers"][0]["parts"][0].update(shape=[64]),
+            ["fc1.weight", "[64]"],
+        ),
         (
             lambda m: m["layers"][0]["parts"][1].update(offset=1 << 40),
-            ["down", "outside"],
+            ["fc2.weight", "outside"],
         ),
         (lambda m: m["resident"].update(bytes=12), ["resident", "12"]),
     ],
@@ -619,6 +623,7 @@ def test_convert_takes_every_option(tmp_path, monkeypatch):
     text.write_text("Some words. " * 200)
     args = ["--calibration", text, "--calibration-tokens", 256, "--rank", 5]
     args += ["--threshold", 0.25, "--dtype", "float16", "--recall", 0.9, "-q"]
+    args += ["--unit", "neuron"]
     run("convert", src, "-o", tmp_path / "flash", *args)
     run("convert", src, "-o", tmp_path / "flash", *args, "--overwrite")
     manifest = json.loads((tmp_path / "flash" / "flash.json").read_text())

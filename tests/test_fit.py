@@ -5,9 +5,9 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import FFN
 from mlx_flash.converters import fit
 from mlx_flash.converters.fit import FitOptions, default_rank, fit_predictor, split
-from mlx_flash.converters.neurons import NeuronLayer
 
 from mlx_flash.predictor import Predictor
 
@@ -19,12 +19,12 @@ def make_layer(rank=6, bias=-1.5, dtype=mx.float32, seed=0):
     rng = np.random.default_rng(seed)
     up = rng.normal(0, 1, (N, rank)) @ rng.normal(0, 1, (rank, D))
     up /= np.linalg.norm(up, axis=1, keepdims=True)
-    return NeuronLayer(
-        "layers.0.mlp",
-        mx.array(up.astype(np.float32)).astype(dtype),
-        mx.zeros((D, N), dtype),
-        mx.full((N,), bias).astype(dtype) if bias is not None else None,
-    )
+    ffn = FFN(D, N, bias is not None)
+    ffn.fc1.weight = mx.array(up.astype(np.float32)).astype(dtype)
+    if bias is not None:
+        ffn.fc1.bias = mx.full((N,), bias).astype(dtype)
+    ffn.set_dtype(mx.float32)  # with the values of the narrower type
+    return ffn
 
 
 def make_inputs(sequences=40, seed=1):
@@ -34,8 +34,8 @@ def make_inputs(sequences=40, seed=1):
 
 def truth(inputs, layer):
     """Activations [T, N] in float64."""
-    up = np.array(layer.up.astype(mx.float32)).astype(np.float64)
-    bias = 0 if layer.up_bias is None else np.array(layer.up_bias.astype(mx.float32))
+    up = np.array(layer.fc1.weight).astype(np.float64)
+    bias = 0 if "bias" not in layer.fc1 else np.array(layer.fc1.bias)
     return np.maximum(inputs @ up.T + bias, 0)
 
 
@@ -47,9 +47,9 @@ def guess(inputs, arrays):
     return inputs @ w["reduce.weight"].T @ w["expand.weight"].T + w["bias"] > 0
 
 
-def fit_it(inputs, layer, rank=6, seed=0, **options):
+def fit_it(inputs, layer, rank=6, seed=0, dtype=mx.float32, **options):
     return fit_predictor(
-        inputs, layer, "relu", rank, FitOptions(**options), LENGTH, seed
+        inputs, layer, dtype, rank, FitOptions(**options), LENGTH, seed
     )
 
 
@@ -82,8 +82,8 @@ def test_training_beats_the_start(monkeypatch):
 
 def test_start_keeps_what_a_low_rank_can_keep():
     inputs, layer = make_inputs(), make_layer(rank=6)
-    exact = inputs @ np.array(layer.up).T + np.array(layer.up_bias)
-    w = fit._start(inputs, layer.up, layer.up_bias, 6, 0)
+    exact = inputs @ np.array(layer.fc1.weight).T + np.array(layer.fc1.bias)
+    w = fit._start(inputs, layer.fc1.weight, layer.fc1.bias, 6, 0)
     scores = np.array(fit._scores(w, mx.array(inputs)))
     gain = (scores * exact).sum() / (exact * exact).sum()
     assert np.abs(scores - gain * exact).max() < 1e-2
@@ -93,7 +93,7 @@ def test_start_keeps_what_a_low_rank_can_keep():
 def test_facts_are_what_the_written_predictor_does(dtype, monkeypatch):
     monkeypatch.setattr(fit, "STEPS", 50)
     inputs, layer = make_inputs(), make_layer(dtype=dtype)
-    arrays, facts = fit_it(inputs, layer)
+    arrays, facts = fit_it(inputs, layer, dtype=dtype)
     assert all(a.dtype == dtype for a in arrays.values())
     test = inputs[split(len(inputs), LENGTH)[2]]
     h, said = truth(test, layer), guess(test, arrays)

@@ -61,6 +61,7 @@ def folder(checkpoint):
     return convert(
         checkpoint,
         checkpoint.parent / "flash",
+        unit="neuron",
         rank=8,
         calibration_tokens=256,
         progress=False,

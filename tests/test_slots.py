@@ -69,7 +69,7 @@ def fetch_all(store, units):
     return rows
 
 
-PARTS = ("up", "down")
+PARTS = ("fc1.weight", "fc2.weight")
 
 
 def check_rows(bench, rows):
@@ -122,7 +122,7 @@ def test_lazy_results_survive_later_waves(bench, steps, data):
     lazy = []
     for asked in steps:
         for wave in store.fetch(ids(*asked)):
-            rows = store.parts["up"][mx.array(wave.slots)] * 1
+            rows = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
             store.in_use = rows
             lazy.append((wave.units, rows))
     up = np.array(bench.up)
@@ -135,7 +135,7 @@ def test_a_lazy_result_survives_a_step_of_hits_before_the_overwriting_one(bench)
     lazy = []
     for asked in (ids(0, 1), ids(0, 1), ids(2, 3)):
         (wave,) = store.fetch(asked)
-        store.in_use = store.parts["up"][mx.array(wave.slots)] * 1
+        store.in_use = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
         lazy.append(store.in_use)
     up = np.array(bench.up)
     for rows, asked in zip(lazy, ([0, 1], [0, 1], [2, 3]), strict=True):
@@ -209,8 +209,8 @@ def test_a_store_for_everything_has_unit_i_in_slot_i(bench, native):
     assert store.holds_all
     store.read_all()
     assert store.cache.unit_of.tolist() == list(range(bench.UNITS))
-    assert mx.array_equal(store.parts["up"], bench.up).item()
-    assert mx.array_equal(store.parts["down"], bench.down.T).item()
+    assert mx.array_equal(store.parts["fc1.weight"], bench.up).item()
+    assert mx.array_equal(store.parts["fc2.weight"], bench.down.T).item()
 
 
 def test_a_store_for_less_does_not_hold_all(bench):

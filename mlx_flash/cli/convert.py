@@ -42,10 +42,21 @@ import click
     show_default=True,
     help="Share of active neurons that predictors must find.",
 )
-@click.option("--bits", type=int, help="Quantise experts.  [default: as they are]")
+@click.option(
+    "--unit",
+    type=click.Choice(["neuron", "block"]),
+    help="What a dense FFN is cut into.  [default: as its sparsity suggests]",
+)
+@click.option("--bits", type=int, help="Quantise FFNs.  [default: as they are]")
 @click.option("--group-size", type=int, help="Weights that share a scale.")
 @click.option(
     "--mode", default="affine", show_default=True, help="affine, mxfp4, mxfp8 or nvfp4."
+)
+@click.option("--resident-bits", type=int, help="Quantise what stays in memory.")
+@click.option(
+    "--delete-source",
+    is_flag=True,
+    help="Delete the checkpoint's weights when the result was verified.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier flash folder.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")

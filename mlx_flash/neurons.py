@@ -1,4 +1,4 @@
-"""FFN layers whose weights are on flash, with the signature of what they replace.
+"""FFNs with exact zeros: of every token only the neurons it needs are read.
 
 Shapes: T tokens (batch and length together), D model width, N neurons, K read.
 """
@@ -9,19 +9,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .cache import Wave
 from .errors import FlashError
+from .ffn import SlotFFN
 from .predictor import Predictor
 from .slots import CLOSED, UnitSlots
-
-ACTIVATIONS = {"relu": nn.relu, "relu2": nn.relu2}
 
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.
 SWEEP_TOKENS = 4
 
 
-class NeuronFFN(nn.Module):
-    """y = act(x·upᵀ + up_bias)·down + down_bias over the neurons that are needed.
+class NeuronFFN(SlotFFN):
+    """An FFN module over the neurons that are needed, its hidden zeros left out.
 
     Which are needed says the predictor, token by token: what a token gets does not
     depend on its neighbours or on what the slots happen to hold. Without a predictor,
@@ -29,22 +29,10 @@ class NeuronFFN(nn.Module):
     every neuron is computed.
     """
 
-    def __init__(
-        self,
-        dims: int,
-        units: int,
-        activation: str,
-        bias: bool,
-        rank: int,
-        predictor_bits: int = 0,
-    ):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        if bias:
-            self.up_bias = mx.zeros((units,))
-            self.down_bias = mx.zeros((dims,))
-        if rank:
-            self.predictor = Predictor(dims, units, rank, predictor_bits)
+    def __init__(self, ffn: nn.Module, predictor: Predictor | None = None):
+        super().__init__(ffn)
+        if predictor is not None:
+            self.predictor = predictor
         self.store: UnitSlots | None = None  # given by load, taken by close
         self.sweep_tokens = SWEEP_TOKENS
 
@@ -53,12 +41,10 @@ class NeuronFFN(nn.Module):
         if self.store is None:
             raise FlashError(CLOSED)
         if self.store.holds_all:
-            y = self._multiply(tokens, slice(None), slice(None))
+            y = self.compute(tokens, self.store.parts, slice(None))
         else:
             y = self._stream(tokens)
-        if "down_bias" in self:
-            y = y + self.down_bias
-        return y.astype(x.dtype).reshape(x.shape)
+        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
 
     def _stream(self, x: mx.array) -> mx.array:
         """Sum over waves of neurons; more than one wave is summed in float32."""
@@ -73,19 +59,21 @@ class NeuronFFN(nn.Module):
         y = None
         for wave in store.fetch(needed, tokens=T):
             slots, units, valid = self._cover(wave)
-            h = self._hidden(x, slots, units)
-            if swept and chosen is not None:
-                self._compare(h, chosen[:, units], valid)
-            if not swept and T > 1:
-                valid = chosen[:, units] if valid is None else valid & chosen[:, units]
-            if valid is not None:
-                h = mx.where(valid, h, 0)
-            part = h @ store.parts["down"][slots]
+
+            def through(h, units=units, valid=valid):
+                if swept and chosen is not None:
+                    self._compare(h, chosen[:, units], valid)
+                if not swept and T > 1:
+                    mine = chosen[:, units]
+                    valid = mine if valid is None else valid & mine
+                return h if valid is None else mx.where(valid, h, 0)
+
+            part = self.compute(x, store.parts, slots, units, through)
             y = part if y is None else y.astype(mx.float32) + part
             store.in_use = y
         return mx.zeros_like(x) if y is None else y
 
-    def _cover(self, wave):
+    def _cover(self, wave: Wave):
         """(slots, units, which count) to multiply for a wave.
 
         Gathering copies rows. When most slots are wanted, all are multiplied where
@@ -99,17 +87,8 @@ class NeuronFFN(nn.Module):
         units = mx.array(np.maximum(store.cache.unit_of, 0))
         return slice(None), units, None if wanted.all() else mx.array(wanted)
 
-    def _hidden(self, x: mx.array, slots, units) -> mx.array:
-        h = x @ self.store.parts["up"][slots].T
-        if "up_bias" in self:
-            h = h + self.up_bias[units]
-        return self.activation(h)
-
-    def _multiply(self, x: mx.array, slots, units) -> mx.array:
-        return self._hidden(x, slots, units) @ self.store.parts["down"][slots]
-
     def _compare(self, h: mx.array, chosen: mx.array, valid) -> None:
-        active = h > 0 if valid is None else (h > 0) & valid
+        active = h != 0 if valid is None else (h != 0) & valid
         stats = self.store.stats
         stats.swept_active += int(active.sum())
         stats.swept_predicted += int((active & chosen).sum())

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
 from mlx_flash.cache import Lru, Window
 from mlx_flash.errors import FlashError
-from mlx_flash.layers import SWEEP_TOKENS, NeuronFFN
+from mlx_flash.neurons import SWEEP_TOKENS, NeuronFFN
 from mlx_flash.predictor import Predictor
 from mlx_flash.stats import Stats
 
@@ -161,11 +162,12 @@ def test_several_tokens_at_once_age_a_window_by_as_many(bench):
 
 def test_slots_are_no_parameters(bench):
     ffn = bench.ffn(12)
-    assert {name for name in ffn.parameters()} == {"up_bias", "down_bias"}
+    names = {name for name, _ in tree_flatten(ffn.parameters())}
+    assert names == {"fc1.bias", "fc2.bias"}
 
 
 def test_a_closed_layer_says_so(bench):
-    ffn = NeuronFFN(16, 24, "relu", True, 0)
+    ffn = NeuronFFN(bench.module())
     with pytest.raises(FlashError, match="closed"):
         ffn(bench.inputs(1))
 
