@@ -15,15 +15,29 @@ from ..errors import FlashError
 from .source import Source
 
 
-class _Note(nn.Module):
+class _Stand(nn.Module):
+    """In a layer's place, with what else a model may ask of its layers."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = layer  # the underscore: no weights of its own
+
+    def __getattr__(self, key: str):
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return getattr(super().__getattr__("_layer"), key)
+
+
+class _Note(_Stand):
     def __call__(self, h, *args, **kwargs):
         self.seen = (h, args, kwargs)
         return h
 
 
-class _Supply(nn.Module):
-    def __init__(self, h):
-        super().__init__()
+class _Supply(_Stand):
+    def __init__(self, layer: nn.Module, h: mx.array):
+        super().__init__(layer)
         self._h = h
 
     def __call__(self, h, *args, **kwargs):
@@ -79,13 +93,13 @@ class LayerwiseModel:
 
     def embed(self, tokens: mx.array, cache: list | None = None):
         """(h, args, kwargs): what the model hands to its first layer for `tokens`."""
-        note = _Note()
+        note = _Note(self.layers[0])
         self._call_with(note, tokens, cache)
         return note.seen
 
     def logits(self, h: mx.array, tokens: mx.array) -> mx.array:
         """The head's logits for the last layer's output h."""
-        return self._call_with(_Supply(h), tokens, None)
+        return self._call_with(_Supply(self.layers[-1], h), tokens, None)
 
     def _call_with(self, layer, tokens, cache):
         self.model.layers[:] = [layer]
