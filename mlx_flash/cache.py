@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 EMPTY = -1
+NEVER = np.iinfo(np.int64).max  # used later than anything else
 
 
 class Lru:
@@ -43,13 +44,15 @@ class Wave:
     """Units that are in memory together once `missing` were read into their slots.
 
     `units[i]` is in slot `slots[i]`; `missing` and `missing_slots` are the pairs that
-    have to be read first.
+    have to be read first. With `ahead`, the next wave takes none of these slots: it may
+    be read while this one is multiplied.
     """
 
     units: np.ndarray
     slots: np.ndarray
     missing: np.ndarray
     missing_slots: np.ndarray
+    ahead: bool = False
 
 
 class SlotCache:
@@ -73,17 +76,20 @@ class SlotCache:
         self.last_used = self._marks[:-1]
         self.now = 0  # tokens seen
 
-    def waves(self, units: np.ndarray, tokens: int = 1) -> Iterator[Wave]:
+    def waves(
+        self, units: np.ndarray, tokens: int = 1, keep: np.ndarray | None = None
+    ) -> Iterator[Wave]:
         """Bring `units` (sorted, unique) into slots, in as many waves as they need.
 
-        The first wave holds what is there already and as many missing units as there
-        is room for; each later wave overwrites slots of earlier ones. A wave's units
-        count as present from the moment it is yielded: whoever fails to read them
-        must `forget` their slots.
+        A wave's units count as present from the moment it is yielded: whoever fails to
+        read them must `forget` their slots. When a wave is asked for, all waves but the
+        last one must have been multiplied (that one too, if it was not `ahead`).
 
         Args:
             units: int array of unit ids.
             tokens: How many tokens this step brings, for policies that count them.
+            keep: Those of `units` to leave in memory if there are several waves, which
+                otherwise leaves what came last.
         """
         self.now += tokens
         self.policy.expire(self)
@@ -96,20 +102,37 @@ class SlotCache:
         if len(missing) <= room:
             taken = slots[absent] = self._assign(missing)
             yield Wave(units, slots, missing, taken)
-            return
+        else:
+            yield from self._sweep(units, slots, keep)
+
+    def _sweep(self, units: np.ndarray, slots: np.ndarray, keep) -> Iterator[Wave]:
+        """What is present, then what is missing, half of the slots at a time.
+
+        While one half is multiplied the other is read. Units to keep stay where they
+        are, or where they are read to, and the halves share what is left.
+        """
+        kept = np.zeros(len(self.slot_of), bool)
+        if keep is not None:
+            kept[keep[: len(self.unit_of) // 2]] = True
+        room = len(self.unit_of) - int(np.count_nonzero(kept))
+        size, ahead = max(room // 2, 1), room > 1
         present = slots != EMPTY
-        hits, hit_slots = units[present], slots[present]
-        while len(missing):
-            now_missing, missing = missing[:room], missing[room:]
-            taken = self._assign(now_missing)
-            if len(now_missing) or len(hits):
-                yield Wave(
-                    np.concatenate([hits, now_missing]),
-                    np.concatenate([hit_slots, taken]),
-                    now_missing,
-                    taken,
-                )
-            hits, hit_slots, room = hits[:0], hit_slots[:0], len(self.unit_of)
+        missing, hits, hit_slots = units[~present], units[present], slots[present]
+        pinned = np.zeros(len(self.unit_of), bool)
+        pinned[hit_slots[kept[hits]]] = True
+        none = taken = missing[:0]
+        for start in range(0, len(hits), size):
+            taken = hit_slots[start : start + size]
+            yield Wave(hits[start : start + size], taken, none, none, ahead)
+        for start in range(0, len(missing), size):
+            brought = missing[start : start + size]
+            blocked = pinned.copy()
+            blocked[taken if ahead else none] = True
+            taken = self._assign(brought, blocked)
+            pinned[taken[kept[brought]]] = True
+            yield Wave(brought, taken, brought, taken, ahead)
+        if keep is not None:  # what only passed through goes first
+            self.last_used[(self.last_used == self.now) & ~pinned] = self.now - 1
 
     def forget(self, slots: np.ndarray) -> None:
         """Take back what `slots` are said to hold."""
@@ -117,12 +140,18 @@ class SlotCache:
         self.unit_of[slots] = EMPTY
         self.last_used[slots] = -1
 
-    def _assign(self, units: np.ndarray) -> np.ndarray:
+    def _assign(
+        self, units: np.ndarray, blocked: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Slots for `units`: the longest unused of those that are not `blocked`."""
         count = len(units)
         if count == 0:
             return units
-        if count < len(self.last_used):
-            slots = np.argpartition(self.last_used, count)[:count]
+        marks = self.last_used
+        if blocked is not None:
+            marks = np.where(blocked, NEVER, marks)
+        if count < len(marks):
+            slots = np.argpartition(marks, count)[:count]
         else:
             slots = np.arange(count)
         # Sorted, so that neighbouring units tend to land in neighbouring slots.

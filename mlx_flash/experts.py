@@ -91,7 +91,8 @@ class ExpertFFN(nn.Module):
 
     def _stream(self, x: mx.array, chosen: np.ndarray, needed: np.ndarray) -> mx.array:
         store, K = self.store, chosen.shape[-1]
-        waves = store.fetch(needed, tokens=chosen.size // K)
+        last = np.unique(chosen.reshape(-1, K)[-1])  # the next token's, probably
+        waves = store.fetch(needed, chosen.size // K, last)
         if len(needed) <= store.n_slots:
             next(waves)
             return self._switch(x, mx.array(store.cache.slot_of[chosen]))

@@ -50,14 +50,16 @@ class NeuronFFN(SlotFFN):
         """Sum over waves of neurons; more than one wave is summed in float32."""
         store, T = self.store, x.shape[0]
         chosen = self.predictor(x) if "predictor" in self else None
-        swept = chosen is None or T >= self.sweep_tokens
+        swept, keep = chosen is None or T >= self.sweep_tokens, None
         if swept:
             needed = np.arange(store.units, dtype=np.int32)
+            if chosen is not None:  # the next token needs what the last one does
+                keep = np.flatnonzero(np.asarray(chosen[-1]))
         else:
             # The one point where the host waits for MLX: it must know what to read.
             needed = np.flatnonzero(np.asarray(chosen.any(axis=0))).astype(np.int32)
         y = None
-        for wave in store.fetch(needed, tokens=T):
+        for wave in store.fetch(needed, T, keep):
             slots, units, valid = self._cover(wave)
 
             def through(h, units=units, valid=valid):

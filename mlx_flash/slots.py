@@ -18,7 +18,7 @@ import numpy as np
 from . import format
 from .cache import Lru, SlotCache, Wave, Window
 from .errors import FlashError
-from .reader import PAGE_BYTES, Extent, Reader
+from .reader import PAGE_BYTES, Extent, Reader, Ticket
 from .stats import Stats
 
 PAGE = 16384
@@ -118,33 +118,76 @@ class UnitSlots:
         for wave in self.fetch(np.arange(self.units, dtype=np.int32)):
             assert np.array_equal(wave.units, wave.slots)
 
-    def fetch(self, units: np.ndarray, tokens: int = 1) -> Iterator[Wave]:
+    def fetch(
+        self, units: np.ndarray, tokens: int = 1, keep: np.ndarray | None = None
+    ) -> Iterator[Wave]:
         """Yield waves of `units` (sorted, unique), each read and ready to multiply.
 
         The caller sets `in_use` to what it computed from a wave before it asks for
-        the next one.
+        the next one, which is being read meanwhile where the slots allow it.
+
+        Args:
+            units, tokens, keep: As `SlotCache.waves` takes them.
 
         Raises:
             FlashError: If a read fails. The slots it was meant for count as empty.
         """
+        waves = self.cache.waves(units, tokens, keep)
+        wave, ticket = self._begin(waves)
+        try:
+            while wave is not None:
+                now, due, wave, ticket = wave, ticket, None, None
+                self._finish(now, due)
+                if now.ahead:
+                    wave, ticket = self._begin(waves)
+                    yield now
+                    if self.in_use is not None:
+                        mx.async_eval(self.in_use)
+                else:
+                    yield now
+                    wave, ticket = self._begin(waves)
+        finally:
+            if ticket is not None:  # nobody will ask for it any more
+                self._finish(wave, ticket)
+
+    def _begin(self, waves: Iterator[Wave]) -> tuple[Wave | None, Ticket | None]:
+        """The next wave, its reads under way."""
         stats = self.stats
-        waves = self.cache.waves(units, tokens)
-        while True:
+        begin = time.perf_counter()
+        wave = next(waves, None)
+        stats.cache_s += time.perf_counter() - begin
+        if wave is None:
+            return None, None
+        stats.hits += len(wave.units) - len(wave.missing)
+        stats.misses += len(wave.missing)
+        try:
+            self._finish_use()
+            if not len(wave.missing):
+                return wave, None
+            self._check_files()
             begin = time.perf_counter()
-            wave = next(waves, None)
-            stats.cache_s += time.perf_counter() - begin
-            if wave is None:
-                return
-            stats.hits += len(wave.units) - len(wave.missing)
-            stats.misses += len(wave.missing)
-            try:
-                self._finish_use()
-                if len(wave.missing):
-                    self._read(wave)
-            except BaseException:
-                self.cache.forget(wave.missing_slots)
-                raise
-            yield wave
+            ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
+            stats.io_s += time.perf_counter() - begin
+            return wave, ticket
+        except BaseException:
+            self.cache.forget(wave.missing_slots)
+            raise
+
+    def _finish(self, wave: Wave, ticket: Ticket | None) -> None:
+        """Wait for a wave's reads."""
+        if ticket is None:
+            return
+        begin = time.perf_counter()
+        try:
+            result = self._reader.wait(ticket)
+        except BaseException:
+            self.cache.forget(wave.missing_slots)
+            raise
+        stats = self.stats
+        stats.io_s += time.perf_counter() - begin
+        stats.read_s += result.seconds
+        stats.bytes_read += result.bytes_read
+        stats.reads += result.reads
 
     def _finish_use(self) -> None:
         """Evaluate `in_use`, also before a wave of hits: its result takes the place."""
@@ -159,14 +202,3 @@ class UnitSlots:
                 raise FlashError(
                     f"{path} changed while its model was in use. Load the model again."
                 )
-
-    def _read(self, wave: Wave) -> None:
-        self._check_files()
-        begin = time.perf_counter()
-        ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
-        result = self._reader.wait(ticket)
-        stats = self.stats
-        stats.io_s += time.perf_counter() - begin
-        stats.read_s += result.seconds
-        stats.bytes_read += result.bytes_read
-        stats.reads += result.reads

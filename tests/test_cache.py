@@ -76,22 +76,53 @@ def test_waves_against_a_dictionary(trace, data):
     for asked, tokens in steps:
         model.begin(tokens)
         present = set(model.used) & set(asked.tolist())
-        got, hits = [], 0
-        for number, wave in enumerate(cache.waves(asked, tokens)):
+        got, hits, count, one = [], 0, 0, len(asked) <= slots
+        for wave in cache.waves(asked, tokens):
+            count += 1
             before = dict(model.used)
             oldest = model.evicted_for(set(wave.units.tolist()))
             check_wave(cache, memory, wave)
             gone = set(before) - set(held(cache)) - set(wave.units.tolist())
-            assert sorted(before[u] for u in gone) == oldest
-            assert number == 0 or len(wave.missing) == len(wave.units)
+            if one:
+                assert sorted(before[u] for u in gone) == oldest
+            else:  # what is there comes first, what is read apart from it
+                assert len(wave.missing) in (0, len(wave.units))
+                assert hits == len(present) or not len(wave.missing)
             model.use(wave.units.tolist(), held(cache))
             got += wave.units.tolist()
             hits += len(wave.units) - len(wave.missing)
         assert sorted(got) == asked.tolist()
         assert hits == len(present)
         assert held(cache).keys() == model.used.keys()
-        if len(asked) <= slots:
-            assert number == 0, "more waves than the slots need"
+        assert count == 1 or not one
+
+
+@given(traces(), st.data())
+def test_sweeps_leave_the_wave_before_alone_and_keep_what_they_should(trace, data):
+    """Waves are multiplied one behind, and only if `ahead`: this keeps to it."""
+    units, steps = trace
+    slots = data.draw(st.integers(1, units), "slots")
+    cache = SlotCache(units, slots, Lru())
+    for asked, tokens in steps:
+        chosen = data.draw(st.sets(st.sampled_from(asked.tolist() or [0])), "keep")
+        keep = np.array(sorted(chosen & set(asked.tolist())), int)
+        before, waves = None, 0
+        for wave in cache.waves(asked, tokens, keep):
+            waves += 1
+            if before is not None and before.ahead:
+                assert not set(wave.slots.tolist()) & set(before.slots.tolist())
+            assert not wave.ahead or len(wave.units) <= slots // 2
+            before = wave
+        if waves > 1:
+            assert set(keep[: slots // 2].tolist()) <= held(cache).keys()
+            assert before.ahead == (slots - len(keep[: slots // 2]) > 1)
+
+
+def test_what_a_sweep_was_told_to_keep_outlives_the_rest():
+    cache = SlotCache(16, 8, Lru())
+    list(cache.waves(np.arange(16), 5, np.array([1, 6])))
+    step(cache, *range(10, 15))
+    assert {1, 6} <= held(cache).keys()
 
 
 @given(traces())

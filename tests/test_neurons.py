@@ -65,7 +65,7 @@ def test_exactly_the_chosen_neurons_are_computed(bench, masks, data):
     )
     asked = []
     fetch = ffn.store.fetch
-    ffn.store.fetch = lambda units, tokens: asked.append(units) or fetch(units, tokens)
+    ffn.store.fetch = lambda units, *rest: asked.append(units) or fetch(units, *rest)
     results = []
     for i, mask in enumerate(masks):
         current.append(mask)
