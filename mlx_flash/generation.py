@@ -125,6 +125,7 @@ class Run:
     """
 
     before: Stats
+    begin_time: float = field(default_factory=time.perf_counter)
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     last: GenerationResponse | None = None
@@ -147,8 +148,9 @@ def report(flash) -> dict:
     """The figures of a model's last run, under the names `generate --json` prints.
 
     Bytes are bytes, GB is 1e9, times are milliseconds per new token: `io` is waiting
-    for reads, `cache` the bookkeeping of slots, `compute` all the rest. What could not
-    be measured (a run of one token has no time per token) is None.
+    for reads, `cache` the bookkeeping of slots, `compute` all the rest. A prompt, with
+    the first new token, is apart from them. What could not be measured (a run of one
+    token has no time per token) is None.
     """
     run, budget, manifest = flash.run, flash.budget, flash.manifest
     stats: dict = {
@@ -166,11 +168,15 @@ def report(flash) -> dict:
             for n, layer in zip(budget.slots, manifest.layers, strict=True)
         ),
         "prompt_tokens_per_s": run.last.prompt_tps if run and run.last else None,
+        "time_to_first_token_s": run.first_time - run.begin_time
+        if run and run.last
+        else None,
         "tokens_per_s": None,
         "ms_per_token": dict.fromkeys(("io", "cache", "compute", "total")),
         "bytes_per_token": None,
         "reads_per_token": None,
         "read_gb_per_s": None,
+        "read_hidden_share": None,
         "hit_rate": None,
         "predictor_recall": None,
     }
@@ -196,6 +202,7 @@ def report(flash) -> dict:
         "bytes_per_token": decode.bytes_read / steps,
         "reads_per_token": decode.reads / steps,
         "read_gb_per_s": decode.read_gb_per_s,
+        "read_hidden_share": decode.read_hidden_share,
         "hit_rate": decode.hit_rate,
     }
     return stats
@@ -214,7 +221,8 @@ def summary(flash) -> str:
         return "nothing was generated"
     lines = [
         f"prompt      {run.last.prompt_tokens} tokens, "
-        f"{s['prompt_tokens_per_s']:.1f} tokens/s"
+        f"{s['prompt_tokens_per_s']:.1f} tokens/s, first token after "
+        f"{s['time_to_first_token_s']:.2f} s"
     ]
     if s["tokens_per_s"]:
         ms, hit = s["ms_per_token"], s["hit_rate"]
@@ -225,6 +233,11 @@ def summary(flash) -> str:
             f"flash       {s['bytes_per_token'] / 1e6:.3f} MB in "
             f"{s['reads_per_token']:.0f} reads per token"
             + (f", {s['read_gb_per_s']:.2f} GB/s" if s["read_gb_per_s"] else "")
+            + (
+                f", {s['read_hidden_share']:.0%} of that time hidden behind compute"
+                if s["read_hidden_share"]
+                else ""
+            )
             + ("" if hit is None else f", {hit:.0%} of {unit}s were in memory"),
         ]
     lines += [

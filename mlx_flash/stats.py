@@ -36,6 +36,11 @@ class Stats:
         return self.bytes_read / 1e9 / self.read_s if self.read_s else None
 
     @property
+    def read_hidden_share(self) -> float | None:
+        """Share of the time of reads during which something else was done."""
+        return max(1 - self.io_s / self.read_s, 0.0) if self.read_s else None
+
+    @property
     def predictor_recall(self) -> float | None:
         """Share of the active neurons of swept prompts that were predicted."""
         if not self.swept_active:

@@ -11,9 +11,8 @@ import pytest
 from conftest import save_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_flash.converters.bundles import write_bundles
-from mlx_lm.generate import batch_generate, stream_generate
 from mlx_lm.models import qwen3_moe
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import load_model as mlx_load_model
 from moe import (
@@ -370,87 +369,7 @@ def test_in_place_means_no_copy_and_no_change(tmp_path, streamed):
     assert before == after
 
 
-# ------------------------------------------------------- mlx-lm's own functions
-
-
-@pytest.fixture(scope="module", params=["in place", "converted"])
-def pair(request, stock, flash):
-    """(resident, streamed with few slots, tokenizer) of one checkpoint."""
-    name = {"in place": "qwen3_moe-4bit", "converted": "nemotron_h"}[request.param]
-    folder = stock(name) if request.param == "in place" else flash(name)
-    resident, _ = mlx_load_model(stock(name))
-    model = stream(folder, 2)
-    yield resident, model, load_tokenizer(folder)
-    model.flash.close()
-
-
 PROMPT = list(range(5, 45))
-
-
-def tokens_of(model, tokenizer, **options):
-    """Tokens and their log probabilities, which would tell of the smallest change."""
-    options = {"max_tokens": 12} | options
-    responses = stream_generate(model, tokenizer, PROMPT, **options)
-    return [(r.token, r.logprobs[r.token].item()) for r in responses]
-
-
-def test_generate_gives_the_same_text(pair):
-    resident, model, tokenizer = pair
-    texts = [mlx_lm.generate(m, tokenizer, PROMPT, max_tokens=12) for m in pair[:2]]
-    assert texts[0] == texts[1] and texts[0].split()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"prefill_step_size": 7},
-        {"max_kv_size": 16},
-        {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0},
-    ],
-    ids=["plain", "small chunks", "rotating cache", "quantised cache"],
-)
-def test_stream_generate_gives_the_same_tokens(pair, options):
-    resident, model, tokenizer = pair
-    expected = tokens_of(resident, tokenizer, **options)
-    assert tokens_of(model, tokenizer, **options) == expected
-    assert len({token for token, _ in expected}) > 2
-
-
-def test_batch_generate_gives_the_same_tokens(pair):
-    resident, model, tokenizer = pair
-    prompts = [PROMPT[:9], PROMPT, [7, 8, 9]]
-    expected, actual = (
-        batch_generate(
-            m, tokenizer, prompts, max_tokens=10, return_token_ids=True
-        ).token_ids
-        for m in (resident, model)
-    )
-    assert actual == expected and all(expected)
-
-
-def test_a_saved_prompt_cache_goes_on_the_same(pair, tmp_path):
-    resident, model, tokenizer = pair
-    caches = []
-    for i, m in enumerate((resident, model)):
-        cache = make_prompt_cache(m)
-        mx.eval(m(mx.array([PROMPT]), cache=cache))
-        save_prompt_cache(str(tmp_path / f"{i}.safetensors"), cache)
-        caches.append(load_prompt_cache(str(tmp_path / f"{i}.safetensors")))
-    expected = tokens_of(resident, tokenizer, prompt_cache=caches[0])
-    assert tokens_of(model, tokenizer, prompt_cache=caches[1]) == expected
-
-
-def test_speculative_decoding_gives_the_same_tokens(stock, streamed):
-    resident, _ = mlx_load_model(stock("qwen3_moe"))
-    draft, _ = mlx_load_model(stock("qwen3_moe-4bit"))
-    model = streamed(stock("qwen3_moe"), 2)
-    tokenizer = load_tokenizer(stock("qwen3_moe"))
-    expected = tokens_of(resident, tokenizer, draft_model=draft)
-    assert tokens_of(model, tokenizer, draft_model=draft) == expected
-    # and with the drafts from flash
-    draft = streamed(stock("qwen3_moe-4bit"), 2)
-    assert tokens_of(resident, tokenizer, draft_model=draft) == expected
 
 
 def test_our_generate_gives_the_same_text(stock):

@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect
+from . import convert, generate, inspect, serve
 from .common import INTERRUPTED
 
 
@@ -44,6 +44,7 @@ def main():
 for command in (
     generate.generate,
     convert.convert,
+    serve.serve,
     inspect.info,
     inspect.verify,
 ):

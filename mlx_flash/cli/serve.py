@@ -1,0 +1,32 @@
+"""`mlx-flash serve`: mlx-lm's server on a model from flash."""
+
+from __future__ import annotations
+
+import click
+
+from .common import Memory
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--model", required=True, metavar="FOLDER", help="Flash folder.")
+@click.option(
+    "--memory",
+    type=Memory(),
+    default="auto",
+    show_default=True,
+    envvar="MLX_FLASH_MEMORY",
+    help="All that the model may hold.",
+)
+@click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
+@click.argument("server_options", nargs=-1, type=click.UNPROCESSED)
+def serve(model, memory, context, server_options):
+    """Serve a model with mlx-lm's HTTP server, which takes all further options.
+
+    \b
+    Examples:
+      mlx-flash serve --model opt-6.7b-flash --memory 7GB
+      mlx-flash serve --model qwen3-30b-flash --port 8080 --log-level INFO
+    """
+    from ..serving import serve as run
+
+    run(model, memory, server_options, context=context)
