@@ -30,7 +30,7 @@ def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
     }
 
 
-def block_parts(ffn: nn.Module, unit_bytes: int = UNIT_BYTES) -> dict[str, mx.array]:
+def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
     """The arrays of an FFN cut into n blocks, [n, …] each.
 
     Raises:
@@ -41,7 +41,7 @@ def block_parts(ffn: nn.Module, unit_bytes: int = UNIT_BYTES) -> dict[str, mx.ar
     neurons = ffn[ins[0]].weight.shape[0]
     group = (packing(ffn[out]) or {"group_size": 1})["group_size"]
     total = sum(array.nbytes for array in arrays.values())
-    n = neurons // block_size(neurons, total / neurons, group, unit_bytes)
+    n = neurons // block_size(neurons, total / neurons, group, UNIT_BYTES)
     parts = {}
     for name, array in arrays.items():
         if not name.startswith(f"{out}."):

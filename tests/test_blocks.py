@@ -26,7 +26,7 @@ PACKINGS = [
 @pytest.fixture(params=PACKINGS, ids=str)
 def folders(request, tmp_path, monkeypatch):
     """A tiny checkpoint, and its flash folder of four or eight blocks a layer."""
-    monkeypatch.setattr(blocks.block_parts, "__defaults__", (8_000,))
+    monkeypatch.setattr(blocks, "UNIT_BYTES", 8_000)
     checkpoint = write_checkpoint(tmp_path / "stock", CONFIG, request.param)
     flash = mlx_flash.convert(checkpoint, tmp_path / "flash", progress=False)
     return checkpoint, flash

@@ -50,7 +50,7 @@ class Case:
         save_tokenizer(self.stock)
         if converted:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(blocks.block_parts, "__defaults__", (16_000,))
+                patch.setattr(blocks, "UNIT_BYTES", 16_000)
                 self.folder = mlx_flash.convert(
                     self.stock, base / "flash", rank=0, progress=False
                 )
