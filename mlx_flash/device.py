@@ -59,8 +59,11 @@ def open_uncached(path: str | Path, direct: bool) -> tuple[int, bool]:
 
 def peak_process_bytes() -> int:
     """The most resident memory this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux hands ru_maxrss on to children, exec or not: it may be the parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def usable_memory_bytes() -> int:
