@@ -18,6 +18,7 @@ from .errors import FlashError
 from .experts import ExpertFFN, switch_layers, switch_parts
 from .ffn import pack, packing, projections
 from .format import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
+from .lookahead import router_guess
 from .models import get_model_classes, make_model, read_config
 from .neurons import NeuronFFN
 from .predictor import Predictor
@@ -45,6 +46,20 @@ class Assembled:
     layers: list
     extents: list[list[Extent]] | None
     shapes: Shapes
+
+    def look_ahead(self) -> None:
+        """Have every layer guess what the next one will need, where that is known."""
+        modules = dict(self.model.named_modules())
+        entries = self.manifest.layers[1:]
+        pairs = zip(self.layers, self.layers[1:], entries, strict=False)
+        for layer, following, entry in pairs:
+            if isinstance(layer, NeuronFFN):
+                layer.look_ahead(following)
+            elif isinstance(layer, ExpertFFN):
+                block = modules[entry.module.rpartition(".")[0]]
+                guess = router_guess(block, entry.units, self.shapes.width)
+                if guess is not None:
+                    layer.look_ahead(following, guess)
 
 
 def assemble(folder: Path, predictor: bool) -> Assembled:

@@ -22,6 +22,8 @@ from .slots import CLOSED, UnitSlots
 class BlockFFN(SlotFFN):
     """A dense FFN that is swept block by block, and keeps what fits."""
 
+    apart = 0.0  # all blocks are needed: there are always several waves
+
     def __init__(self, ffn: nn.Module):
         super().__init__(ffn, columns=True)
         self.store: UnitSlots | None = None  # given by load, taken by close

@@ -61,13 +61,18 @@ class SlotCache:
     Args:
         units: How many units the layer has.
         slots: How many of them memory can hold, at least one.
+        apart: Where a step needs at most this share of the slots, what is present and
+            what is missing come as two waves, so that one is multiplied while the
+            other is read.
         policy: `Lru()` or `Window(tokens)`, or any object with their method.
     """
 
-    def __init__(self, units: int, slots: int, policy: Lru | Window):
+    def __init__(
+        self, units: int, slots: int, policy: Lru | Window, apart: float = 0.0
+    ):
         if not 1 <= slots <= units:
             raise ValueError(f"{slots} slots for {units} units")
-        self.policy = policy
+        self.policy, self.apart = policy, apart
         # Indices of the machine's own width: NumPy converts any other on every use.
         self.slot_of = np.full(units, EMPTY, np.intp)
         self.unit_of = np.full(slots, EMPTY, np.intp)
@@ -99,11 +104,16 @@ class SlotCache:
         absent = np.flatnonzero(slots == EMPTY)
         missing = units[absent]
         room = len(self.unit_of) - len(units) + len(missing)
-        if len(missing) <= room:
+        if len(missing) > room:
+            yield from self._sweep(units, slots, keep)
+        elif 0 < len(missing) < len(units) <= self.apart * len(self.unit_of):
+            taken, none = self._assign(missing), missing[:0]
+            present = slots != EMPTY
+            yield Wave(units[present], slots[present], none, none, ahead=True)
+            yield Wave(missing, taken, missing, taken)
+        else:
             taken = slots[absent] = self._assign(missing)
             yield Wave(units, slots, missing, taken)
-        else:
-            yield from self._sweep(units, slots, keep)
 
     def _sweep(self, units: np.ndarray, slots: np.ndarray, keep) -> Iterator[Wave]:
         """What is present, then what is missing, half of the slots at a time.
@@ -133,6 +143,20 @@ class SlotCache:
             yield Wave(brought, taken, brought, taken, ahead)
         if keep is not None:  # what only passed through goes first
             self.last_used[(self.last_used == self.now) & ~pinned] = self.now - 1
+
+    def early(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Make room for units that the next step will probably need.
+
+        Those of them that are there are not given up for it, nor is more than half of
+        all slots: what the next step really needs is often older.
+
+        Returns:
+            The units to read, and the slots they count as being in from now on.
+        """
+        slots = self.slot_of[units]
+        self._marks[slots] = self.now
+        missing = units[slots == EMPTY][: len(self.unit_of) // 2]
+        return missing, self._assign(missing)
 
     def forget(self, slots: np.ndarray) -> None:
         """Take back what `slots` are said to hold."""

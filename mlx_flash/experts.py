@@ -19,6 +19,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .errors import FlashError
+from .lookahead import Guess
 from .slots import CLOSED, UnitSlots
 
 SWITCHES = (SwitchGLU, SwitchMLP)
@@ -54,6 +55,8 @@ def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
 class ExpertFFN(nn.Module):
     """A switch layer that has its experts brought when the router chose them."""
 
+    apart = 1.0  # experts in memory are always multiplied while others are read
+
     def __init__(self, switch: nn.Module):
         super().__init__()
         self._switch = switch  # the underscore: its arrays are slots, not parameters
@@ -61,6 +64,11 @@ class ExpertFFN(nn.Module):
             if not isinstance(child, LINEARS):
                 self[name] = child  # Muse Spark keeps a norm beside the projections
         self._store: UnitSlots | None = None
+        self._next: tuple[ExpertFFN, Guess] | None = None
+
+    def look_ahead(self, layer: ExpertFFN, guess: Guess) -> None:
+        """Read early what `layer`, the next one, will choose by the `guess` of it."""
+        self._next = layer, guess
 
     @property
     def store(self) -> UnitSlots | None:
@@ -83,27 +91,40 @@ class ExpertFFN(nn.Module):
         if store.holds_all:
             y = self._switch(x, indices)
         else:
+            guess = self._guess(x, indices)
             # The one point where the host waits for MLX: it must know what to read.
-            chosen = np.asarray(indices)
-            y = self._stream(x, chosen, np.unique(chosen).astype(np.int32))
+            mx.eval([indices] if guess is None else [indices, guess])
+            y = self._stream(x, np.asarray(indices), guess)
         store.in_use = y
         return y
 
-    def _stream(self, x: mx.array, chosen: np.ndarray, needed: np.ndarray) -> mx.array:
+    def _guess(self, x: mx.array, indices: mx.array) -> mx.array | None:
+        """What the next layer would choose for a few tokens, were its input ours."""
+        if self._next is None or indices.size >= SORT_PAIRS:
+            return None
+        layer, guess = self._next
+        if layer.store is None or layer.store.holds_all:
+            return None
+        return guess(x, indices.shape[-1])
+
+    def _stream(
+        self, x: mx.array, chosen: np.ndarray, guess: mx.array | None
+    ) -> mx.array:
         store, K = self.store, chosen.shape[-1]
-        last = np.unique(chosen.reshape(-1, K)[-1])  # the next token's, probably
-        waves = store.fetch(needed, chosen.size // K, last)
-        if len(needed) <= store.n_slots:
-            next(waves)
-            return self._switch(x, mx.array(store.cache.slot_of[chosen]))
+        needed = np.unique(chosen).astype(np.int32)
         pairs = chosen.reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
         done, outputs = [], []
-        for wave in waves:
+        last = np.unique(chosen.reshape(-1, K)[-1])  # the next token's, probably
+        for wave in store.fetch(needed, len(pairs) // K, last):
+            if guess is not None:  # queued behind what this layer waits for
+                self._next[0].store.read_early(np.unique(np.asarray(guess)))
+                guess = None
+            if len(wave.units) == len(needed):
+                return self._switch(x, mx.array(store.cache.slot_of[chosen]))
             mine = np.flatnonzero(np.isin(pairs, wave.units))
-            store.in_use = self._pairs(
-                rows, mine, K, store.cache.slot_of[pairs[mine]], len(pairs)
-            )
+            slots = store.cache.slot_of[pairs[mine]]
+            store.in_use = self._pairs(rows, mine, K, slots, len(pairs))
             done.append(mine)
             outputs.append(store.in_use)
         order = np.argsort(np.concatenate(done))

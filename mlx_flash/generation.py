@@ -177,6 +177,7 @@ def report(flash) -> dict:
         "reads_per_token": None,
         "read_gb_per_s": None,
         "read_hidden_share": None,
+        "early_precision": None,
         "hit_rate": None,
         "predictor_recall": None,
     }
@@ -203,6 +204,7 @@ def report(flash) -> dict:
         "reads_per_token": decode.reads / steps,
         "read_gb_per_s": decode.read_gb_per_s,
         "read_hidden_share": decode.read_hidden_share,
+        "early_precision": decode.early_precision,
         "hit_rate": decode.hit_rate,
     }
     return stats

@@ -123,6 +123,8 @@ def load_model(
     policy: str | Lru | Window = "lru",
     window: int = 4,
     context: int | None = None,
+    overlap: bool = True,
+    look_ahead: bool = False,
     page_cache: bool = False,
     native: bool | None = None,
 ) -> Loaded:
@@ -137,6 +139,9 @@ def load_model(
         window: Tokens the window policy keeps (the paper: 4).
         context: Tokens for which the budget reserves KV cache (default: 2048 or the
             model's positions).
+        overlap: Read what a layer lacks while MLX multiplies what is there.
+        look_ahead: Read also what the next layer will probably need, judged by this
+            layer's input.
         page_cache: Leave the operating system's cache on for reads.
         native: True insists on the C reader, False takes the Python one.
 
@@ -168,6 +173,7 @@ def load_model(
                 reader,
                 flash.stats,
                 parts.extents[i] if parts.extents else None,
+                layer.apart if overlap else 0.0,
             )
             if layer.store.holds_all:
                 layer.store.read_all()
@@ -180,6 +186,8 @@ def load_model(
             "page cache, so timings are not those of the disk.",
             file=sys.stderr,
         )
+    if look_ahead:
+        parts.look_ahead()
     flash.stats.reset()
     model.flash = flash
     return Loaded((model, config))

@@ -29,12 +29,21 @@ class NeuronFFN(SlotFFN):
     every neuron is computed.
     """
 
+    # Below half of the slots what is wanted is gathered; above, `_cover` multiplies all
+    # slots where they lie, and none of them may be read into meanwhile.
+    apart = 0.5
+
     def __init__(self, ffn: nn.Module, predictor: Predictor | None = None):
         super().__init__(ffn)
         if predictor is not None:
             self.predictor = predictor
         self.store: UnitSlots | None = None  # given by load, taken by close
         self.sweep_tokens = SWEEP_TOKENS
+        self._next: NeuronFFN | None = None
+
+    def look_ahead(self, layer: NeuronFFN) -> None:
+        """Read early what `layer`, the next one, will need, judged by our own input."""
+        self._next = layer
 
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
@@ -51,15 +60,20 @@ class NeuronFFN(SlotFFN):
         store, T = self.store, x.shape[0]
         chosen = self.predictor(x) if "predictor" in self else None
         swept, keep = chosen is None or T >= self.sweep_tokens, None
+        guess = None if swept else self._guess(x)
         if swept:
             needed = np.arange(store.units, dtype=np.int32)
             if chosen is not None:  # the next token needs what the last one does
                 keep = np.flatnonzero(np.asarray(chosen[-1]))
         else:
             # The one point where the host waits for MLX: it must know what to read.
+            mx.eval([chosen] if guess is None else [chosen, guess])
             needed = np.flatnonzero(np.asarray(chosen.any(axis=0))).astype(np.int32)
         y = None
         for wave in store.fetch(needed, T, keep):
+            if guess is not None:  # queued behind what this layer waits for
+                early, guess = np.flatnonzero(np.asarray(guess.any(axis=0))), None
+                self._next.store.read_early(early)
             slots, units, valid = self._cover(wave)
 
             def through(h, units=units, valid=valid):
@@ -74,6 +88,13 @@ class NeuronFFN(SlotFFN):
             y = part if y is None else y.astype(mx.float32) + part
             store.in_use = y
         return mx.zeros_like(x) if y is None else y
+
+    def _guess(self, x: mx.array) -> mx.array | None:
+        """What the next layer would choose, were its input this layer's."""
+        following = self._next
+        if following is None or following.store is None or following.store.holds_all:
+            return None
+        return following.predictor(x) if "predictor" in following else None
 
     def _cover(self, wave: Wave):
         """(slots, units, which count) to multiply for a wave.

@@ -82,12 +82,14 @@ class UnitSlots:
         reader: Reader,
         stats: Stats,
         extents: list[Extent] | None = None,
+        apart: float = 0.0,
     ):
-        self.cache = SlotCache(layer.units, n_slots, policy)
+        self.cache = SlotCache(layer.units, n_slots, policy, apart)
         self.parts: dict[str, mx.array] = {}
         self.in_use: mx.array | None = None
         self.stats = stats
         self._reader = reader
+        self._early: tuple[np.ndarray, np.ndarray, Ticket] | None = None
         views = []
         for part in layer.parts:
             array, view = allocate((n_slots, *part.shape), getattr(mx, part.dtype))
@@ -132,6 +134,7 @@ class UnitSlots:
         Raises:
             FlashError: If a read fails. The slots it was meant for count as empty.
         """
+        self._finish_early(units)
         waves = self.cache.waves(units, tokens, keep)
         wave, ticket = self._begin(waves)
         try:
@@ -149,6 +152,52 @@ class UnitSlots:
         finally:
             if ticket is not None:  # nobody will ask for it any more
                 self._finish(wave, ticket)
+
+    def read_early(self, units: np.ndarray) -> None:
+        """Begin to read what the next `fetch` will probably ask for.
+
+        A wrong guess costs reads and slots, never correctness; so does a failed read,
+        which is left to `fetch` to meet again.
+
+        Args:
+            units: int array of unit ids, sorted, unique.
+        """
+        if self._early is not None or self.holds_all:
+            return
+        self._finish_use()
+        begin = time.perf_counter()
+        missing, slots = self.cache.early(units.astype(np.intp, copy=False))
+        self.stats.cache_s += time.perf_counter() - begin
+        if len(missing):
+            try:
+                ticket = self._reader.submit(self._source, missing, slots)
+            except BaseException:
+                self.cache.forget(slots)
+                raise
+            self._early = missing, slots, ticket
+
+    def _finish_early(self, units: np.ndarray) -> None:
+        """Wait for what `read_early` began, and count what of it `units` needs."""
+        if self._early is None:
+            return
+        (missing, slots, ticket), self._early = self._early, None
+        begin, stats = time.perf_counter(), self.stats
+        try:
+            result = self._reader.wait(ticket)
+        except FlashError:  # met again, and reported, if the units are needed
+            self.cache.forget(slots)
+            return
+        except BaseException:
+            self.cache.forget(slots)
+            raise
+        right = np.count_nonzero(np.isin(missing, units, assume_unique=True))
+        stats.io_s += time.perf_counter() - begin
+        stats.count(result)
+        stats.early += len(missing)
+        stats.early_right += right
+        # They had to be read: `waves` will find them in memory all the same.
+        stats.hits -= right
+        stats.misses += right
 
     def _begin(self, waves: Iterator[Wave]) -> tuple[Wave | None, Ticket | None]:
         """The next wave, its reads under way."""
@@ -183,11 +232,8 @@ class UnitSlots:
         except BaseException:
             self.cache.forget(wave.missing_slots)
             raise
-        stats = self.stats
-        stats.io_s += time.perf_counter() - begin
-        stats.read_s += result.seconds
-        stats.bytes_read += result.bytes_read
-        stats.reads += result.reads
+        self.stats.io_s += time.perf_counter() - begin
+        self.stats.count(result)
 
     def _finish_use(self) -> None:
         """Evaluate `in_use`, also before a wave of hits: its result takes the place."""

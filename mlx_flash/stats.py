@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from .reader import ReadResult
+
 
 @dataclass
 class Stats:
     """Counters of all layers since the model was loaded or `reset`.
 
     `io_s` is the time the model waited for reads, `read_s` the time in which reads were
-    under way, `cache_s` the bookkeeping of slots. `swept_*` count neurons of prompt
-    sweeps, where predictions can be compared with the truth because every neuron is
-    computed anyway.
+    under way, `cache_s` the bookkeeping of slots. `early` units were read on a guess,
+    of which `early_right` were needed. `swept_*` count neurons of prompt sweeps, where
+    predictions can be compared with the truth because every neuron is computed anyway.
     """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     reads: int = 0
+    early: int = 0
+    early_right: int = 0
     read_s: float = 0.0
     io_s: float = 0.0
     cache_s: float = 0.0
@@ -30,6 +34,11 @@ class Stats:
     def hit_rate(self) -> float | None:
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
+
+    @property
+    def early_precision(self) -> float | None:
+        """Share of the units read on a guess that were needed."""
+        return self.early_right / self.early if self.early else None
 
     @property
     def read_gb_per_s(self) -> float | None:
@@ -46,6 +55,12 @@ class Stats:
         if not self.swept_active:
             return None
         return self.swept_predicted / self.swept_active
+
+    def count(self, result: ReadResult) -> None:
+        """Add what a batch of reads took."""
+        self.read_s += result.seconds
+        self.bytes_read += result.bytes_read
+        self.reads += result.reads
 
     def copy(self) -> Stats:
         return dataclasses.replace(self)

@@ -141,12 +141,13 @@ class Bench:
             ffn.fc1.bias, ffn.fc2.bias = self.up_bias, self.down_bias
         return ffn
 
-    def store(self, n_slots, policy=None, native=None, reader=None):
+    def store(self, n_slots, policy=None, native=None, reader=None, apart=0.0):
         if reader is None:
             reader = open_reader(4, direct=False, native=native)
             self._readers.append(reader)
         policy = policy or Lru()
-        return UnitSlots(self.layer, self.root, n_slots, policy, reader, Stats())
+        args = self.layer, self.root, n_slots, policy, reader, Stats()
+        return UnitSlots(*args, apart=apart)
 
     def ffn(self, n_slots, choose=None, bias=True, **options):
         ffn = NeuronFFN(self.module(bias), choose and Says(choose))

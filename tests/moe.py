@@ -165,7 +165,7 @@ def write_original(folder: Path, config: dict, seed: int = 1) -> Path:
     return save(folder, config, weights)
 
 
-def stream(folder: Path, *slots: int):
+def stream(folder: Path, *slots: int, **options):
     """The model with so many slots for every layer, or for each."""
 
     def exactly(*args):
@@ -175,7 +175,7 @@ def stream(folder: Path, *slots: int):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "make_budget", exactly)
-        return mlx_flash.load_model(folder, "1GB", page_cache=True)[0]
+        return mlx_flash.load_model(folder, "1GB", page_cache=True, **options)[0]
 
 
 def run(model: nn.Module, batch: int, prompt: int = 40) -> list[np.ndarray]:

@@ -36,6 +36,7 @@ from mlx_flash.cache import Lru
 from mlx_flash.errors import FlashError
 from mlx_flash.experts import SORT_PAIRS, ExpertFFN, switch_layers, switch_parts
 from mlx_flash.loader import load_tokenizer
+from mlx_flash.lookahead import router_guess
 from mlx_flash.reader import open_reader
 from mlx_flash.slots import UnitSlots
 from mlx_flash.stats import Stats
@@ -267,8 +268,8 @@ def streamed():
     """streamed(folder, slots): as moe.stream, closed at the end."""
     models = []
 
-    def make(folder, *slots):
-        models.append(stream(folder, *slots))
+    def make(folder, *slots, **options):
+        models.append(stream(folder, *slots, **options))
         return models[-1]
 
     yield make
@@ -286,6 +287,34 @@ def test_logits_are_those_of_mlx_lm(name, stock, flash, streamed):
             for batch in (1, 2):
                 assert_same(run(model, batch), expected[batch])
             assert (model.flash.stats.misses == 0) == (slots == 8)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_reading_early_changes_no_bit(name, overlap, stock, streamed):
+    resident, _ = mlx_load_model(stock(name))
+    for slots in (1, 3, 6):
+        model = streamed(stock(name), slots, overlap=overlap, look_ahead=True)
+        assert_same(run(model, 1), run(resident, 1))
+        stats = model.flash.stats
+        assert stats.early >= stats.early_right and (stats.early > 0 or slots != 3)
+
+
+def test_a_router_that_is_not_understood_is_not_asked():
+    class Block(nn.Module):
+        def __init__(self, router):
+            super().__init__()
+            self.router = router
+
+    assert router_guess(nn.Module(), 8, 16) is None
+    assert router_guess(Block(nn.Linear(16, 7)), 8, 16) is None
+    assert router_guess(Block(nn.Linear(4, 8)), 8, 16) is None
+    linear = nn.Linear(16, 8)
+    x = mx.random.normal((1, 2, 16))
+    ids = np.sort(np.array(router_guess(Block(linear), 8, 16)(x, 3)))
+    np.testing.assert_array_equal(ids, np.sort(np.argsort(-linear(x))[..., :3]))
+    pairs = Block(lambda x: (mx.zeros((*x.shape[:2], 3), mx.uint32), x))
+    assert router_guess(pairs, 8, 16)(x, 3).dtype == mx.uint32
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -160,6 +160,20 @@ def test_several_tokens_at_once_age_a_window_by_as_many(bench):
     assert ffn.store.cache.unit_of.max() == 3 and 1 not in ffn.store.cache.unit_of
 
 
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("n_slots", [2, 8, 23])
+def test_what_a_layer_before_guessed_changes_nothing(bench, n_slots, T):
+    first = bench.ffn(n_slots, some)
+    second = bench.ffn(n_slots, some, apart=0.5)
+    first.look_ahead(second)
+    for seed in range(4):
+        x = bench.inputs(T, seed=seed)
+        second_x = bench.inputs(T, seed=seed + 1)  # not what the first one judged by
+        assert_close(first(x), bench.expected(x, some(x)))
+        assert_close(second(second_x), bench.expected(second_x, some(second_x)))
+    assert second.store.stats.early > second.store.stats.early_right > 0
+
+
 def test_slots_are_no_parameters(bench):
     ffn = bench.ffn(12)
     names = {name for name, _ in tree_flatten(ffn.parameters())}

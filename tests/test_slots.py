@@ -122,9 +122,14 @@ def test_lazy_results_survive_later_waves(bench, steps, data):
     """MLX computes late. What it will read then must still be there."""
     n_slots = data.draw(st.integers(1, 24), "slots")
     policy = data.draw(st.sampled_from([Lru(), Window(1), Window(2)]), "policy")
-    store = bench.store(n_slots, policy, reader=FakeReader(bench))
+    apart = data.draw(st.sampled_from([0.0, 0.5, 1.0]), "apart")
+    store = bench.store(n_slots, policy, reader=FakeReader(bench), apart=apart)
+    guesses = st.none() | st.sets(st.integers(0, 23)).map(sorted)
     lazy = []
     for asked in steps:
+        early = data.draw(guesses, "read early")
+        if early is not None:
+            store.read_early(ids(*early))
         for wave in store.fetch(ids(*asked)):
             rows = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
             store.in_use = rows
@@ -181,6 +186,58 @@ def test_what_nobody_asks_for_any_more_is_waited_for(bench):
     waves.close()
     assert reader.waited == 2
     check_rows(bench, fetch_all(store, ids(0, 1, 2, 3)))
+
+
+def test_what_is_there_is_multiplied_while_the_rest_is_read(bench):
+    reader = FakeReader(bench)
+    store = bench.store(8, reader=reader, apart=0.5)
+    fetch_all(store, ids(0, 1, 2))
+    waves = store.fetch(ids(1, 2, 3, 4))
+    first = next(waves)
+    assert first.units.tolist() == [1, 2] and reader.batches[-1][0] == [3, 4]
+    assert reader.waited == 1
+    (second,) = waves
+    assert second.units.tolist() == [3, 4] and reader.waited == 2
+    # more than half of the slots: one wave
+    assert len(list(store.fetch(ids(0, 1, 2, 3, 5)))) == 1
+
+
+def test_a_guess_is_read_before_it_is_asked_for(bench):
+    reader = FakeReader(bench)
+    store = bench.store(8, reader=reader)
+    fetch_all(store, ids(0, 1))
+    store.read_early(ids(1, 2, 3, 4))
+    store.read_early(ids(9))  # one guess at a time
+    assert [units for units, _ in reader.batches] == [[0, 1], [2, 3, 4]]
+    check_rows(bench, fetch_all(store, ids(0, 2, 3, 7)))
+    assert reader.batches[-1][0] == [7]
+    stats = store.stats
+    assert (stats.early, stats.early_right) == (3, 2)
+    assert stats.early_precision == 2 / 3
+    assert (stats.hits, stats.misses) == (1, 5)  # what had to be read is no hit
+    assert stats.reads == 6
+
+
+def test_a_guess_gives_up_at_most_half_of_the_slots(bench):
+    reader = FakeReader(bench)
+    store = bench.store(4, reader=reader)
+    fetch_all(store, ids(0, 1, 2, 3))
+    store.read_early(ids(4, 5, 6, 7))
+    assert reader.batches[-1][0] == [4, 5]
+    check_rows(bench, fetch_all(store, ids(0, 1, 4, 5)))
+
+
+def test_a_guess_that_cannot_be_read_is_left_to_whoever_needs_it(bench):
+    reader = FakeReader(bench)
+    store = bench.store(8, reader=reader)
+    store.read_early(ids(1, 2))
+    reader.fails = True
+    with pytest.raises(FlashError):
+        list(store.fetch(ids(1)))
+    store.read_early(ids(3))
+    assert not list(store.fetch(ids()))[0].units.size
+    reader.fails = False
+    check_rows(bench, fetch_all(store, ids(1, 2, 3)))
 
 
 def test_a_failed_second_wave_leaves_the_first_sound(bench):
