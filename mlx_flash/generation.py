@@ -242,6 +242,10 @@ def summary(flash) -> str:
             )
             + ("" if hit is None else f", {hit:.0%} of {unit}s were in memory"),
         ]
+    if s["early_precision"] is not None:
+        lines.append(
+            f"look-ahead  {s['early_precision']:.0%} of the guesses were right"
+        )
     lines += [
         f"memory      {s['peak_memory_bytes'] / 1e6:.1f} MB at most, budget "
         f"{s['memory_budget_bytes'] / 1e6:.1f} MB, model "

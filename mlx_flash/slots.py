@@ -190,7 +190,7 @@ class UnitSlots:
         except BaseException:
             self.cache.forget(slots)
             raise
-        right = np.count_nonzero(np.isin(missing, units, assume_unique=True))
+        right = int(np.isin(missing, units, assume_unique=True).sum())
         stats.io_s += time.perf_counter() - begin
         stats.count(result)
         stats.early += len(missing)

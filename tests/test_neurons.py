@@ -171,7 +171,7 @@ def test_what_a_layer_before_guessed_changes_nothing(bench, n_slots, T):
         second_x = bench.inputs(T, seed=seed + 1)  # not what the first one judged by
         assert_close(first(x), bench.expected(x, some(x)))
         assert_close(second(second_x), bench.expected(second_x, some(second_x)))
-    assert second.store.stats.early > second.store.stats.early_right > 0
+    assert second.store.stats.early >= second.store.stats.early_right > 0
 
 
 def test_slots_are_no_parameters(bench):

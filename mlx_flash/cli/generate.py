@@ -57,6 +57,9 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     help="Keep what the last K tokens used; implies --policy window.",
 )
 @click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
+@click.option(
+    "--look-ahead", is_flag=True, help="Read early what the next layer will need."
+)
 @click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the text alone.")
@@ -71,6 +74,7 @@ def generate(
     policy,
     window,
     no_predictor,
+    look_ahead,
     page_cache,
     as_json,
     quiet,
@@ -110,6 +114,7 @@ def generate(
         policy=policy or ("window" if window else "lru"),
         window=window or 4,
         context=generation.context_for(folder, len(tokens), max_tokens),
+        look_ahead=look_ahead,
         page_cache=page_cache,
     )
     if seed is not None:
