@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .assembly import assemble, can_stream
 from .budget import Budget, make_budget
-from .cache import Lru, Window
+from .cache import Lrfu, Lru, Window
 from .errors import FlashError
 from .format import Manifest
 from .hub import find_model
@@ -120,7 +120,7 @@ def load_model(
     memory: int | str = "auto",
     *,
     predictor: bool = True,
-    policy: str | Lru | Window = "lru",
+    policy: str | Lru = "lru",
     window: int = 4,
     context: int | None = None,
     overlap: bool = True,
@@ -134,8 +134,8 @@ def load_model(
         path: A folder that `mlx-flash convert` wrote, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
         predictor: False computes every neuron of every token: exact, and slow.
-        policy: "lru", "window" (the paper's: what the last tokens used), or an object
-            with their method.
+        policy: "lru", "lrfu" (what was used often and lately), "window" (the paper's:
+            what the last tokens used), or an object of such a class.
         window: Tokens the window policy keeps (the paper: 4).
         context: Tokens for which the budget reserves KV cache (default: 2048 or the
             model's positions).
@@ -196,10 +196,12 @@ def load_model(
 def _policy(policy, window: int):
     if policy == "lru":
         return Lru()
+    if policy == "lrfu":
+        return Lrfu()
     if policy == "window":
         if window < 1:
             raise FlashError(f"A window of {window} tokens keeps nothing. Try 4.")
         return Window(window)
     if isinstance(policy, str):
-        raise FlashError(f"No policy is called {policy!r}. Try lru or window.")
+        raise FlashError(f"No policy is called {policy!r}. Try lru, lrfu or window.")
     return policy

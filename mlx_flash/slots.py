@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import format
-from .cache import Lru, SlotCache, Wave, Window
+from .cache import Lru, SlotCache, Wave
 from .errors import FlashError
 from .reader import PAGE_BYTES, Extent, Reader, Ticket
 from .stats import Stats
@@ -71,6 +71,7 @@ class UnitSlots:
         cache: The bookkeeping.
         in_use: What was last computed from the slots. It is evaluated before a slot is
             overwritten: MLX is lazy, and would otherwise read the new bytes.
+        listener: Called with the units and tokens of every `fetch`, or None.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class UnitSlots:
         layer: format.Layer,
         folder: Path,
         n_slots: int,
-        policy: Lru | Window,
+        policy: Lru,
         reader: Reader,
         stats: Stats,
         extents: list[Extent] | None = None,
@@ -87,6 +88,7 @@ class UnitSlots:
         self.cache = SlotCache(layer.units, n_slots, policy, apart)
         self.parts: dict[str, mx.array] = {}
         self.in_use: mx.array | None = None
+        self.listener: Callable[[np.ndarray, int], None] | None = None
         self.stats = stats
         self._reader = reader
         self._early: tuple[np.ndarray, np.ndarray, Ticket] | None = None
@@ -134,6 +136,8 @@ class UnitSlots:
         Raises:
             FlashError: If a read fails. The slots it was meant for count as empty.
         """
+        if self.listener is not None:
+            self.listener(units, tokens)
         self._finish_early(units)
         waves = self.cache.waves(units, tokens, keep)
         wave, ticket = self._begin(waves)

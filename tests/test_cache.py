@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flash.cache import EMPTY, Lru, SlotCache, Window
+from mlx_flash.cache import EMPTY, Lrfu, Lru, SlotCache, Window
 
 
 class Model:
@@ -172,6 +172,56 @@ def test_lru_overwrites_the_oldest():
     assert held(cache).keys() == {0, 2, 3}
 
 
+@given(traces(), st.integers(1, 4), st.data())
+def test_lrfu_evicts_the_smallest_decayed_count(trace, half_life, data):
+    """Against the definition: every use counts 2 ** (-age / half-life)."""
+    units, steps = trace
+    slots = data.draw(st.integers(1, units), "slots")
+    cache, uses, now = SlotCache(units, slots, Lrfu(half_life)), [], 0
+    for asked, tokens in steps:
+        now += tokens
+        asked = asked[:slots]  # what fits: one wave
+        before = held(cache).keys()
+        if len(asked) < units:
+            uses += [(unit, now) for unit in asked.tolist()]
+        worth = [
+            sum(2.0 ** ((then - now) / half_life) for u, then in uses if u == unit)
+            for unit in range(units)
+        ]
+        list(cache.waves(asked, tokens))
+        others = before - set(asked.tolist())
+        kept = held(cache).keys() - set(asked.tolist())
+        assert len(kept) == min(len(others), slots - len(asked))
+        for gone in others - kept:
+            assert all(worth[gone] <= worth[k] * (1 + 1e-9) for k in kept)
+
+
+def test_lrfu_keeps_what_is_used_often():
+    lru, lrfu = SlotCache(8, 2, Lru()), SlotCache(8, 2, Lrfu(8))
+    for unit in (0, 0, 0, 1):
+        step(lru, unit), step(lrfu, unit)
+    assert step(lru, 2) == step(lrfu, 2) == [2]
+    assert held(lru).keys() == {1, 2} and held(lrfu).keys() == {0, 2}
+
+
+def test_lrfu_counts_for_any_length_of_text():
+    cache = SlotCache(4, 2, Lrfu(8))
+    for _ in range(10_000):  # 2.0 ** (10_000 / 8) is no float
+        step(cache, 0)
+    step(cache, 1), step(cache, 2)
+    assert held(cache).keys() == {0, 2}
+
+
+def test_lrfu_layers_do_not_share_what_they_remember():
+    policy = Lrfu(8)
+    one, other = SlotCache(8, 2, policy), SlotCache(8, 2, policy)
+    for _ in range(9):
+        step(one, 0)
+    for unit in (0, 1, 1, 2):
+        step(other, unit)
+    assert held(other).keys() == {1, 2}
+
+
 @given(traces(), st.data())
 def test_a_forgotten_unit_is_read_again(trace, data):
     """As after a read that failed: nothing of that wave's reads may count."""
@@ -200,7 +250,7 @@ def test_forgetting_nothing_changes_nothing():
 
 
 def test_an_own_policy_decides_what_expires():
-    class KeepNothing:
+    class KeepNothing(Lru):
         def expire(self, cache):
             cache.forget(np.flatnonzero(cache.unit_of != EMPTY))
 
@@ -217,3 +267,8 @@ def test_impossible_slots_are_refused(slots):
 def test_a_window_of_nothing_is_refused():
     with pytest.raises(ValueError, match="keeps nothing"):
         Window(0)
+
+
+def test_a_half_life_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="remembers nothing"):
+        Lrfu(0)

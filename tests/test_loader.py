@@ -26,7 +26,7 @@ from mlx_flash.sizes import parse_memory
 TOLERANCE = 1e-4  # float32; measured 4e-7
 CONTEXT = 64
 SHARES = [0, 0.3, 0.5, 0.9, 1]  # of the slots: from the least to everything
-policies = pytest.mark.parametrize("policy", ["lru", "window"])
+policies = pytest.mark.parametrize("policy", ["lru", "lrfu", "window"])
 NATIVE = [
     pytest.param(
         True, marks=pytest.mark.skipif(_reader is None, reason="no C reader"), id="C"
@@ -321,7 +321,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(own_folder):
 
 
 def test_an_unknown_policy_is_refused(flash_folder):
-    with pytest.raises(FlashError, match="Try lru or window"):
+    with pytest.raises(FlashError, match="Try lru, lrfu or window"):
         load_model(flash_folder, policy="mru")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_flash.cache import Lru, Window
+from mlx_flash.cache import Lrfu, Lru, Window
 from mlx_flash.errors import FlashError
 from mlx_flash.neurons import SWEEP_TOKENS, NeuronFFN
 from mlx_flash.predictor import Predictor
@@ -57,7 +57,9 @@ def choices(draw, most_tokens=SWEEP_TOKENS - 1):
 @given(choices(), st.data())
 def test_exactly_the_chosen_neurons_are_computed(bench, masks, data):
     n_slots = data.draw(st.integers(1, 23), "slots")
-    policy = data.draw(st.sampled_from([Lru(), Window(1), Window(3)]), "policy")
+    policy = data.draw(
+        st.sampled_from([Lru(), Lrfu(2), Window(1), Window(3)]), "policy"
+    )
     late = data.draw(st.booleans(), "evaluate at the end")
     current = []
     ffn = bench.ffn(

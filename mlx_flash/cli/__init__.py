@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect, serve
+from . import convert, generate, inspect, replay, serve, trace
 from .common import INTERRUPTED
 
 
@@ -47,5 +47,7 @@ for command in (
     serve.serve,
     inspect.info,
     inspect.verify,
+    trace.trace,
+    replay.replay,
 ):
     main.add_command(command)

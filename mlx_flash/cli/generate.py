@@ -45,9 +45,10 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling.")
 @click.option(
     "--policy",
-    type=click.Choice(["lru", "window"]),
+    type=click.Choice(["lru", "lrfu", "window"]),
     default=None,
-    help="What stays in memory: all that fits, or a window.  [default: lru]",
+    help="What stays in memory: what was used last, what was used often and lately, "
+    "or a window.  [default: lru]",
 )
 @click.option(
     "--window",
@@ -92,7 +93,7 @@ def generate(
         raise click.BadParameter(
             "give at least 1, or -1 for no limit", param_hint="--max-tokens"
         )
-    if window and policy == "lru":
+    if window and policy in ("lru", "lrfu"):
         raise click.UsageError("--window goes with --policy window.")
     import mlx.core as mx
     import transformers
