@@ -57,6 +57,12 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     metavar="K",
     help="Keep what the last K tokens used; implies --policy window.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(),
+    metavar="FILE.npz",
+    help="Divide memory over layers by a recorded run.  [default: evenly]",
+)
 @click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
 @click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
@@ -71,6 +77,7 @@ def generate(
     seed,
     policy,
     window,
+    trace,
     no_predictor,
     page_cache,
     as_json,
@@ -112,6 +119,7 @@ def generate(
         window=window or 4,
         context=generation.context_for(folder, len(tokens), max_tokens),
         page_cache=page_cache,
+        trace=trace,
     )
     if seed is not None:
         mx.random.seed(seed)
