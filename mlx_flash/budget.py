@@ -6,6 +6,7 @@ on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +43,20 @@ class Budget:
 
 
 def make_budget(
-    memory: int | str, manifest: Manifest, shapes: Shapes, context: int, folder: Path
+    memory: int | str,
+    manifest: Manifest,
+    shapes: Shapes,
+    context: int,
+    folder: Path,
+    divide: Callable | None = None,
 ) -> Budget:
     """Divide `memory` for a run of at most `context` tokens.
 
     Args:
         memory: Bytes, "7GB", "50%" (of the model's own bytes) or "auto": what the
             machine has free with a tenth kept back, at most what the model can use.
+        divide: Gives slots to layers, as `division.divide` after its curves. None
+            gives every layer the same share.
 
     Raises:
         FlashError: If even the least number of slots does not fit, with the numbers.
@@ -71,6 +79,7 @@ def make_budget(
     prefill = min(max(int(PREFILL_SHARE * total / per_token), MIN_PREFILL), MAX_PREFILL)
     workspace = logits + prefill * per_token
     room = total - fixed - workspace - pages
+    whole_room = room
     if room < manifest.ffn_bytes:
         # Gathered rows are a copy of at most half of one layer's slots.
         room /= 1 + 0.5 / len(layers)
@@ -91,6 +100,8 @@ def make_budget(
             f"{kv_bytes / 1e6:,.1f} MB of KV cache, the rest workspace and slots."
         )
     slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
+    if divide is not None and share < 1:
+        slots = _divided(divide, manifest, whole_room, least) or slots
     slot_bytes = pages + sum(
         n * sum(p.bytes for p in layer.parts)
         for n, layer in zip(slots, layers, strict=True)
@@ -122,6 +133,20 @@ def _spread_rest(slots, manifest: Manifest, room: float) -> tuple[int, ...]:
             slots[i] += 1
             rest -= layer.unit_bytes
     return tuple(slots)
+
+
+def _divided(divide, manifest: Manifest, room: float, least) -> tuple[int, ...] | None:
+    """Slots by `divide`, with room kept for half of the largest layer, gathered."""
+    sizes = [sum(p.bytes for p in layer.parts) for layer in manifest.layers]
+    for_slots = room
+    for _ in range(8):  # the largest layer may be another one after a first try
+        slots = divide(sizes, for_slots, least)
+        taken = [n * size for n, size in zip(slots, sizes, strict=True)]
+        excess = sum(taken) + max(taken) / 2 - room
+        if excess <= 0:
+            return slots
+        for_slots -= excess
+    return None
 
 
 def _workspace_per_token(shapes: Shapes, manifest: Manifest, context: int) -> int:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from .assembly import assemble, can_stream
 from .budget import Budget, make_budget
 from .cache import Lrfu, Lru, Window
+from .division import by_trace
 from .errors import FlashError
 from .format import Manifest
 from .hub import find_model
@@ -127,6 +128,7 @@ def load_model(
     look_ahead: bool = False,
     page_cache: bool = False,
     native: bool | None = None,
+    trace: str | Path | None = None,
 ) -> Loaded:
     """Load a flash folder without its tokenizer.
 
@@ -144,6 +146,8 @@ def load_model(
             layer's input.
         page_cache: Leave the operating system's cache on for reads.
         native: True insists on the C reader, False takes the Python one.
+        trace: A file of `mlx-flash trace`: layers get slots by the hits that they
+            would have had on it, instead of the same share each.
 
     Returns:
         (model, config); `model.flash` is a `Flash`.
@@ -157,7 +161,10 @@ def load_model(
     model, config, manifest = parts.model, parts.config, parts.manifest
     positions = config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    budget = make_budget(memory, manifest, parts.shapes, context, folder)
+    facts = memory, manifest, parts.shapes, context, folder
+    if trace is not None:
+        facts = *facts, by_trace(Path(trace), manifest, policy)
+    budget = make_budget(*facts)
 
     mx.reset_peak_memory()
     mx.eval(model.parameters())

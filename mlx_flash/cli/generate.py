@@ -57,6 +57,12 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     metavar="K",
     help="Keep what the last K tokens used; implies --policy window.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(),
+    metavar="FILE.npz",
+    help="Divide memory over layers by a recorded run.  [default: evenly]",
+)
 @click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
 @click.option(
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
@@ -74,6 +80,7 @@ def generate(
     seed,
     policy,
     window,
+    trace,
     no_predictor,
     look_ahead,
     page_cache,
@@ -117,6 +124,7 @@ def generate(
         context=generation.context_for(folder, len(tokens), max_tokens),
         look_ahead=look_ahead,
         page_cache=page_cache,
+        trace=trace,
     )
     if seed is not None:
         mx.random.seed(seed)
