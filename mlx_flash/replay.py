@@ -33,7 +33,7 @@ def replay(trace: Trace, policy: Lru | None, slots: Sequence[int]) -> list[tuple
             hits = _optimum(steps, trace.units[layer], n_slots)
         else:
             hits = _engine(steps, SlotCache(trace.units[layer], n_slots, policy))
-        asked = [len(units) for units, _ in steps]
+        asked = [len(units) for units, *_ in steps]
         warm = trace.warm[layer]
         counts.append((sum(hits[warm:]), sum(asked[warm:])))
     return counts
@@ -79,8 +79,7 @@ def table(shares: Sequence[float], rates: dict[str, list[float]]) -> str:
 
 def _engine(steps: list, cache: SlotCache) -> list[int]:
     return [
-        sum(len(w.units) - len(w.missing) for w in cache.waves(units, tokens))
-        for units, tokens in steps
+        sum(len(w.units) - len(w.missing) for w in cache.waves(*step)) for step in steps
     ]
 
 
@@ -101,7 +100,7 @@ def _optimum(steps: list, units: int, n_slots: int) -> list[int]:
     held = np.zeros(units, bool)
     soonest = np.full(units, never)  # next use of what is held
     hits = []
-    for (asked, _), then in zip(steps, next_use, strict=True):
+    for (asked, *_), then in zip(steps, next_use, strict=True):
         hits.append(int(held[asked].sum()))
         soonest[asked] = then
         forced = len(asked) <= n_slots

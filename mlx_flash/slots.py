@@ -88,7 +88,7 @@ class UnitSlots:
         self.cache = SlotCache(layer.units, n_slots, policy, apart)
         self.parts: dict[str, mx.array] = {}
         self.in_use: mx.array | None = None
-        self.listener: Callable[[np.ndarray, int], None] | None = None
+        self.listener: Callable | None = None  # given what `fetch` is given
         self.stats = stats
         self._reader = reader
         self._early: tuple[np.ndarray, np.ndarray, Ticket] | None = None
@@ -137,7 +137,7 @@ class UnitSlots:
             FlashError: If a read fails. The slots it was meant for count as empty.
         """
         if self.listener is not None:
-            self.listener(units, tokens)
+            self.listener(units, tokens, keep)
         self._finish_early(units)
         waves = self.cache.waves(units, tokens, keep)
         wave, ticket = self._begin(waves)

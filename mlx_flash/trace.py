@@ -4,6 +4,7 @@ What a layer asks for does not depend on what memory holds (a layer that memory 
 as a whole asks for nothing), so one recording serves for every policy and budget.
 A file is NumPy's compressed npz: `facts`, JSON as uint8, and for layer i
     bits_i    uint8 [steps, ceil(units / 8)], as `np.packbits` packs them
+    keep_i    the same of what was to stay in memory after a step in several waves
     tokens_i  int32 [steps]: how many tokens each step brought
 """
 
@@ -31,7 +32,7 @@ class Trace:
     Attributes:
         model, unit: The flash folder's name, and what its units are.
         units, unit_bytes: Of each layer.
-        bits, tokens: Of each layer, as in the file.
+        bits, keep, tokens: Of each layer, as in the file.
         warm: How many steps of each layer came before figures count: the prompt.
     """
 
@@ -40,14 +41,19 @@ class Trace:
     units: tuple[int, ...]
     unit_bytes: tuple[int, ...]
     bits: tuple[np.ndarray, ...]
+    keep: tuple[np.ndarray, ...]
     tokens: tuple[np.ndarray, ...]
     warm: tuple[int, ...]
 
-    def steps(self, layer: int) -> Iterator[tuple[np.ndarray, int]]:
-        """(sorted unit ids, tokens) of each step of a layer."""
-        for bits, tokens in zip(self.bits[layer], self.tokens[layer], strict=True):
-            fired = np.unpackbits(bits, count=self.units[layer])
-            yield np.flatnonzero(fired), int(tokens)
+    def steps(self, layer: int) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """(sorted unit ids, tokens, ids to keep) of each step of a layer."""
+        of_layer = self.bits[layer], self.tokens[layer], self.keep[layer]
+        for bits, tokens, keep in zip(*of_layer, strict=True):
+            asked, kept = (
+                np.flatnonzero(np.unpackbits(b, count=self.units[layer]))
+                for b in (bits, keep)
+            )
+            yield asked, int(tokens), kept
 
     def save(self, path: Path) -> None:
         facts = {
@@ -59,8 +65,10 @@ class Trace:
             "warm": self.warm,
         }
         arrays = {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-        for i, (bits, tokens) in enumerate(zip(self.bits, self.tokens, strict=True)):
-            arrays |= {f"bits_{i}": bits, f"tokens_{i}": tokens}
+        for i in range(len(self.units)):
+            arrays[f"bits_{i}"] = self.bits[i]
+            arrays[f"keep_{i}"] = self.keep[i]
+            arrays[f"tokens_{i}"] = self.tokens[i]
         try:
             with open(path, "wb") as file:
                 np.savez_compressed(file, **arrays)
@@ -86,10 +94,11 @@ def read_trace(path: Path) -> Trace:
                 )
             layers = range(len(facts["units"]))
             bits = tuple(file[f"bits_{i}"] for i in layers)
+            keep = tuple(file[f"keep_{i}"] for i in layers)
             tokens = tuple(file[f"tokens_{i}"] for i in layers)
         for i, units in enumerate(facts["units"]):
             shape = len(tokens[i]), -(-units // 8)
-            if bits[i].dtype != np.uint8 or bits[i].shape != shape:
+            if any(b.dtype != np.uint8 or b.shape != shape for b in (bits[i], keep[i])):
                 raise ValueError(f"layer {i} is not of {units} units")
             if units < 1 or not len(tokens[i]) > facts["warm"][i] >= 0:
                 raise ValueError(f"layer {i} has no steps")
@@ -113,9 +122,8 @@ def read_trace(path: Path) -> Trace:
         zipfile.BadZipFile,
     ) as error:
         raise _no_trace(path, error) from error
-    return Trace(
-        *facts, lists["units"], lists["unit_bytes"], bits, tokens, lists["warm"]
-    )
+    sizes = lists["units"], lists["unit_bytes"]
+    return Trace(*facts, *sizes, bits, keep, tokens, lists["warm"])
 
 
 def _no_trace(path: Path, error: Exception) -> FlashError:
@@ -132,6 +140,7 @@ class Recorder:
     def __init__(self, flash):
         self._flash = flash
         self._bits: list[list[np.ndarray]] = [[] for _ in flash.layers]
+        self._keep: list[list[np.ndarray]] = [[] for _ in flash.layers]
         self._tokens: list[list[int]] = [[] for _ in flash.layers]
         self._warm = [0] * len(flash.layers)
 
@@ -159,15 +168,21 @@ class Recorder:
             units=tuple(layer.units for layer in manifest.layers),
             unit_bytes=tuple(layer.unit_bytes for layer in manifest.layers),
             bits=tuple(np.stack(bits) for bits in self._bits),
+            keep=tuple(np.stack(bits) for bits in self._keep),
             tokens=tuple(np.array(tokens, np.int32) for tokens in self._tokens),
             warm=tuple(self._warm),
         )
 
     def _listener(self, index: int, units: int):
-        def hear(asked: np.ndarray, tokens: int) -> None:
-            fired = np.zeros(units, bool)
-            fired[asked] = True
-            self._bits[index].append(np.packbits(fired))
+        def packed(ids: np.ndarray | None) -> np.ndarray:
+            marks = np.zeros(units, bool)
+            if ids is not None:
+                marks[ids] = True
+            return np.packbits(marks)
+
+        def hear(asked: np.ndarray, tokens: int, keep: np.ndarray | None) -> None:
+            self._bits[index].append(packed(asked))
+            self._keep[index].append(packed(keep))
             self._tokens[index].append(tokens)
 
         return hear

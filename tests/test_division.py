@@ -29,9 +29,9 @@ def synthetic(*layers):
     units = tuple(n for n, _ in layers)
     tokens = tuple(np.ones(len(b), np.int32) for b in bits)
     sizes = tuple(8 for _ in units)
-    return Trace(
-        "synthetic", "expert", units, sizes, tuple(bits), tokens, (0,) * len(units)
-    )
+    keep = tuple(np.zeros_like(b) for b in bits)
+    names, warm = ("synthetic", "expert"), (0,) * len(units)
+    return Trace(*names, units, sizes, tuple(bits), keep, tokens, warm)
 
 
 @st.composite

@@ -41,7 +41,8 @@ def synthetic(draw):
     sizes = tuple(8 * n for n in units)
     warm = tuple(draw(st.integers(0, len(t) - 1)) for t in tokens)
     names = ("synthetic", "neuron")
-    return Trace(*names, tuple(units), sizes, tuple(bits), tuple(tokens), warm)
+    keep = tuple(np.bitwise_and(b, 0x55) for b in bits)
+    return Trace(*names, tuple(units), sizes, tuple(bits), keep, tuple(tokens), warm)
 
 
 @pytest.fixture
@@ -84,6 +85,7 @@ def test_a_file_holds_all_of_a_trace(trace):
     for layer in range(len(trace.units)):
         for a, b in zip(again.steps(layer), trace.steps(layer), strict=True):
             assert a[0].tolist() == b[0].tolist() and a[1] == b[1]
+            assert a[2].tolist() == b[2].tolist()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -139,7 +141,7 @@ def test_a_trace_says_what_it_is_of(story):
     assert story.warm[0] >= 1
     sweep = next(story.steps(0))
     assert len(sweep[0]) == 2048, "a prompt is computed with every neuron"
-    rest = [len(units) for units, _ in story.steps(0)][story.warm[0] :]
+    rest = [len(units) for units, *_ in story.steps(0)][story.warm[0] :]
     assert 0 < np.mean(rest) < 600
 
 
@@ -164,10 +166,11 @@ def test_the_optimum_is_the_best_of_all_policies(steps):
         row[list(chosen)] = True
     tokens = (np.ones(len(steps), np.int32),)
     bits = (np.packbits(fired, axis=1),)
-    trace = Trace("synthetic", "expert", (6,), (8,), bits, tokens, (0,))
+    keep = (np.zeros_like(bits[0]),)
+    trace = Trace("synthetic", "expert", (6,), (8,), bits, keep, tokens, (0,))
     for slots in (3, 4):
         (hits, _), *_ = replay(trace, None, (slots,))
-        steps_of_ids = [units for units, _ in trace.steps(0)]
+        steps_of_ids = [units for units, *_ in trace.steps(0)]
         assert hits == best_by_trying(steps_of_ids, set(), slots)
 
 
@@ -183,7 +186,7 @@ def test_with_room_for_all_only_first_uses_miss(trace):
     slots = even_slots(trace, 1.0)
     for policy in (Lru(), Lrfu(), None):
         for layer, (hits, asked) in enumerate(replay(trace, policy, slots)):
-            steps = [set(units.tolist()) for units, _ in trace.steps(layer)]
+            steps = [set(units.tolist()) for units, *_ in trace.steps(layer)]
             seen = set().union(*steps[: trace.warm[layer]])
             later = set().union(*steps[trace.warm[layer] :])
             assert asked - hits == len(later - seen)
