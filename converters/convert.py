@@ -23,6 +23,7 @@ from .source import Source
 from .workfolder import WorkFolder
 
 CALIBRATION_TOKENS = 16384
+ORDERS = ("coactivation", "checkpoint")
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32")
 # A predictor that misses 5 % names about twice as many neurons as are active, and
 # scattered reads bring about half as much as long ones: beyond a quarter to a third,
@@ -42,6 +43,7 @@ def convert(
     rank: int | None = None,
     threshold: float | None = None,
     recall: float = 0.95,
+    order: str = "coactivation",
     unit: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
@@ -69,6 +71,8 @@ def convert(
         threshold: Probability from which a neuron is predicted; by default each layer's
             is chosen so that `recall` of its active neurons are found.
         recall: See `threshold`.
+        order: Of neurons on flash: "coactivation" (those that calibration predicts
+            together lie together, so that a read brings several) or "checkpoint".
         unit: "neuron" or "block" for dense FFNs; by default neurons where the
             activation gives exact zeros, and calibration finds enough of them.
         bits: Quantise what goes to flash; by default it stays as it is.
@@ -94,7 +98,7 @@ def convert(
     choice = choose(source, unit)
     if choice.unit == "neuron":
         dtype = dtype or source.dtype()
-    _check_request(dtype, rank, threshold, recall, calibration_tokens)
+    _check_request(dtype, rank, threshold, recall, order, calibration_tokens)
     options = {
         "unit": unit,
         "dtype": dtype,
@@ -103,6 +107,7 @@ def convert(
         "rank": rank,
         "threshold": threshold,
         "recall": recall,
+        "order": order,
         "quantize": packing(bits, group_size, mode),
         "quantize_resident": packing(resident_bits, None, "affine"),
     }
@@ -157,7 +162,7 @@ def _useful(conversion: NeuronConversion, work: WorkFolder, say) -> bool:
     return share <= USEFUL_SHARE
 
 
-def _check_request(dtype, rank, threshold, recall, count) -> None:
+def _check_request(dtype, rank, threshold, recall, order, count) -> None:
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise FlashError(f"No dtype {dtype!r}. Choose {', '.join(WEIGHT_DTYPES)}.")
     if rank is not None and rank < 0:
@@ -166,6 +171,8 @@ def _check_request(dtype, rank, threshold, recall, count) -> None:
         raise FlashError(f"A threshold of {threshold} is no probability. Try 0.5.")
     if not 0 < recall <= 1:
         raise FlashError(f"A recall of {recall} is not possible. Try 0.95.")
+    if order not in ORDERS:
+        raise FlashError(f"No order {order!r}. Choose {' or '.join(ORDERS)}.")
     if count < 1:
         raise FlashError(f"{count} calibration tokens are too few. Try 16384.")
 

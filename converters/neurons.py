@@ -20,17 +20,20 @@ from mlx.utils import tree_flatten
 
 from .. import format
 from ..errors import FlashError
-from ..ffn import neuron_rows, pack
+from ..ffn import neuron_rows, pack, projections
+from ..predictor import Predictor
 from ..safetensors_io import DTYPES
 from . import calibrate, resident
 from .bundles import write_bundles
 from .dense import dense_ffns, hidden_values
 from .fit import FitOptions, default_rank, fit_predictor, split
 from .layerwise import LayerwiseModel
+from .placement import order_by_coactivation
 from .source import Source, finite
 from .workfolder import WorkFolder
 
 MEASURED_TOKENS = 1024
+ORDER_TOKENS = 4096  # of the calibration text, to see which neurons go together
 
 
 class NeuronConversion:
@@ -39,8 +42,8 @@ class NeuronConversion:
     Args:
         source: The checkpoint.
         work: Where to write.
-        options: `dtype`, `calibration`, `calibration_tokens`, `quantize` and
-            `quantize_resident` of the request.
+        options: `dtype`, `calibration`, `calibration_tokens`, `order`, `quantize`
+            and `quantize_resident` of the request.
         fit: How predictors are fitted; rank 0 for none.
         bars: Makes progress bars, as `tqdm.tqdm`.
     """
@@ -101,9 +104,15 @@ class NeuronConversion:
             facts = self._fit(index, tokens, hidden)
         path = self.work.folder / f"ffn/layer_{index:02d}.safetensors"
         ffn = self._load_ffn(index, self.dtype)
-        entry = write_bundles(path, self.paths[index], self._parts(index, ffn))
+        order = self._order(index)
+        entry = write_bundles(path, self.paths[index], self._parts(index, ffn, order))
         self.model.release(ffn)
-        return dataclasses.asdict(dataclasses.replace(entry, predictor=facts))
+        entry = dataclasses.replace(
+            entry,
+            predictor=facts,
+            order="checkpoint" if order is None else "coactivation",
+        )
+        return dataclasses.asdict(entry)
 
     def _fit(
         self, index: int, tokens: np.ndarray, hidden: np.ndarray
@@ -117,6 +126,12 @@ class NeuronConversion:
             inputs, ffn, self.dtype, rank, self.fit, tokens.shape[1], index
         )
         self.model.release(ffn)
+        if self.options["order"] == "coactivation":
+            order = _order_by_use(arrays, facts, inputs)
+            self.work.save_array(_order_name(index), order)
+            for name, array in arrays.items():
+                if not name.startswith("reduce."):  # the others have a row a neuron
+                    arrays[name] = array[mx.array(order)]
         named = {f"{self.paths[index]}.predictor.{k}": w for k, w in arrays.items()}
         resident.write_weights(self._predictor_path(index), named)
         self.work.save_array(_hidden_name(index + 1), hidden)
@@ -130,14 +145,22 @@ class NeuronConversion:
         """One FFN with its weights in `dtype`; `release` it when it was used."""
         return self.model.load_module(self.paths[index], dtype)
 
-    def _parts(self, index: int, ffn: nn.Module) -> dict[str, mx.array]:
+    def _order(self, index: int) -> np.ndarray | None:
+        """Which neuron lies where in a layer's bundles; None: as in the checkpoint."""
+        path = self.work.path(_order_name(index))
+        return np.load(path) if path.exists() else None
+
+    def _parts(
+        self, index: int, ffn: nn.Module, order: np.ndarray | None
+    ) -> dict[str, mx.array]:
         """The bundles' parts, [N, …] each."""
+        rows = slice(None) if order is None else mx.array(order)
         for name, weight in tree_flatten(ffn.parameters()):
             finite(f"{self.paths[index]}.{name}", weight)
         return {
             f"{name}.{key}": array
-            for name, rows in neuron_rows(ffn).items()
-            for key, array in pack(rows, self.options["quantize"]).items()
+            for name, weight in neuron_rows(ffn).items()
+            for key, array in pack(weight[rows], self.options["quantize"]).items()
         }
 
     def _as_stored(self, ffn: nn.Module) -> None:
@@ -169,6 +192,12 @@ class NeuronConversion:
             for name, weight in self.source.weights().items()
             if name not in on_flash
         }
+        for index, (path, ffn) in enumerate(self.ffns.items()):
+            order = self._order(index)
+            for name in projections(ffn)[0]:
+                bias = f"{path}.{name}.bias"
+                if order is not None and bias in kept:
+                    kept[bias] = kept[bias][mx.array(order)]
         folder = self.work.folder
         packed = {}
         if self.options["quantize"]:
@@ -267,6 +296,26 @@ class NeuronConversion:
                 f"{self.work.dst.parent} has {free / 1e9:.2f} GB free. Free some space "
                 "or choose another folder."
             )
+
+
+def _order_by_use(
+    arrays: dict[str, mx.array], facts: format.PredictorFacts, inputs: np.ndarray
+) -> np.ndarray:
+    """Neurons in an order in which those lie together that are predicted together."""
+    units, dims = len(arrays["bias"]), inputs.shape[1]
+    predictor = Predictor(dims, units, facts.rank, facts.bits)
+    predictor.load_weights(list(arrays.items()))
+    step = max(len(inputs) // ORDER_TOKENS, 1)
+    bits = [
+        np.packbits(np.array(predictor(mx.array(x))), axis=1)
+        for x in np.array_split(inputs[::step], max(ORDER_TOKENS // 256, 1))
+        if len(x)
+    ]
+    return order_by_coactivation(np.concatenate(bits), units)
+
+
+def _order_name(index: int) -> str:
+    return f"order_{index:02d}.npy"
 
 
 def _hidden_name(index: int) -> str:

@@ -31,9 +31,13 @@ class Stats:
     swept_predicted: int = 0
 
     @property
+    def asked(self) -> int:
+        """How often a unit was needed."""
+        return self.hits + self.misses
+
+    @property
     def hit_rate(self) -> float | None:
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else None
+        return self.hits / self.asked if self.asked else None
 
     @property
     def early_precision(self) -> float | None:

@@ -792,7 +792,7 @@ def interrupt(patch, owner, name, call, after=False, error=KeyboardInterrupt):
         (WorkFolder, "note", 3, True, 3),  # between two layers
         (WorkFolder, "save_array", 3, False, 3),
         (WorkFolder, "save_array", 3, True, 3),
-        (os, "replace", 6, False, 4),
+        (os, "replace", 7, False, 4),
         (neurons.NeuronConversion, "_finish", 1, False, 3),
         (resident, "copy_config", 1, False, 3),
         (resident, "copy_config", 1, True, 3),

@@ -76,7 +76,7 @@ def assert_parity(flash, reference, tolerance=2e-6):
     tokens = mx.array(np.random.default_rng(0).integers(3, 90, (2, 9)))
     expected = reference(tokens)
     for slots in sorted({1, 5, units // 2, units - 1, units}):
-        model = stream(flash, slots)
+        model = stream(flash, slots, predictor=False)
         diff = mx.abs(model(tokens) - expected).max() / mx.abs(expected).max()
         assert diff.item() < tolerance, slots
         cache, plain = make_prompt_cache(model), make_prompt_cache(reference)
@@ -146,6 +146,37 @@ def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits, monkey
     now = stats.hits + stats.misses - asked
     assert 0 < now < 0.9 * 2 * 128  # fewer than all of two layers
     model.flash.close()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["relu2 llama, biases", "nemotron"])
+def test_an_order_by_use_is_the_same_model(tmp_path, name, bits, monkeypatch):
+    """Rows, columns, biases and the predictor's outputs are moved together."""
+    monkeypatch.setattr(fit, "STEPS", 30)
+    checkpoint = write_checkpoint(tmp_path / "model", KINDS[name])
+    options = dict(unit="neuron", rank=64, calibration_tokens=512, bits=bits)
+    placed, plain = (
+        mlx_flash.convert(
+            checkpoint, tmp_path / order, order=order, progress=False, **options
+        )
+        for order in ("coactivation", "checkpoint")
+    )
+    packing = bits and {"bits": bits, "group_size": 64, "mode": "affine"}
+    assert_parity(placed, resident(checkpoint, packing), tolerance=1e-5)
+    for folder, order in ((placed, "coactivation"), (plain, "checkpoint")):
+        assert {layer.order for layer in read_manifest(folder).layers} == {order}
+    models = [stream(folder, 100) for folder in (placed, plain)]
+    caches = [make_prompt_cache(model) for model in models]
+    for token in (5, 9, 17):  # one by one: the predictors choose
+        a, b = (
+            model(mx.array([[token]]), cache=cache)
+            for model, cache in zip(models, caches, strict=True)
+        )
+        assert (mx.abs(a - b).max() / mx.abs(b).max()).item() < 1e-5
+    asked = [model.flash.stats.asked for model in models]
+    assert asked[0] == asked[1] < 3 * 2 * 128
+    for model in models:
+        model.flash.close()
 
 
 def test_a_smooth_activation_becomes_blocks(tmp_path, capsys):

@@ -43,6 +43,13 @@ import click
     help="Share of active neurons that predictors must find.",
 )
 @click.option(
+    "--order",
+    type=click.Choice(["coactivation", "checkpoint"]),
+    default="coactivation",
+    show_default=True,
+    help="Of neurons on flash.",
+)
+@click.option(
     "--unit",
     type=click.Choice(["neuron", "block"]),
     help="What a dense FFN is cut into.  [default: as its sparsity suggests]",
