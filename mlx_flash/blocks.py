@@ -34,7 +34,7 @@ class BlockFFN(SlotFFN):
         tokens = x.reshape(-1, x.shape[-1])
         store, y = self.store, None
         if store.holds_all:
-            y = store.in_use = self._run(tokens, slice(None))
+            y = store.in_use = self.compute(tokens, store.parts, None)
         else:
             everything = np.arange(store.units, dtype=np.int32)
             for wave in store.fetch(everything, tokens=len(tokens)):
@@ -45,12 +45,10 @@ class BlockFFN(SlotFFN):
         return self.add_bias(y).astype(x.dtype).reshape(x.shape)
 
     def _run(self, x: mx.array, run: slice) -> mx.array:
-        neurons = None
         store = self.store
-        if not store.holds_all:
-            b = self._neurons_per_block()
-            units = store.cache.unit_of[run].astype(np.int32)
-            neurons = mx.array((units[:, None] * b + np.arange(b)).reshape(-1))
+        b = self._neurons_per_block()
+        units = store.cache.unit_of[run].astype(np.int32)
+        neurons = mx.array((units[:, None] * b + np.arange(b)).reshape(-1))
         return self.compute(x, store.parts, run, neurons)
 
     def _neurons_per_block(self) -> int:

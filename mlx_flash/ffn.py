@@ -153,14 +153,14 @@ class SlotFFN(nn.Module):
         """The FFN of x [T, D] over some of the slots.
 
         Args:
-            rows: Which slots, as MLX arrays are indexed.
+            rows: Which slots, as MLX arrays are indexed; None for all.
             neurons: Whose they are, None where all are asked for in order.
             through: Given the hidden values [T, K], says what goes on in their place.
         """
         out = self.names[-1]
         for name in self.names:
             arrays = {
-                key.removeprefix(f"{name}."): array[rows]
+                key.removeprefix(f"{name}."): array if rows is None else array[rows]
                 for key, array in parts.items()
                 if key.startswith(f"{name}.")
             }

@@ -50,7 +50,7 @@ class NeuronFFN(SlotFFN):
         if self.store is None:
             raise FlashError(CLOSED)
         if self.store.holds_all:
-            y = self.compute(tokens, self.store.parts, slice(None))
+            y = self.compute(tokens, self.store.parts, None)
         else:
             y = self._stream(tokens)
         return self.add_bias(y).astype(x.dtype).reshape(x.shape)
@@ -108,7 +108,7 @@ class NeuronFFN(SlotFFN):
         wanted = np.zeros(store.n_slots, bool)
         wanted[wave.slots] = True
         units = mx.array(np.maximum(store.cache.unit_of, 0))
-        return slice(None), units, None if wanted.all() else mx.array(wanted)
+        return None, units, None if wanted.all() else mx.array(wanted)
 
     def _compare(self, h: mx.array, chosen: mx.array, valid) -> None:
         active = h != 0 if valid is None else (h != 0) & valid
