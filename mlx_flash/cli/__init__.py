@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect
+from . import convert, generate, inspect, probe
 from .common import INTERRUPTED
 
 
@@ -46,5 +46,6 @@ for command in (
     convert.convert,
     inspect.info,
     inspect.verify,
+    probe.probe,
 ):
     main.add_command(command)
