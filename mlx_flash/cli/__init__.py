@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect, probe
+from . import convert, generate, inspect, plan, probe
 from .common import INTERRUPTED
 
 
@@ -46,6 +46,7 @@ for command in (
     convert.convert,
     inspect.info,
     inspect.verify,
+    plan.plan,
     probe.probe,
 ):
     main.add_command(command)
