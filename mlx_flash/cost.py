@@ -42,6 +42,7 @@ class FlashLayer:
         computed: Units that are multiplied with.
         random: Whether units are selected; False where all are needed, in order.
         merged: Whether neighbours are read together.
+        in_place: Whether they lie in a checkpoint's shards, at any offset.
     """
 
     weights: Weights
@@ -54,6 +55,7 @@ class FlashLayer:
     computed: float
     random: bool = True
     merged: bool = True
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,16 +199,25 @@ def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
 
 
 def _asked(layer: FlashLayer, missing: float) -> tuple[float, float]:
-    """(bytes, reads) that bring `missing` units, neighbours merged, pages whole."""
+    """(bytes, reads) that bring `missing` units, neighbours merged, pages whole.
+
+    Units missing at random: what is wanted is `share` of all grains (units, or pages
+    that several short units lie on), in runs of neighbours.
+    """
     piece = layer.unit_bytes / layer.pieces
-    share = min(missing / layer.units, 1.0)
-    aligned = piece % PAGE_BYTES == 0
-    # Units of which one at least must be missing for a page to be read
-    sharing = 1 if aligned else 1 + PAGE_BYTES / piece
-    pages = layer.units * piece * (1 - (1 - share) ** sharing)
-    nbytes = max(pages, missing * piece) * layer.pieces
-    reads = missing * layer.pieces * math.ceil(piece / CHUNK_BYTES)
-    if piece < MERGE_BYTES and layer.merged:
-        merged = reads * (1 - share) ** sharing
-        reads = max(merged, nbytes / MERGE_BYTES)
+    share, grains = min(missing / layer.units, 1.0), float(layer.units)
+    grain_bytes, edge_bytes = piece, 0.0
+    if piece < PAGE_BYTES:
+        whole = PAGE_BYTES % piece == 0
+        together = PAGE_BYTES / piece + (0 if whole else 1)
+        share = 1 - (1 - share) ** together
+        grains, grain_bytes = max(grains * piece / PAGE_BYTES, 1.0), PAGE_BYTES
+    elif layer.random and (piece % PAGE_BYTES or layer.in_place):
+        edge_bytes = PAGE_BYTES
+    wanted = grains * share
+    runs = wanted
+    if layer.merged and piece < MERGE_BYTES:
+        runs = max(wanted * (1 - share), wanted * grain_bytes / MERGE_BYTES)
+    nbytes = (wanted * grain_bytes + runs * edge_bytes) * layer.pieces
+    reads = runs * layer.pieces * math.ceil(piece / CHUNK_BYTES)
     return nbytes, reads

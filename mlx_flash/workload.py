@@ -155,6 +155,7 @@ def _flash_layer(
         hit_rate=hits,
         computed=computed,
         random=random,
+        in_place=found.in_place,
     )
 
 

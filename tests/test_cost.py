@@ -77,10 +77,23 @@ def test_merging_saves_reads_and_no_bytes():
 
 
 def test_units_shorter_than_a_page_cost_pages():
-    cost = token_cost(NO_BOOKS, work(layer(unit_bytes=1024, selected=2.0)))
-    assert 4096 < cost.bytes_read < 2 * 4096  # one unit, which may lie on two pages
+    one = token_cost(NO_BOOKS, work(layer(unit_bytes=1024, selected=2.0)))
+    assert math.isclose(one.bytes_read, 4096, rel_tol=0.01)
+    between = token_cost(NO_BOOKS, work(layer(unit_bytes=1000, selected=2.0)))
+    assert 4096 < between.bytes_read < 2 * 4096  # which may lie on two pages
     every = token_cost(NO_BOOKS, work(layer(unit_bytes=1024, selected=2000.0)))
     assert math.isclose(every.bytes_read, 1000 * 1024)
+
+
+def test_units_that_begin_anywhere_cost_a_page_more():
+    aligned = token_cost(NO_BOOKS, work(layer()))
+    odd = token_cost(NO_BOOKS, work(layer(unit_bytes=16385)))
+    assert math.isclose(odd.bytes_read, 50 * 16385 + odd.reads * 4096)
+    assert odd.reads == aligned.reads
+    parts = layer(pieces=2, in_place=True, merged=False)
+    cost = token_cost(NO_BOOKS, work(parts))
+    assert math.isclose(cost.reads, 2 * 50)
+    assert math.isclose(cost.bytes_read, 2 * 50 * (8192 + 4096))
 
 
 def test_books_are_kept_for_every_layer_that_has_less_than_all():
