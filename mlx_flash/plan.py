@@ -99,6 +99,8 @@ def make_plan(
     positions = found.config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     budget = make_budget(memory, manifest, shapes, context, Path(str(name)))
+    if profile:  # units are read straight into their slots, unlike the paper's
+        profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
     traces = _traces(manifest.unit, hit_rate)
     works = [make_work(found, budget, trace, prompt_tokens) for trace in traces]
     # Bytes need no machine: a profile of equal speeds will do.

@@ -112,18 +112,20 @@ class Profile:
         """The rate of this kind, or the nearest that was measured.
 
         Packed weights of a width that was not measured go by the nearest width. A kind
-        that was not measured at all goes by "matmul", then by any rate of the dtype.
+        that was not measured at all goes by "matmul", then by the other half precision,
+        then by any rate.
         """
-        for rates in (
-            [r for r in self.rates if (r.kernel, r.dtype) == (kernel, dtype)],
-            [r for r in self.rates if (r.kernel, r.dtype) == ("matmul", dtype)],
-            [r for r in self.rates if r.dtype == dtype],
-            self.rates,
-        ):
+        dtypes = [dtype, {"float16": "bfloat16", "bfloat16": "float16"}.get(dtype)]
+        named = [
+            [r for r in self.rates if (r.kernel, r.dtype) == (name, kind)]
+            for kind in dtypes
+            for name in (kernel, "matmul")
+        ]
+        for rates in (*named, self.rates):
             packed = [r for r in rates if bool(r.bits) == bool(bits)]
             if packed:
                 return min(packed, key=lambda r: abs(r.bits - bits))
-        return self.rates[0]
+        return next((rates[0] for rates in named if rates), self.rates[0])
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

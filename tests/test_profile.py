@@ -108,6 +108,12 @@ def test_the_nearest_rate_serves(asked, found):
     assert PROFILE.rate(*asked) is PROFILE.rates[found]
 
 
+def test_half_precisions_stand_for_each_other():
+    paper = load_profile("m1-max-paper")
+    assert paper.rate("experts", "bfloat16", 4).dtype == "float16"
+    assert paper.rate("gathered", "float32", 0).dtype == "float32"
+
+
 def test_what_is_stored_comes_back(stored):
     assert load_profile(stored) == PROFILE
     assert [p.name for p in stored.parent.iterdir()] == ["profile.json"]
