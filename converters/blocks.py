@@ -11,9 +11,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..dense import dense_ffns
 from ..errors import FlashError
 from ..ffn import packing, projections
-from .dense import dense_ffns
 from .experts import ExpertConversion
 
 UNIT_BYTES = 2_000_000  # long enough to read at full speed, short enough to share out

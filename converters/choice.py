@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..dense import dense_ffns, gives_zeros
 from ..errors import FlashError
 from ..experts import switch_layers
 from ..stock import Stock, load_stock
-from .dense import dense_ffns, gives_zeros
 from .source import Source
 
 # Mode → the one group size and the one number of bits that it allows, if it does so

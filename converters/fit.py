@@ -20,10 +20,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..dense import hidden_values
 from ..ffn import projections
 from ..format import PredictorFacts
 from ..predictor import Predictor, possible_bits
-from .dense import hidden_values
 
 BATCH = 256
 STEPS = 400  # at least; two passes where there is more text

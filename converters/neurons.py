@@ -19,13 +19,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import format
+from ..dense import dense_ffns, hidden_values
 from ..errors import FlashError
 from ..ffn import neuron_rows, pack, projections
 from ..predictor import Predictor
 from ..safetensors_io import DTYPES
 from . import calibrate, resident
 from .bundles import write_bundles
-from .dense import dense_ffns, hidden_values
 from .fit import FitOptions, default_rank, fit_predictor, split
 from .layerwise import LayerwiseModel
 from .placement import order_by_coactivation

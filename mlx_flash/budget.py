@@ -62,15 +62,14 @@ def make_budget(
         FlashError: If even the least number of slots does not fit, with the numbers.
     """
     wanted = parse_memory(memory)
-    tokens = -(-context // KV_STEP) * KV_STEP
-    kv_bytes = int(shapes.kv_bytes_fixed + tokens * shapes.kv_bytes_per_token)
+    kv_bytes = _kv_bytes(shapes, context)
     fixed = manifest.resident.bytes + manifest.predictor_bytes + kv_bytes
     per_token = _workspace_per_token(shapes, manifest, context)
-    logits = 4 * shapes.vocabulary * 4
+    logits = _logits_bytes(shapes)
     layers = manifest.layers
-    pages = sum(spare_bytes(p.bytes) for layer in layers for p in layer.parts)
-    everything = fixed + manifest.ffn_bytes + pages + logits + MAX_PREFILL * per_token
+    pages = _page_bytes(manifest)
     if wanted is None:
+        everything = most_bytes(manifest, shapes, context)
         total = min(everything, device.usable_memory_bytes())
     elif isinstance(wanted, float):
         total = int(wanted * manifest.model_bytes)
@@ -87,11 +86,7 @@ def make_budget(
     slots = tuple(int(share * layer.units) for layer in layers)
     least = tuple(_least_slots(layer, manifest.unit) for layer in layers)
     if any(n < m for n, m in zip(slots, least, strict=True)):
-        # One unit more of each layer makes up for rounding down above.
-        share = max((m + 1) / x.units for m, x in zip(least, layers, strict=True))
-        need = fixed + pages + logits
-        need += share * manifest.ffn_bytes * (1 + 0.5 / len(layers))
-        need = max(need + MIN_PREFILL * per_token, need / (1 - PREFILL_SHARE))
+        need = least_bytes(manifest, shapes, context)
         raise FlashError(
             f"{folder} needs at least --memory {say_memory(need)} for {context:,} "
             f"tokens of context, {total / 1e6:,.1f} MB were given: "
@@ -116,6 +111,41 @@ def make_budget(
         slots=slots,
         prefill_tokens=prefill,
     )
+
+
+def least_bytes(manifest: Manifest, shapes: Shapes, context: int) -> float:
+    """The smallest budget that works for `context` tokens."""
+    layers = manifest.layers
+    least = (_least_slots(layer, manifest.unit) for layer in layers)
+    # One unit more of each layer makes up for rounding down in `make_budget`.
+    share = max((m + 1) / x.units for m, x in zip(least, layers, strict=True))
+    need = manifest.resident.bytes + manifest.predictor_bytes
+    need += _kv_bytes(shapes, context) + _page_bytes(manifest) + _logits_bytes(shapes)
+    need += share * manifest.ffn_bytes * (1 + 0.5 / len(layers))
+    per_token = _workspace_per_token(shapes, manifest, context)
+    return max(need + MIN_PREFILL * per_token, need / (1 - PREFILL_SHARE))
+
+
+def most_bytes(manifest: Manifest, shapes: Shapes, context: int) -> int:
+    """The budget beyond which more memory changes nothing."""
+    everything = manifest.model_bytes + manifest.predictor_bytes
+    everything += _kv_bytes(shapes, context) + _page_bytes(manifest)
+    per_token = _workspace_per_token(shapes, manifest, context)
+    return everything + _logits_bytes(shapes) + MAX_PREFILL * per_token
+
+
+def _kv_bytes(shapes: Shapes, context: int) -> int:
+    tokens = -(-context // KV_STEP) * KV_STEP
+    return int(shapes.kv_bytes_fixed + tokens * shapes.kv_bytes_per_token)
+
+
+def _logits_bytes(shapes: Shapes) -> int:
+    return 4 * shapes.vocabulary * 4
+
+
+def _page_bytes(manifest: Manifest) -> int:
+    """What slots take to begin on pages."""
+    return sum(spare_bytes(p.bytes) for layer in manifest.layers for p in layer.parts)
 
 
 def _least_slots(layer: Layer, unit: str) -> int:

@@ -1,19 +1,29 @@
 """What differs between macOS and Linux, each behind one plain function."""
 
+import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
+import platform
+import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
+import numpy as np
 import psutil
 
 # fcntl commands of macOS; Python names F_NOCACHE only there, F_RDAHEAD nowhere.
 F_RDAHEAD = 45
 F_NOCACHE = 48
+MS_INVALIDATE = 2  # the same number in both systems
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def open_uncached(path: str | Path, direct: bool) -> tuple[int, bool]:
@@ -74,3 +84,115 @@ def usable_memory_bytes() -> int:
     free = psutil.virtual_memory().available
     working_set = mx.device_info().get("max_recommended_working_set_size", free)
     return int(0.9 * min(free, working_set))
+
+
+def open_for_writing_uncached(path: str | Path) -> BinaryIO:
+    """A new file whose bytes macOS is asked not to keep; Linux drops them later."""
+    file = open(path, "wb")
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(file.fileno(), F_NOCACHE, 1)
+    return file
+
+
+def cached_share(path: str | Path) -> float | None:
+    """The share of a file's pages that the system holds in memory; None: unknown."""
+    size = os.path.getsize(path)
+    pages = -(-size // mmap.PAGESIZE)
+    if not pages:
+        return None
+    flags = (ctypes.c_ubyte * pages)()
+    with _mapped(path, size) as address:
+        # mincore lives in libSystem and in libc, under this name in both.
+        if address is None or _libc().mincore(address, ctypes.c_size_t(size), flags):
+            return None
+    # Bit 0 is "in memory"; macOS keeps other facts in the higher ones.
+    return float((np.frombuffer(flags, np.uint8) & 1).mean())
+
+
+def drop_cached(path: str | Path) -> None:
+    """Ask the system to forget a file's clean pages; `cached_share` says if it did."""
+    if sys.platform == "darwin":
+        size = os.path.getsize(path)
+        with _mapped(path, size) as address:
+            if address is not None:
+                _libc().msync(address, ctypes.c_size_t(size), MS_INVALIDATE)
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    return libc
+
+
+@contextlib.contextmanager
+def _mapped(path: str | Path, size: int) -> Iterator[ctypes.c_void_p | None]:
+    """The address of a file mapped for reading, or None if it cannot be."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        address = _libc().mmap(
+            None,
+            ctypes.c_size_t(size),
+            mmap.PROT_READ,
+            mmap.MAP_SHARED,
+            fd,
+            ctypes.c_longlong(0),
+        )
+    finally:
+        os.close(fd)
+    if not size or address in (None, MAP_FAILED):
+        yield None
+        return
+    try:
+        yield ctypes.c_void_p(address)
+    finally:
+        _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
+def machine() -> tuple[str, str]:
+    """(device, operating system) in words: "Apple M1 Max, 32 GB", "macOS 15.1"."""
+    info = mx.device_info()
+    name = info.get("device_name") or platform.processor() or platform.machine()
+    if sys.platform == "darwin":
+        system = f"macOS {platform.mac_ver()[0]}"
+    else:
+        system = f"{platform.system()} {platform.release()}"
+        name = _cpu_name() if mx.default_device() == mx.cpu else name
+    total = psutil.virtual_memory().total
+    return f"{name}, {os.cpu_count()} cores, {total / 1e9:.0f} GB", system
+
+
+def _cpu_name() -> str:
+    """The processor of a Linux machine, as its kernel names it."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.M)
+    return found[1].strip() if found else platform.machine()
+
+
+def is_virtual() -> bool:
+    """Whether this is a virtual machine, whose host may cache what its guest cannot."""
+    if sys.platform == "darwin":
+        value = ctypes.c_int(0)
+        length = ctypes.c_size_t(ctypes.sizeof(value))
+        _libc().sysctlbyname(
+            b"kern.hv_vmm_present",
+            ctypes.byref(value),
+            ctypes.byref(length),
+            None,
+            ctypes.c_size_t(0),
+        )
+        return bool(value.value)
+    return bool(re.search(r"^flags\s*:.*\bhypervisor\b", _cpuinfo(), re.M))
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

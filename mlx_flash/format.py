@@ -148,6 +148,13 @@ def read_manifest(folder: Path) -> Manifest:
         FlashError: If the folder is no flash folder, was written by a newer version,
             lacks a file, or if sizes, shapes or offsets contradict each other.
     """
+    manifest = parse_manifest(folder)
+    check_manifest(manifest, folder)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """Read `flash.json` alone, whose files need not be there yet."""
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
@@ -166,9 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format version {version}, this mlx-flash reads up to "
             f"{FORMAT_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
         )
-    manifest = _build(Manifest, raw, path, "manifest")
-    check_manifest(manifest, folder)
-    return manifest
+    return _build(Manifest, raw, path, "manifest")
 
 
 def layer_from_json(entry: dict) -> Layer:

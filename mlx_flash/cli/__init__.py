@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect, replay, serve, trace
+from . import convert, generate, inspect, plan, probe, replay, serve, trace
 from .common import INTERRUPTED
 
 
@@ -49,5 +49,7 @@ for command in (
     inspect.verify,
     trace.trace,
     replay.replay,
+    plan.plan,
+    probe.probe,
 ):
     main.add_command(command)

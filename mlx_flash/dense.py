@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ffn import projections
+from .ffn import projections
 
 PROBE_DIMS, PROBE_NEURONS = 8, 512
 # A ReLU of random values is zero half of the time, a smooth activation never.
