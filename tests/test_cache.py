@@ -206,10 +206,18 @@ def test_lrfu_keeps_what_is_used_often():
 
 def test_lrfu_counts_for_any_length_of_text():
     cache = SlotCache(4, 2, Lrfu(8))
-    for _ in range(10_000):  # 2.0 ** (10_000 / 8) is no float
-        step(cache, 0)
-    step(cache, 1), step(cache, 2)
-    assert held(cache).keys() == {0, 2}
+    for now in range(10_000):  # 2.0 ** (10_000 / 8) is no float
+        step(cache, 0 if now < 8_000 else 1)
+    step(cache, 2)
+    assert held(cache).keys() == {1, 2}, "old uses of 0 count for nothing by now"
+
+
+def test_lrfu_does_not_evict_what_the_step_needs():
+    cache = SlotCache(8, 2, Lrfu(8))
+    for unit in (0, 0, 0, 1):
+        step(cache, unit)
+    assert step(cache, 1, 2) == [2]
+    assert held(cache).keys() == {1, 2}
 
 
 def test_lrfu_layers_do_not_share_what_they_remember():
