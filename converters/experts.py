@@ -56,7 +56,8 @@ class ExpertConversion:
         bars,
     ):
         self.source, self.work, self.dtype, self.bars = source, work, dtype, bars
-        self.stock = stock
+        self.stock, self.found_dtype = stock, stock.dtype()
+        stock.raw.clear()  # it would keep all that is ever evaluated
         self.modules = self.find(stock.model)
         if quantize:
             self._quantize(quantize)
@@ -78,7 +79,7 @@ class ExpertConversion:
         if self.source.fingerprint() != self.work.facts["source"]:
             raise self.work.source_changed()
         folder = self.work.folder
-        dtype = self.stock.dtype() if self.dtype is None else _name(self.dtype)
+        dtype = self.found_dtype if self.dtype is None else _name(self.dtype)
         config = {"dtype": dtype} | resident.packing_config(
             resident.packing_of(self.stock.model)
         )

@@ -37,7 +37,7 @@ def missing_bits(trace: Trace, layer: int, slots: int, policy: Lru) -> np.ndarra
     units = trace.units[layer]
     cache = SlotCache(units, slots, policy)
     read = np.zeros((len(trace.tokens[layer]), units), bool)
-    for row, (asked, tokens) in zip(read, trace.steps(layer), strict=True):
+    for row, (asked, tokens, _) in zip(read, trace.steps(layer), strict=True):
         for wave in cache.waves(asked, tokens):
             row[wave.missing] = True
     return np.packbits(read, axis=1)
@@ -169,7 +169,7 @@ def main(text, place_text, model, memory, tokens, place_tokens, policy, rounds):
         played = record_text(net, tokenizer, words[half:], tokens)
         manifest, slots = net.flash.manifest, min(net.flash.budget.slots)
     chosen = POLICIES[policy]()
-    steps = [[u for u, _ in played.steps(i)] for i in range(len(played.units))]
+    steps = [[u for u, *_ in played.steps(i)] for i in range(len(played.units))]
     count = len(steps[0])
     orders = {"checkpoint": [], "co-activation": [], "co-reading": []}
     begin = time.perf_counter()

@@ -89,11 +89,13 @@ def main(text, model, memory, tokens, decode_tokens):
     result["windows"] = {}
     some = rows[: max(decode_tokens // rows.shape[1], 1)]
     steps = some.size - 16 * len(some)
-    for window in (1, 2, 4, 8, None):
-        policy = {"policy": "window", "window": window} if window else {}
+    for window in (1, 2, 4, 8, "lru", "lrfu"):
+        policy = {"policy": window}
+        if isinstance(window, int):
+            policy = {"policy": "window", "window": window}
         with mlx_flash.load(model, memory=memory, context=LENGTH, **policy) as (net, _):
             spent = decode(net, some)
-        name = f"window {window}" if window else "LRU, all slots"
+        name = f"window {window}" if isinstance(window, int) else f"{window}, all slots"
         per_token = spent.bytes_read / steps, spent.reads / steps
         print(
             f"| {name} | {per_token[0] / 1e6:.3f} | {per_token[1]:.0f} | "

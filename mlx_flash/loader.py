@@ -20,13 +20,15 @@ from .errors import FlashError
 from .format import Manifest
 from .hub import find_model
 from .models import read_config
-from .reader import open_reader
+from .reader import PAGE_BYTES, open_reader
 from .slots import CLOSED, UnitSlots
 from .stats import Stats
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEFAULT_CONTEXT = 2048
 READ_THREADS = 32  # the queue depth at which Apple's and other SSDs give most
+# Read over such a gap: of 0 to 32 KiB the fastest for 1 KiB bundles, in any order.
+GAP_BYTES = PAGE_BYTES
 
 
 class Flash:
@@ -121,7 +123,7 @@ def load_model(
     memory: int | str = "auto",
     *,
     predictor: bool = True,
-    policy: str | Lru = "lru",
+    policy: str | Lru = "auto",
     window: int = 4,
     context: int | None = None,
     overlap: bool = True,
@@ -136,8 +138,10 @@ def load_model(
         path: A folder that `mlx-flash convert` wrote, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
         predictor: False computes every neuron of every token: exact, and slow.
-        policy: "lru", "lrfu" (what was used often and lately), "window" (the paper's:
-            what the last tokens used), or an object of such a class.
+        policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
+            "window" (the paper's: what the last tokens used), or an object of such a
+            class. "auto" is lrfu for neurons, which hit 3 to 5 points more with it on
+            the demo model, and lru for the rest.
         window: Tokens the window policy keeps (the paper: 4).
         context: Tokens for which the budget reserves KV cache (default: 2048 or the
             model's positions).
@@ -156,9 +160,9 @@ def load_model(
         FlashError: If the folder is missing, damaged or newer, or does not fit.
     """
     folder = find_model(path, checkpoint=can_stream)
-    policy = _policy(policy, window)
     parts = assemble(folder, predictor)
     model, config, manifest = parts.model, parts.config, parts.manifest
+    policy = _policy(policy, window, manifest.unit)
     positions = config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     facts = memory, manifest, parts.shapes, context, folder
@@ -168,7 +172,9 @@ def load_model(
 
     mx.reset_peak_memory()
     mx.eval(model.parameters())
-    reader = open_reader(READ_THREADS, direct=not page_cache, native=native)
+    reader = open_reader(
+        READ_THREADS, direct=not page_cache, native=native, max_gap_bytes=GAP_BYTES
+    )
     flash = Flash(folder, manifest, budget, reader, parts.layers, positions)
     try:
         for i, layer in enumerate(parts.layers):
@@ -200,7 +206,9 @@ def load_model(
     return Loaded((model, config))
 
 
-def _policy(policy, window: int):
+def _policy(policy, window: int, unit: str):
+    if policy == "auto":
+        policy = "lrfu" if unit == "neuron" else "lru"
     if policy == "lru":
         return Lru()
     if policy == "lrfu":

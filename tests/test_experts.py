@@ -35,6 +35,7 @@ from mlx_flash import experts
 from mlx_flash.cache import Lru
 from mlx_flash.errors import FlashError
 from mlx_flash.experts import SORT_PAIRS, ExpertFFN, switch_layers, switch_parts
+from mlx_flash.format import read_manifest
 from mlx_flash.loader import load_tokenizer
 from mlx_flash.lookahead import router_guess
 from mlx_flash.reader import open_reader
@@ -369,6 +370,18 @@ def test_a_model_that_keeps_values_from_its_first_run(tmp_path, streamed):
     expected = mlx_load_model(src)[0](tokens)
     for folder in (src, dst):
         assert mx.array_equal(streamed(folder, 2)(tokens), expected)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_converting_holds_few_layers_at_once(original, tmp_path):
+    config = QWEN3 | {"num_hidden_layers": 10, "moe_intermediate_size": 512}
+    src = (write_original if original else write_checkpoint)(tmp_path / "src", config)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    flash = mlx_flash.convert(src, tmp_path / "flash", progress=False)
+    layer = read_manifest(flash).layers[0].nbytes
+    assert mx.get_peak_memory() - before < 4 * layer
 
 
 def test_a_norm_beside_the_experts(tmp_path, streamed, monkeypatch):

@@ -48,7 +48,7 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     type=click.Choice(["lru", "lrfu", "window"]),
     default=None,
     help="What stays in memory: what was used last, what was used often and lately, "
-    "or a window.  [default: lru]",
+    "or a window.  [default: lrfu for neurons, lru for others]",
 )
 @click.option(
     "--window",
@@ -119,7 +119,7 @@ def generate(
         folder,
         memory or ("auto" if model else DEMO_MEMORY),
         predictor=not no_predictor,
-        policy=policy or ("window" if window else "lru"),
+        policy=policy or ("window" if window else "auto"),
         window=window or 4,
         context=generation.context_for(folder, len(tokens), max_tokens),
         look_ahead=look_ahead,
