@@ -17,6 +17,9 @@ from . import convert, generate, inspect, plan, probe, replay, serve, trace
 from .common import INTERRUPTED
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class _Commands(click.Group):
     """Prints a FlashError as one line and ends with exit code 1."""
 
@@ -29,7 +32,7 @@ class _Commands(click.Group):
             sys.exit(INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings=HELP)
 @click.version_option(__version__, prog_name="mlx-flash")
 def main():
     """Run language models larger than this machine's memory.
@@ -52,4 +55,6 @@ for command in (
     plan.plan,
     probe.probe,
 ):
+    # Said again for whoever runs a command without the group.
+    command.context_settings |= HELP
     main.add_command(command)
