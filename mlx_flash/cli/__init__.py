@@ -13,7 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect
+from . import bench, convert, generate, inspect
 from .common import INTERRUPTED
 
 
@@ -46,5 +46,6 @@ for command in (
     convert.convert,
     inspect.info,
     inspect.verify,
+    bench.bench,
 ):
     main.add_command(command)
