@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
@@ -21,13 +22,21 @@ def random_prompt(tokens: int, vocabulary: int) -> mx.array:
     return mx.random.randint(0, vocabulary, (tokens,), key=mx.random.key(0))
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """`prompt_s` is the time to the first token (and, computed ahead, the second)."""
+
+    samples: list[Sample]
+    prompt_s: float
+
+
 def decode(
     model,
     prompt: mx.array,
     tokens: int,
     sampler=None,
     before_token: Callable[[], None] | None = None,
-) -> list[Sample]:
+) -> Decoded:
     """Samples of `tokens` new tokens; the prompt and the first one are not counted.
 
     Args:
@@ -44,7 +53,9 @@ def decode(
         prompt_cache=exact_cache(model),
         prefill_step_size=flash.budget.prefill_tokens,
     )
-    next(steps)
+    begin = time.perf_counter()
+    next(steps)  # computes one token ahead
+    prompt_s = time.perf_counter() - begin
     while len(samples) < tokens:
         before, begin = flash.stats.copy(), time.perf_counter()
         if before_token:
@@ -53,4 +64,4 @@ def decode(
         spent, total = flash.stats - before, time.perf_counter() - begin
         samples.append(Sample.of(spent, total))
     steps.close()
-    return samples
+    return Decoded(samples, prompt_s)

@@ -80,7 +80,7 @@ def _measure(folder: Path, memory: str, tokens: int, prompt_tokens: int) -> dict
     with load_model(folder, memory, context=context) as (model, config):
         prompt = random_prompt(prompt_tokens, config["vocab_size"])
         flash = model.flash
-        samples = decode(model, prompt, tokens)
+        samples = decode(model, prompt, tokens).samples
         facts = {
             "samples": samples,
             "budget_bytes": flash.budget.total_bytes,

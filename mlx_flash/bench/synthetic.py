@@ -212,8 +212,10 @@ def _resident_name(name: str) -> str:
     return name
 
 
-def flash_folder(place: Path, shape: Shape) -> Path:
+def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
     """The flash folder of this shape in `place`, written if it is not there.
+
+    With `memory` it has predictors, made for that budget.
 
     Raises:
         FlashError: If there is another model, or no room.
@@ -226,4 +228,8 @@ def flash_folder(place: Path, shape: Shape) -> Path:
             f"{folder} holds a model of other sizes. Delete it, or give another "
             "--folder."
         )
+    if memory and not format.read_manifest(folder).predictors:
+        from .predictors import add_predictors  # loads the model, which table 2 spares
+
+        add_predictors(folder, memory)
     return folder

@@ -182,3 +182,76 @@ def sweep(model, budgets, as_json, plot, **options):
     from ..bench import sweep
 
     show(sweep.run(model, budgets, **options), as_json, plot)
+
+
+@bench.command()
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Flash folder with predictors.  [default: a synthetic OPT]",
+)
+@shape_options("float32")
+@click.option("--memory", type=Memory(), default="50%", show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--dense-tokens",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Of naive and hybrid, which read gigabytes for each.",
+)
+@report_options()
+def table3(model, shape, vocab, dtype, folder, memory, as_json, plot, **options):
+    """A token end to end: naive, hybrid and all of the method.
+
+    The default writes and reads a model of 27 GB in 32 bit, because MLX computes on a
+    CPU many times slower in 16.
+
+    \b
+    Examples:
+      mlx-flash bench table3 --json table3.json
+      mlx-flash bench table3 --shape 8x1024x4096 --tokens 64
+    """
+    from ..bench import synthetic, table3
+
+    wanted = parse_shape(shape, vocab, dtype)
+    with scratch(folder) if model is None else scratch(Path(".")) as place:
+        folder = model or synthetic.flash_folder(place, wanted, memory)
+        report = table3.run(folder, memory, **options)
+    show(report, as_json, plot)
+
+
+@bench.command()
+@shape_options("float32")
+@click.option("--memory", type=Memory(), default="50%", show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--slow-tokens",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Of programs that read gigabytes for each.",
+)
+@click.option("--ballast/--no-ballast", default=True, help="Limit memory.  [default]")
+@click.option("--keep", is_flag=True, help="Keep every file, with --folder.")
+@report_options()
+def peers(shape, vocab, dtype, folder, as_json, plot, **options):
+    """mlx-flash beside mlx-lm, llama.cpp and accelerate, with the same memory.
+
+    All run the same random weights, one program after the other, in what memory a
+    ballast leaves free. Programs that are not installed are left out.
+
+    \b
+    Examples:
+      mlx-flash bench peers --json peers.json
+      mlx-flash bench peers --shape 16x2048x8192 --memory 50% --tokens 16
+    """
+    from ..bench import peers
+
+    wanted = parse_shape(shape, vocab, dtype)
+    with scratch(folder) as place:
+        report = peers.run(place, wanted, peers.Options(**options))
+    show(report, as_json, plot)
