@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..errors import FlashError
+
 
 def mlx_flash(job: dict) -> Iterator[Callable]:
     """Generation from flash, as `generate` does it."""
@@ -90,7 +92,8 @@ def accelerate(job: dict) -> Iterator[Callable]:
         job["path"],
         dtype=getattr(torch, job["dtype"]),
         device_map="auto",
-        max_memory={"cpu": job["budget_bytes"]},
+        # what is offloaded comes back a layer at a time, the next before one goes
+        max_memory={"cpu": job["budget_bytes"] - 2 * job["layer_bytes"]},
         offload_folder=job["offload_folder"],
     )
     places = list(getattr(model, "hf_device_map", {}).values())
@@ -177,4 +180,7 @@ def run(kind: str, job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
+    try:
+        print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
+    except FlashError as error:
+        sys.exit(str(error))

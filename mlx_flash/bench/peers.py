@@ -159,6 +159,7 @@ def _row(
         job = {
             "path": str(path),
             "budget_bytes": budget,
+            "layer_bytes": model_bytes // shape.layers,
             "predictor": peer.predictor,
             "prompt_tokens": options.prompt_tokens,
             "warm_up": 1 if peer.slow else max(options.tokens // 4, 1),
