@@ -26,7 +26,7 @@ def test_predictors_choose_and_miss_what_was_asked(folder):
     manifest = format.read_manifest(folder)
     for layer in manifest.layers:
         assert layer.predictor.predicted_share == pytest.approx(0.1, abs=0.002)
-    context = predictors.PROMPT_TOKENS  # as many slots as were reckoned with
+    context = predictors.TOKENS  # as many slots as were reckoned with
     with load_model(folder, MEMORY, context=context) as (model, _):
         mx.random.seed(1)
         sampler = random_sampler(SHAPE.vocab)
@@ -42,6 +42,18 @@ def test_a_folder_keeps_its_predictors(folder):
     before = (folder / format.PREDICTORS).stat().st_mtime_ns
     synthetic.flash_folder(folder.parent, SHAPE, MEMORY)
     assert (folder / format.PREDICTORS).stat().st_mtime_ns == before
+
+
+def test_an_interrupted_calibration_leaves_no_predictors(tmp_path, monkeypatch):
+    folder = synthetic.flash_folder(tmp_path, SHAPE)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predictors, "_bias", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        synthetic.flash_folder(tmp_path, SHAPE, MEMORY)
+    assert format.read_manifest(folder).predictors is None
 
 
 def test_ranks_are_the_papers():

@@ -22,13 +22,14 @@ from ..cache import Lru
 from ..converters.resident import write_weights
 from ..loader import load_model
 from ..predictor import Predictor, possible_bits
+from ..sizes import parse_memory
 from .decode import random_prompt
 from .report import progress
 from .trace import miss_share
 
 # The longer the context, the less do tokens differ after attention has averaged over
 # it: only the second half of the prompt counts, where generation goes on from.
-PROMPT_TOKENS = 256
+TOKENS = 256
 WARM_TOKENS = 128
 
 
@@ -61,9 +62,8 @@ def add_predictors(
     """
     manifest = format.read_manifest(folder)
     dims = manifest.layers[0].parts[0].shape[0]
-    _write(folder, manifest, _random(manifest, dims), None)
-    scores, slots = _scores(folder, memory)
     made = _random(manifest, dims)
+    scores, slots = _scores(folder, memory, made)
     shares = []
     layers = list(zip(made, manifest.layers, scores, slots, strict=True))
     for predictor, layer, score, n in progress(layers, "calibrating", "layer"):
@@ -86,15 +86,22 @@ def _random(manifest: format.Manifest, dims: int) -> list[Predictor]:
     return found
 
 
-def _scores(folder: Path, memory: str) -> tuple[list[np.ndarray], tuple[int, ...]]:
+def _scores(
+    folder: Path, memory: str, predictors: list[Predictor]
+) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """Scores [tokens, units] of each layer for a random prompt, and its slots."""
-    with load_model(folder, memory, context=PROMPT_TOKENS) as (model, config):
-        recorders = []
-        for layer in model.flash.layers:
-            recorders.append(Recorder(layer.predictor))
-            layer.predictor = recorders[-1]
-        prompt = random_prompt(PROMPT_TOKENS, config["vocab_size"])
-        mx.eval(model(prompt[None]))
+    manifest = format.read_manifest(folder)
+    arrays = [a for p in predictors for _, a in tree_flatten(p.parameters())]
+    budget = parse_memory(memory)
+    budget = int(budget * manifest.model_bytes) if isinstance(budget, float) else budget
+    if budget is not None:
+        budget -= sum(a.nbytes for a in arrays)  # the folder does not have them yet
+    loaded = load_model(folder, budget or "auto", predictor=False, context=TOKENS)
+    with loaded as (model, config):
+        recorders = [Recorder(predictor) for predictor in predictors]
+        for layer, recorder in zip(model.flash.layers, recorders, strict=True):
+            layer.predictor = recorder
+        mx.eval(model(random_prompt(TOKENS, config["vocab_size"])[None]))
         scores = [
             np.array(r.predictor.scores(mx.concatenate(r.inputs)).astype(mx.float32))
             for r in recorders
@@ -124,7 +131,7 @@ def _bias(
     return mx.array(bias), float(chosen.mean())
 
 
-def _write(folder, manifest, predictors: list[Predictor], shares) -> None:
+def _write(folder, manifest, predictors: list[Predictor], shares: list) -> None:
     arrays, layers = {}, []
     for i, (layer, made) in enumerate(zip(manifest.layers, predictors, strict=True)):
         for name, array in tree_flatten(made.parameters()):
@@ -137,7 +144,7 @@ def _write(folder, manifest, predictors: list[Predictor], shares) -> None:
             recall=0.0,
             precision=0.0,
             mass=0.0,
-            predicted_share=shares[i] if shares else 0.0,
+            predicted_share=shares[i],
             active_share=0.0,
         )
         layers.append(dataclasses.replace(layer, predictor=facts))
@@ -145,4 +152,6 @@ def _write(folder, manifest, predictors: list[Predictor], shares) -> None:
     manifest = dataclasses.replace(
         manifest, predictors=write_weights(target, arrays), layers=tuple(layers)
     )
-    (folder / format.MANIFEST).write_text(manifest.to_json())
+    part = folder / f"{format.MANIFEST}.part"
+    part.write_text(manifest.to_json())
+    part.replace(folder / format.MANIFEST)  # last: predictors are there, or none are
