@@ -47,17 +47,20 @@ def _curves(figure, rows: list[Row]) -> None:
 
 
 def _bars(figure, rows: list[Row]) -> None:
-    """Time per token on a logarithmic scale, split where the parts were measured."""
+    """Time per token, split where its parts were measured, with the figure beside."""
     axis = figure.subplots()
     names = [row.name for row in rows]
-    if all(row.io_ms is None for row in rows):
-        axis.barh(names, [row.total_ms for row in rows], label="total")
     left = [0.0] * len(rows)
-    for key, label in TIMES.items():
+    parts = TIMES if any(row.io_ms is not None for row in rows) else {"total_ms": ""}
+    for key, label in parts.items():
         values = [row.get(key) or 0.0 for row in rows]
         if any(values):
             axis.barh(names, values, left=left, label=label)
             left = [a + b for a, b in zip(left, values, strict=True)]
+    for i, row in enumerate(rows):
+        axis.annotate(f" {row.total_ms:,.0f}", (row.total_ms, i), va="center")
     axis.invert_yaxis()
-    axis.set(xlabel="ms per token", xscale="log")
-    axis.legend()
+    axis.margins(x=0.12)
+    axis.set_xlabel("ms per token")
+    if len(parts) > 1:
+        axis.legend()
