@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 from mlx_flash import FlashError, format, load_model
-from mlx_flash.bench import sweep, synthetic, table2
+from mlx_flash.bench import methods, sweep, synthetic, table2
 from mlx_flash.bench.landing import KeepNothing, bundled, unbundled
 from mlx_flash.bench.report import Column, Report, Row, Sample
 from mlx_flash.bench.trace import Trace, calibrated, miss_share
@@ -161,7 +161,7 @@ def test_each_part_of_the_method_reads_less(rows):
 def test_table2_refuses_experts(folder, monkeypatch):
     manifest = format.read_manifest(folder)
     object.__setattr__(manifest, "unit", "expert")
-    monkeypatch.setattr(table2, "read_manifest", lambda _: manifest)
+    monkeypatch.setattr(methods, "read_manifest", lambda _: manifest)
     with pytest.raises(FlashError, match="about neurons"):
         table2.run(folder, table2.Options())
 
