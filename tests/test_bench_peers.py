@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from mlx_flash import FlashError
-from mlx_flash.bench import ballast, peer, peers, synthetic
+from mlx_flash.bench import ballast, peer, peers, programs, synthetic
 
 SHAPE = synthetic.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
 
@@ -19,7 +19,7 @@ def child() -> psutil.Process:
 
 def test_ballast_holds_and_ends_on_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
-        with ballast._holding(30_000_000):
+        with ballast.hold_back(30_000_000):
             process = child()
             assert process.memory_info().rss > 30_000_000
             raise KeyboardInterrupt
@@ -37,9 +37,9 @@ def test_ballast_ends_with_whoever_started_it():
 
 def test_a_ballast_that_was_ended_spoils_the_result():
     with pytest.raises(FlashError, match="memory was not limited"):
-        with ballast._holding(4096):
+        with ballast.hold_back(4096):
             child().kill()
-            child().wait()
+            psutil.wait_procs([child()])
 
 
 def test_memory_that_is_not_there_is_refused():
@@ -82,14 +82,14 @@ def test_a_program_that_fails_says_why_in_a_line(tmp_path):
     job = {"path": str(tmp_path), "budget_bytes": 1, "predictor": False}
     job |= {"prompt_tokens": 1, "warm_up": 0, "tokens": 1}
     with pytest.raises(FlashError, match="^/.* is not a flash folder"):
-        peers._child("mlx_flash", job)
+        programs.run_program("mlx_flash", job)
 
 
 def test_files_of_a_program_are_removed_after_it(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr(peers, "PEERS", [peers.PEERS[0], peers.PEERS[2]])
     row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
-    monkeypatch.setattr(peers, "_child", lambda kind, job: dict(row))
+    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
     peers.run(tmp_path, SHAPE, peers.Options(ballast=False))
     assert [p.name for p in tmp_path.iterdir()] == ["opt-flash"]
 
@@ -98,3 +98,24 @@ def test_files_of_a_program_are_removed_after_it(tmp_path, monkeypatch):
 def test_a_share_is_needed(memory, tmp_path):
     with pytest.raises(FlashError, match="Try --memory 50%"):
         peers.run(tmp_path, SHAPE, peers.Options(memory=memory))
+
+
+def test_a_program_ends_when_the_ballast_gives_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "WATCH_S", 0.05)
+
+    class Gone:
+        def check(self):
+            raise FlashError("gave way")
+
+    with pytest.raises(FlashError, match="gave way"):
+        programs.run_program("mlx_flash", {}, Gone())
+    assert not psutil.Process().children()
+
+
+def test_only_the_programs_that_were_asked_for(tmp_path, monkeypatch):
+    row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
+    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
+    options = peers.Options(ballast=False, only=("accelerate",))
+    assert [r.name for r in peers.run(tmp_path, SHAPE, options).rows] == [
+        "accelerate, disk offload"
+    ]

@@ -20,9 +20,24 @@ from ..errors import FlashError
 READY = "ready"
 
 
+class Ballast:
+    """The holding process: `held_bytes` of it, and whether it still does."""
+
+    def __init__(self, process: subprocess.Popen, held_bytes: int):
+        self._process, self.held_bytes = process, held_bytes
+
+    def check(self) -> None:
+        """Raise a FlashError if the system took the memory back in the meantime."""
+        if self._process.poll() is not None:
+            raise FlashError(
+                "The system ended the process that held memory back, so memory was not "
+                "limited. Close other programs, or give more --memory."
+            )
+
+
 @contextmanager
-def limited_memory(left_bytes: int) -> Iterator[int]:
-    """Leave `left_bytes` of the memory that is available now; yields what is held.
+def limited_memory(left_bytes: int) -> Iterator[Ballast]:
+    """Leave `left_bytes` of the memory that is available now.
 
     Raises:
         FlashError: If so much is not there, if it cannot be held, or if the system
@@ -36,12 +51,13 @@ def limited_memory(left_bytes: int) -> Iterator[int]:
             f"{left_bytes / 1e9:.1f} GB are to be left free, this machine has "
             f"{available / 1e9:.1f} GB. Close other programs, or give less --memory."
         )
-    with _holding(available - left_bytes) as held:
-        yield held
+    with hold_back(available - left_bytes) as ballast:
+        yield ballast
 
 
 @contextmanager
-def _holding(nbytes: int) -> Iterator[int]:
+def hold_back(nbytes: int) -> Iterator[Ballast]:
+    """Hold `nbytes` for as long as the block runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, str(nbytes)],
         stdin=subprocess.PIPE,
@@ -55,12 +71,9 @@ def _holding(nbytes: int) -> Iterator[int]:
                 f"{nbytes / 1e9:.1f} GB could not be held ({said or 'ended early'}). "
                 "Raise the limit (ulimit -l unlimited), or use --no-ballast."
             )
-        yield nbytes
-        if process.poll() is not None:
-            raise FlashError(
-                "The system ended the process that held memory back, so memory was not "
-                "limited. Close other programs, or give more --memory."
-            )
+        ballast = Ballast(process, nbytes)
+        yield ballast
+        ballast.check()
     finally:
         process.kill()
         process.wait()

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +24,7 @@ from ..format import read_manifest
 from ..sizes import parse_memory
 from . import exports
 from .ballast import limited_memory
+from .programs import forget_pages, run_program
 from .report import Column, Report, Row, progress
 from .synthetic import Shape, flash_folder
 
@@ -46,7 +43,8 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Options:
-    """`tokens` of programs that read little for each, `slow_tokens` of the others."""
+    """`tokens` of programs that read little for each, `slow_tokens` of the others;
+    `only` names the kinds of program to run, none for all."""
 
     memory: str = "50%"
     prompt_tokens: int = 16
@@ -54,6 +52,7 @@ class Options:
     slow_tokens: int = 4
     ballast: bool = True
     keep: bool = False
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,19 @@ def run(place: Path, shape: Shape, options: Options) -> Report:
     flash_folder(place, shape, options.memory)
     model_bytes = read_manifest(place / "opt-flash").model_bytes
     budget = int(share * model_bytes) if share else memory
-    rows = []
-    for i, peer in enumerate(progress(PEERS, "measuring", "program")):
+    rows: list[Row] = []
+    peers = [p for p in PEERS if not options.only or p.kind in options.only]
+    for i, peer in enumerate(progress(peers, "measuring", "program")):
         rows.append(_row(peer, place, shape, budget, model_bytes, options))
-        later = {other.write for other in PEERS[i + 1 :]}
+        later = {other.write for other in peers[i + 1 :]}
         if not options.keep and peer.write not in {*later, _flash}:
             for path in (place / "gpt2.gguf", place / "opt-checkpoint"):
                 if peer.write in (_gguf, _checkpoint) and path.exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+    mine = next((row for row in rows if row.name == "mlx-flash"), None)
     for row in rows:
-        if row.total_ms and rows[0].total_ms:
-            row.more["slower"] = row.total_ms / rows[0].total_ms
+        if mine and row.total_ms and mine.total_ms:
+            row.more["slower"] = row.total_ms / mine.total_ms
     return Report(
         "peers",
         rows,
@@ -170,9 +171,9 @@ def _row(
             "offload_folder": str(place / "offload"),
         }
         limit = options.ballast and not peer.resident
-        left = limited_memory(budget + PROCESS_BYTES) if limit else nullcontext(0)
-        with left:
-            found = _child(peer.kind, job)
+        left = limited_memory(budget + PROCESS_BYTES) if limit else nullcontext()
+        with left as ballast:
+            found = run_program(peer.kind, job, ballast)
     except FlashError as error:
         return Row(peer.name, more={"error": str(error)})
     finally:
@@ -189,42 +190,6 @@ def _measured(name: str, found: dict) -> Row:
     if None not in read:
         row.bytes_per_token = mean(read)
     return row
-
-
-def _child(kind: str, job: dict) -> dict:
-    """Run one program and return its line of JSON; it ends with us in every case."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.peer", kind, json.dumps(job)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        out, error = process.communicate()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if process.returncode == -signal.SIGKILL:
-        raise FlashError("was killed: out of memory")
-    if process.returncode:
-        lines = error.strip().splitlines() or [f"exit {process.returncode}"]
-        raise FlashError(lines[-1])
-    return json.loads(out.splitlines()[-1])
-
-
-def forget_pages(path: Path) -> None:
-    """Drop a file's pages from the page cache, where the system takes that advice."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(fd)  # pages not yet written would stay
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
 
 
 def _versions() -> dict:

@@ -237,6 +237,12 @@ def table3(model, shape, vocab, dtype, folder, memory, as_json, plot, **options)
 )
 @click.option("--ballast/--no-ballast", default=True, help="Limit memory.  [default]")
 @click.option("--keep", is_flag=True, help="Keep every file, with --folder.")
+@click.option(
+    "--only",
+    type=click.Choice(["mlx_flash", "mlx_lm", "llama_cpp", "accelerate"]),
+    multiple=True,
+    help="Run this program; repeat it for more.  [default: all]",
+)
 @report_options()
 def peers(shape, vocab, dtype, folder, as_json, plot, **options):
     """mlx-flash beside mlx-lm, llama.cpp and accelerate, with the same memory.
