@@ -86,7 +86,9 @@ def hold(nbytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     offer_to_the_killer()
     if nbytes:
-        memory = mmap.mmap(-1, nbytes)
+        # Private: Linux, out of memory, is slow to get shared pages back, and has been
+        # seen to end the program that was measured as well.
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if reason := lock(memory, nbytes):
             import psutil
 
