@@ -22,9 +22,10 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from synthetic import Trace, bar, calibrated, flash_folder
+from synthetic import bar, flash_folder
 
 import mlx_flash
+from mlx_flash.bench.trace import Trace, calibrated
 from mlx_flash.cache import Lru, Window
 from mlx_flash.loader import READ_THREADS
 from mlx_flash.reader import PAGE_BYTES, open_reader
@@ -201,7 +202,7 @@ def run(folder, stack, *, layers, units, dims, reader, windows, tokens, rounds, 
     manifest = flash_folder(folder, layers, units, dims)
     files = [folder / layer.file for layer in manifest.layers]
     n_slots = max(round(o["resident"] * units), 1)
-    noise = calibrated(units, o["selected"], n_slots, o["missing"])
+    noise = calibrated(units, o["selected"], n_slots, o["missing"], Lru())
     per_block = max(tokens // rounds, 1)
     length = o["warm_up"] + rounds * per_block
     traces = [

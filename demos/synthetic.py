@@ -1,14 +1,11 @@
 """Models of any size that nobody trained, for benchmarks that only move bytes.
 
 Random weights, written in bounded memory and in the real formats: flash folders with
-mlx-flash's own writer, checkpoints as safetensors in shards. Selections are synthetic
-as well, and whoever prints figures from them has to say so.
+mlx-flash's own writer, checkpoints as safetensors in shards.
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from mlx_flash.converters.resident import write_weights
 from tqdm import tqdm
 
 from mlx_flash import format
-from mlx_flash.cache import Lru, SlotCache
 from mlx_flash.safetensors_io import Tensor, write_safetensors
 
 bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
@@ -65,61 +61,6 @@ def random_half(rng: np.random.Generator, rows: int, columns: int) -> mx.array:
     """Random float16 bit patterns; without the exponent's top bit all are finite."""
     bits = np.frombuffer(rng.bytes(2 * rows * columns), np.uint16) & 0xBFFF
     return mx.array(bits.reshape(rows, columns)).view(mx.float16)
-
-
-# Shares of variance of a neuron's score: what it always has and what drifts. The rest
-# is drawn anew for every token, and is what `calibrated` sets.
-STATIC_TO_SLOW = 3 / 5
-DRIFT_TOKENS = 8
-
-
-class Trace:
-    """Synthetic selections: the top `share` of scores with a memory.
-
-    A neuron's score at a token is the sum of three Gaussians: its popularity, a part
-    that drifts over some tokens (the topic), and noise. One trace serves one layer.
-    """
-
-    def __init__(self, units: int, share: float, noise: float, seed: int):
-        self.count = max(round(share * units), 1)
-        slow = (1 - noise) / (1 + STATIC_TO_SLOW)
-        self.scales = (slow * STATIC_TO_SLOW) ** 0.5, slow**0.5, noise**0.5
-        self.draw = partial(
-            np.random.default_rng(seed).standard_normal, units, np.float32
-        )
-        self.popularity, self.drift = self.draw(), self.draw()
-
-    def tokens(self, count: int) -> Iterator[np.ndarray]:
-        """The next `count` selections, each sorted unit ids, int32."""
-        keep = math.exp(-1 / DRIFT_TOKENS)
-        a, b, c = self.scales
-        for _ in range(count):
-            self.drift = keep * self.drift + (1 - keep**2) ** 0.5 * self.draw()
-            score = a * self.popularity + b * self.drift + c * self.draw()
-            chosen = np.argpartition(score, -self.count)[-self.count :]
-            yield np.sort(chosen).astype(np.int32)
-
-
-def calibrated(units: int, share: float, slots: int, missing: float) -> float:
-    """The noise with which an LRU of `slots` misses `missing` of the layer per token.
-
-    Found by bisection, playing traces against the real bookkeeping without reading.
-    """
-    low, high = 0.0, 1.0
-    for _ in bar(range(8), desc="calibrating the trace"):
-        noise = (low + high) / 2
-        too_few = _miss_share(units, share, slots, noise) < missing
-        low, high = (noise, high) if too_few else (low, noise)
-    return (low + high) / 2
-
-
-def _miss_share(units, share, slots, noise, warm: int = 30, count: int = 90) -> float:
-    cache = SlotCache(units, slots, Lru())
-    misses = [
-        sum(len(wave.missing) for wave in cache.waves(chosen))
-        for chosen in Trace(units, share, noise, seed=1_000).tokens(count)
-    ]
-    return sum(misses[warm:]) / (count - warm) / units
 
 
 UP_RANK = 64  # of the up projections, so that a predictor has something to find

@@ -55,7 +55,7 @@ def stream_generate(
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     options.setdefault("prefill_step_size", flash.budget.prefill_tokens)
     if "draft_model" not in options and "max_kv_size" not in options:
-        options.setdefault("prompt_cache", _exact_cache(model))
+        options.setdefault("prompt_cache", exact_cache(model))
     run = flash.run = Run(flash.stats.copy())
     for response in mlx_stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, **options
@@ -98,7 +98,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     return tokens
 
 
-def _exact_cache(model) -> list:
+def exact_cache(model) -> list:
     """mlx-lm's caches, made to grow by the budget's step instead of 256 tokens."""
     caches = make_prompt_cache(model)
     for cache in caches:

@@ -13,9 +13,8 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
-from . import convert, generate, inspect, plan, probe, replay, serve, trace
+from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
 from .common import INTERRUPTED
-
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -54,6 +53,7 @@ for command in (
     replay.replay,
     plan.plan,
     probe.probe,
+    bench.bench,
 ):
     # Said again for whoever runs a command without the group.
     command.context_settings |= HELP

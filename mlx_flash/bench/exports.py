@@ -1,0 +1,119 @@
+"""Write the synthetic OPT for other programs: the same values, in their formats.
+
+llama.cpp has no OPT. Its GPT-2 is the same network but for GELU in place of ReLU:
+learned positions, layer norms before attention and FFN, biases everywhere, a tied head.
+All sizes are equal and so is the work, as llama.cpp looks for no zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import FlashError
+from ..models.opt import POSITION_OFFSET
+from .report import progress
+from .synthetic import Shape, have_room, weight, write_config, write_tensors
+
+# the model's names → GPT-2's in GGUF; q, k and v become one
+GGUF_NAMES = {
+    "self_attn_layer_norm": "attn_norm",
+    "self_attn.out_proj": "attn_output",
+    "final_layer_norm": "ffn_norm",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+LAYER = "model.decoder.layers."
+
+
+def write_checkpoint(folder: Path, shape: Shape) -> None:
+    """A Hugging Face checkpoint, a shard a layer."""
+    have_room(folder, shape.nbytes)
+    folder.mkdir(parents=True)
+    write_config(folder, shape)
+    shards: dict[str, dict] = {}
+    for name, size in shape.weights().items():
+        layer = name.removeprefix(LAYER).split(".")[0] if LAYER in name else "outer"
+        theirs = name.replace(".mlp.", ".")
+        shards.setdefault(layer, {})[theirs] = (name, size)
+    weight_map = {}
+    for layer, tensors in progress(shards.items(), "writing a checkpoint", "shard"):
+        file = f"model-{layer}.safetensors"
+        write_tensors(folder / file, tensors, shape.dtype)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_gguf(path: Path, shape: Shape) -> None:
+    """A GPT-2 of the same weights for llama.cpp.
+
+    Raises:
+        FlashError: If the gguf package is not there, or the disk is too small.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise FlashError(
+            "Writing for llama.cpp needs the gguf package: pip install gguf"
+        ) from None
+    have_room(path, shape.nbytes)
+    part = path.with_name(path.name + ".part")
+    writer = gguf.GGUFWriter(part, "gpt2")
+    writer.add_context_length(shape.positions)
+    writer.add_embedding_length(shape.dims)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.units)
+    writer.add_head_count(shape.heads)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(shape.vocab)])
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(2)
+    tensors = gguf_tensors(shape)
+    for name, (_, size, dtype) in tensors.items():
+        nbytes = int(np.prod(size)) * np.dtype(dtype).itemsize
+        writer.add_tensor_info(name, size, np.dtype(dtype), nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, (sources, size, dtype) in progress(tensors.items(), "writing", "tensor"):
+        pieces = [weight(n, s, shape.dtype) for n, s in sources]
+        array = np.asarray(mx.concatenate(pieces)[-size[0] :])
+        if name == "position_embd.weight":
+            assert len(pieces[0]) - size[0] == POSITION_OFFSET
+        writer.write_tensor_data(array.astype(dtype, copy=False))
+    writer.close()
+    part.rename(path)
+
+
+def gguf_tensors(shape: Shape) -> dict[str, tuple[list, tuple[int, ...], str]]:
+    """{GGUF name: (its sources, shape, dtype)}; vectors are always float32 there."""
+    found: dict[str, tuple[list, tuple[int, ...], str]] = {}
+    for name, size in shape.weights().items():
+        theirs = _gguf_name(name)
+        sources = (
+            [*found[theirs][0], (name, size)] if theirs in found else [(name, size)]
+        )
+        rows = sum(s[0] for _, s in sources)
+        rows -= POSITION_OFFSET if theirs == "position_embd.weight" else 0
+        dtype = "float32" if len(size) == 1 or "position" in theirs else shape.dtype
+        found[theirs] = (sources, (rows, *size[1:]), dtype)
+    return found
+
+
+def _gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    outer = {
+        "model.decoder.embed_tokens": "token_embd",
+        "model.decoder.embed_positions": "position_embd",
+        "model.decoder.final_layer_norm": "output_norm",
+    }
+    if stem in outer:
+        return f"{outer[stem]}.{kind}"
+    layer, rest = stem.removeprefix(LAYER).split(".", 1)
+    return f"blk.{layer}.{GGUF_NAMES.get(rest, 'attn_qkv')}.{kind}"

@@ -1,0 +1,186 @@
+"""One program of the comparison, in a process of its own: `python -m … KIND JSON`.
+
+It prints one line of JSON: the seconds and the bytes read of each token, and what the
+process held. Tokens are random, as the weights are, and the first ones are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import FlashError
+
+
+def mlx_flash(job: dict) -> Iterator[Callable]:
+    """Generation from flash, as `generate` does it."""
+    import mlx.core as mx
+
+    from ..loader import load_model
+
+    context = job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2
+    with load_model(
+        job["path"], job["budget_bytes"], predictor=job["predictor"], context=context
+    ) as (model, config):
+        yield from _mlx_steps(model, config, job, model.flash.budget.prefill_tokens)
+        job["mlx_peak_bytes"] = mx.get_peak_memory()
+
+
+def mlx_lm(job: dict) -> Iterator[Callable]:
+    """The whole model in memory: mlx-lm's own loader and loop."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    from ..models import get_model_classes
+
+    model, config = load_model(Path(job["path"]), get_model_classes=get_model_classes)
+    yield from _mlx_steps(model, config, job, 512)
+    job["mlx_peak_bytes"] = mx.get_peak_memory()
+
+
+def _mlx_steps(model, config, job: dict, prefill: int) -> Iterator[Callable]:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    from .decode import random_prompt, random_sampler
+
+    vocabulary = config["vocab_size"]
+    mx.random.seed(0)
+    steps = generate_step(
+        random_prompt(job["prompt_tokens"], vocabulary),
+        model,
+        max_tokens=job["warm_up"] + job["tokens"] + 2,
+        sampler=random_sampler(vocabulary),
+        prefill_step_size=prefill,
+    )
+    while True:
+        yield lambda: next(steps)
+
+
+def llama_cpp(job: dict) -> Iterator[Callable]:
+    """llama.cpp with its weights mapped: the page cache is its memory."""
+    from llama_cpp import Llama
+
+    model = Llama(
+        model_path=job["path"],
+        n_ctx=job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2,
+        n_batch=512,
+        n_threads=job["threads"],
+        n_threads_batch=job["threads"],
+        use_mmap=True,
+        use_mlock=False,
+        verbose=False,
+    )
+    ids = _random_ids(job)
+    yield lambda: model.eval(ids[: job["prompt_tokens"]])
+    for token in ids[job["prompt_tokens"] :]:
+        yield lambda token=token: model.eval([token])
+
+
+def accelerate(job: dict) -> Iterator[Callable]:
+    """transformers with accelerate's disk offload for what does not fit."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(job["threads"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["path"],
+        dtype=getattr(torch, job["dtype"]),
+        device_map="auto",
+        # what is offloaded comes back a layer at a time, the next before one goes
+        max_memory={"cpu": job["budget_bytes"] - 2 * job["layer_bytes"]},
+        offload_folder=job["offload_folder"],
+    )
+    places = list(getattr(model, "hf_device_map", {}).values())
+    job["offloaded_modules"] = f"{places.count('disk')} of {len(places)}"
+    ids = _random_ids(job)
+    state = {"cache": None}
+
+    def step(tokens: list[int]) -> None:
+        with torch.inference_mode():
+            out = model(
+                input_ids=torch.tensor([tokens]),
+                past_key_values=state["cache"],
+                use_cache=True,
+            )
+        state["cache"] = out.past_key_values
+
+    yield lambda: step(ids[: job["prompt_tokens"]])
+    for token in ids[job["prompt_tokens"] :]:
+        yield lambda token=token: step([token])
+
+
+KINDS = {f.__name__: f for f in (mlx_flash, mlx_lm, llama_cpp, accelerate)}
+
+
+def _random_ids(job: dict) -> list[int]:
+    import numpy as np
+
+    count = job["prompt_tokens"] + job["warm_up"] + job["tokens"]
+    return np.random.default_rng(0).integers(3, job["vocab"], count).tolist()
+
+
+def bytes_read() -> int | None:
+    """What this process had read from disk until now; None where nobody counts."""
+    path = Path("/proc/self/io")
+    if not path.exists():
+        return None
+    fields = dict(line.split(": ") for line in path.read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def held() -> dict:
+    """Peak resident and swapped bytes of this process, where the system says."""
+    from ..device import peak_process_bytes
+
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return {"peak_bytes": peak_process_bytes(), "swap_bytes": None}
+    # Not from getrusage: a child inherits its parent's peak there.
+    names = {
+        "VmHWM": "peak_bytes",
+        "RssAnon": "anonymous_bytes",
+        "VmSwap": "swap_bytes",
+    }
+    pairs = (line.split(":", 1) for line in path.read_text().splitlines())
+    return {names[k]: 1024 * int(v.split()[0]) for k, v in pairs if k in names}
+
+
+def run(kind: str, job: dict) -> dict:
+    """Prompt, warm-up, then the tokens that count."""
+    begin = time.perf_counter()
+    steps = KINDS[kind](job)
+    first = next(steps)
+    load_s = time.perf_counter() - begin
+    first()
+    prompt_s = time.perf_counter() - begin - load_s
+    for _ in range(job["warm_up"]):
+        next(steps)()
+    seconds, read = [], []
+    for _ in range(job["tokens"]):
+        before, begin = bytes_read(), time.perf_counter()
+        next(steps)()
+        seconds.append(time.perf_counter() - begin)
+        read.append(None if before is None else bytes_read() - before)
+    facts = held()
+    steps.close()
+    return {
+        "seconds": seconds,
+        "bytes_read": read,
+        "load_s": load_s,
+        "prompt_s": prompt_s,
+        **facts,
+        **{k: job[k] for k in ("offloaded_modules",) if k in job},
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
+    except FlashError as error:
+        sys.exit(str(error))

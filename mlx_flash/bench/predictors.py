@@ -1,0 +1,157 @@
+"""Predictors for random weights, whose choices cost what a trained model's do.
+
+A neuron's score is what its random low-rank matrices make of the token, plus a fixed
+popularity, less a threshold. The more popularity counts, the more do tokens choose the
+same neurons. Both are set per layer by letting a prompt through the model: a tenth of
+the layer is chosen, and slots of the budget miss 2.4 % of it per token, as in the
+paper. The choices are SYNTHETIC: they mean nothing for the model's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .. import format
+from ..cache import Lru
+from ..converters.resident import write_weights
+from ..loader import load_model
+from ..predictor import Predictor, possible_bits
+from ..sizes import parse_memory
+from .decode import random_prompt
+from .report import progress
+from .trace import miss_share
+
+# The longer the context, the less do tokens differ after attention has averaged over
+# it: only the second half of the prompt counts, where generation goes on from.
+TOKENS = 256
+WARM_TOKENS = 128
+
+
+class Recorder(nn.Module):
+    """Stands in for a predictor: keeps its input, chooses everything."""
+
+    def __init__(self, predictor: Predictor):
+        super().__init__()
+        self.predictor, self.inputs = predictor, []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.inputs.append(x)
+        return mx.ones((len(x), self.predictor.bias.size), mx.bool_)
+
+
+def rank_of(layer: int, layers: int, dims: int) -> int:
+    """The paper's ranks for OPT-6.7B, 128 and 1,024 in the last eighth, to scale."""
+    return max(dims // (4 if layer >= layers - layers // 8 else 32), 1)
+
+
+def add_predictors(
+    folder: Path, memory: str, selected: float = 0.10, missing: float = 0.024
+) -> None:
+    """Give a flash folder without predictors such that cost what the paper's do.
+
+    Args:
+        memory: Budget for whose slots `missing` is to hold.
+        selected: Share of a layer chosen per token.
+        missing: Share of a layer read per token.
+    """
+    manifest = format.read_manifest(folder)
+    dims = manifest.layers[0].parts[0].shape[0]
+    made = _random(manifest, dims)
+    scores, slots = _scores(folder, memory, made)
+    shares = []
+    layers = list(zip(made, manifest.layers, scores, slots, strict=True))
+    for predictor, layer, score, n in progress(layers, "calibrating", "layer"):
+        predictor.bias, share = _bias(score, layer.units, n, selected, missing)
+        shares.append(share)
+    _write(folder, manifest, made, shares)
+
+
+def _random(manifest: format.Manifest, dims: int) -> list[Predictor]:
+    mx.random.seed(0)
+    found = []
+    for i, layer in enumerate(manifest.layers):
+        rank = rank_of(i, len(manifest.layers), dims)
+        predictor = Predictor(dims, layer.units, rank)
+        predictor.set_dtype(getattr(mx, manifest.dtype))
+        if bits := possible_bits(dims, rank):
+            predictor.quantize(bits)
+        mx.eval(predictor.parameters())
+        found.append(predictor)
+    return found
+
+
+def _scores(
+    folder: Path, memory: str, predictors: list[Predictor]
+) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """Scores [tokens, units] of each layer for a random prompt, and its slots."""
+    manifest = format.read_manifest(folder)
+    arrays = [a for p in predictors for _, a in tree_flatten(p.parameters())]
+    budget = parse_memory(memory)
+    budget = int(budget * manifest.model_bytes) if isinstance(budget, float) else budget
+    if budget is not None:
+        budget -= sum(a.nbytes for a in arrays)  # the folder does not have them yet
+    loaded = load_model(folder, budget or "auto", predictor=False, context=TOKENS)
+    with loaded as (model, config):
+        recorders = [Recorder(predictor) for predictor in predictors]
+        for layer, recorder in zip(model.flash.layers, recorders, strict=True):
+            layer.predictor = recorder
+        mx.eval(model(random_prompt(TOKENS, config["vocab_size"])[None]))
+        scores = [
+            np.array(r.predictor.scores(mx.concatenate(r.inputs)).astype(mx.float32))
+            for r in recorders
+        ]
+        return scores, model.flash.budget.slots
+
+
+def _bias(
+    scores: np.ndarray, units: int, n_slots: int, selected: float, missing: float
+) -> tuple[mx.array, float]:
+    """Popularity less threshold, found by bisection on what an LRU would miss."""
+    popularity = np.random.default_rng(n_slots).standard_normal(units, np.float32)
+    popularity *= scores.std()
+
+    def at(weight: float) -> tuple[np.ndarray, np.ndarray]:
+        total = scores + weight * popularity
+        threshold = np.quantile(total, 1 - selected)
+        return total > threshold, weight * popularity - threshold
+
+    low, high = 0.0, 16.0
+    for _ in range(10):
+        weight = (low + high) / 2
+        chosen = [np.flatnonzero(row) for row in at(weight)[0]]
+        miss = miss_share(chosen, units, n_slots, Lru(), WARM_TOKENS)
+        low, high = (weight, high) if miss > missing else (low, weight)
+    chosen, bias = at((low + high) / 2)
+    return mx.array(bias), float(chosen.mean())
+
+
+def _write(folder, manifest, predictors: list[Predictor], shares: list) -> None:
+    arrays, layers = {}, []
+    for i, (layer, made) in enumerate(zip(manifest.layers, predictors, strict=True)):
+        for name, array in tree_flatten(made.parameters()):
+            arrays[f"{layer.module}.predictor.{name}"] = array
+        facts = format.PredictorFacts(
+            rank=made.reduce.weight.shape[0],
+            bits=getattr(made.reduce, "bits", 0),
+            threshold=0.5,
+            # Nothing was fitted, so there is nothing that could have been found.
+            recall=0.0,
+            precision=0.0,
+            mass=0.0,
+            predicted_share=shares[i],
+            active_share=0.0,
+        )
+        layers.append(dataclasses.replace(layer, predictor=facts))
+    target = folder / format.PREDICTORS
+    manifest = dataclasses.replace(
+        manifest, predictors=write_weights(target, arrays), layers=tuple(layers)
+    )
+    part = folder / f"{format.MANIFEST}.part"
+    part.write_text(manifest.to_json())
+    part.replace(folder / format.MANIFEST)  # last: predictors are there, or none are

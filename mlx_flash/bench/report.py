@@ -1,0 +1,214 @@
+"""What a benchmark found: rows, and all that is needed to judge and repeat them.
+
+Times are milliseconds per token, sizes bytes, GB 1e9. A cell nobody measured is None,
+and a dash in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..stats import Stats
+
+TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One token. `compute_ms` is None where nothing was multiplied."""
+
+    io_ms: float
+    cache_ms: float
+    compute_ms: float | None
+    bytes_read: int
+    reads: int
+    hits: int = 0
+    misses: int = 0
+
+    @classmethod
+    def of(cls, spent: Stats, total_s: float | None = None) -> Sample:
+        """What counters rose by in a token that took `total_s`, None: read only."""
+        rest = None if total_s is None else total_s - spent.io_s - spent.cache_s
+        return cls(
+            io_ms=1e3 * spent.io_s,
+            cache_ms=1e3 * spent.cache_s,
+            compute_ms=None if rest is None else 1e3 * rest,
+            bytes_read=spent.bytes_read,
+            reads=spent.reads,
+            hits=spent.hits,
+            misses=spent.misses,
+        )
+
+    @property
+    def total_ms(self) -> float:
+        return self.io_ms + self.cache_ms + (self.compute_ms or 0.0)
+
+
+@dataclass
+class Row:
+    """Means over `tokens`, deviations beside them in `std`; `more` is the bench's own.
+
+    A row that could not be measured has the reason in `more["error"]`.
+    """
+
+    name: str
+    io_ms: float | None = None
+    cache_ms: float | None = None
+    compute_ms: float | None = None
+    total_ms: float | None = None
+    bytes_per_token: float | None = None
+    reads_per_token: float | None = None
+    memory_bytes: int | None = None
+    tokens: int = 0
+    std: dict[str, float] = field(default_factory=dict)
+    more: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, samples: list[Sample], memory_bytes: int, **more) -> Row:
+        """The means of `samples`, with their sample deviations where there are two."""
+        row = cls(name, memory_bytes=memory_bytes, tokens=len(samples), more=more)
+        for time in TIMES:
+            values = [getattr(sample, time) for sample in samples]
+            if values and None not in values:
+                setattr(row, time, mean(values))
+                row.std[time] = stdev(values) if len(values) > 1 else 0.0
+        if samples:
+            row.bytes_per_token = mean(sample.bytes_read for sample in samples)
+            row.reads_per_token = mean(sample.reads for sample in samples)
+        asked = sum(sample.hits + sample.misses for sample in samples)
+        if asked:
+            row.more["hit_rate"] = sum(sample.hits for sample in samples) / asked
+        return row
+
+    def to_json(self) -> dict:
+        facts = {k: v for k, v in vars(self).items() if k != "more"}
+        return facts | self.more
+
+    def get(self, key: str):
+        return self.to_json().get(key)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: a row's value under `key`, divided by `scale`.
+
+    A column for which no row has a value is left out.
+    """
+
+    heading: str
+    key: str
+    scale: float = 1.0
+    digits: int = 0
+
+    def cell(self, row: Row) -> str:
+        value = row.get(self.key)
+        if value is None:
+            return "–"
+        if isinstance(value, str):
+            return value
+        text = f"{value / self.scale:,.{self.digits}f}"
+        std = row.std.get(self.key)
+        if std is None or row.tokens < 2:
+            return text
+        return f"{text} ± {std / self.scale:,.{self.digits}f}"
+
+
+@dataclass
+class Report:
+    """A benchmark's result; `notes` are the sentences that must go with its table."""
+
+    benchmark: str
+    rows: list[Row]
+    columns: list[Column]
+    notes: list[str]
+    facts: dict
+
+    def markdown(self) -> str:
+        """The table, with the notes above it."""
+        shown = [
+            c for c in self.columns if any(r.get(c.key) is not None for r in self.rows)
+        ]
+        lines = [f"| {self.benchmark} | " + " | ".join(c.heading for c in shown) + " |"]
+        lines.append("|---" + "|--:" * len(shown) + "|")
+        for row in self.rows:
+            cells = [column.cell(row) for column in shown]
+            lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        errors = [
+            f"{r.name}: {r.more['error']}" for r in self.rows if r.more.get("error")
+        ]
+        return "\n".join([*self.notes, "", *lines, *([""] + errors if errors else [])])
+
+    def to_json(self) -> dict:
+        return {
+            "benchmark": self.benchmark,
+            "command": shlex.join(["mlx-flash", *sys.argv[1:]]),
+            "machine": machine(),
+            "notes": self.notes,
+            **self.facts,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def cache_state(direct: bool) -> str:
+    """What can be said about caches below the reads."""
+    if direct:
+        return (
+            "cold: direct I/O past the page cache (a cache of the disk itself, or of a "
+            "virtual machine's host, could not be purged)"
+        )
+    return "WARM: reads went through the operating system's page cache"
+
+
+def machine() -> dict:
+    """Processor, memory, system and the versions of what does the work."""
+    import mlx.core as mx
+    import numpy as np
+    import psutil
+
+    from .. import __version__
+
+    return {
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg(),
+        "device": str(mx.default_device()),
+        "versions": {
+            "mlx_flash": __version__,
+            "mlx": mx.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "LD_PRELOAD": os.environ.get("LD_PRELOAD"),
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def progress(items: Iterable, what: str, unit: str = "it"):
+    """A bar on stderr, where a person looks at it."""
+    from tqdm import tqdm
+
+    return tqdm(
+        items, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty()
+    )

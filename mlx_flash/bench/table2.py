@@ -1,0 +1,92 @@
+"""The paper's Table 2: what each part of the method saves of a token's I/O.
+
+One reader and one set of files serve all rows (`methods.py`); the rows differ in what
+is switched on. Nothing is multiplied. The dense rows read every byte they claim; which
+neurons the sparse rows read says a SYNTHETIC trace with the paper's statistics
+(`trace.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..loader import READ_THREADS
+from .methods import Bench, Options
+from .report import Column, Report, cache_state, progress
+
+__all__ = ["Options", "run"]
+
+COLUMNS = [
+    Column("memory GB", "memory_bytes", 1e9, 2),
+    Column("GB per token", "bytes_per_token", 1e9, 3),
+    Column("reads per token", "reads_per_token"),
+    Column("GB/s", "gb_per_s", 1, 2),
+    Column("hit rate %", "hit_rate", 0.01, 1),
+    Column("I/O ms", "io_ms"),
+    Column("cache ms", "cache_ms", 1, 1),
+    # Filled as soon as rows carry a modelled time; until then the column is not shown.
+    Column("modelled I/O ms", "modelled_io_ms"),
+    Column("times less", "speedup", 1, 1),
+    Column("paper GB", "paper_gb", 1, 1),
+    Column("paper ms", "paper_io_ms"),
+]
+
+
+def run(folder: Path, options: Options) -> Report:
+    """Measure all rows, in turns, so that a slow spell of the disk meets them all.
+
+    Args:
+        folder: A flash folder of neurons; the trace takes the place of its predictors.
+
+    Raises:
+        FlashError: If it is no such folder.
+    """
+    bench = Bench(folder, options)
+    with bench.reader:
+        players = bench.players()
+        for player in progress(players, "warming up", "row"):
+            if player.sparse:
+                player.play(options.warm_up, keep=False)
+                player.stats.reset()
+        for _ in progress(range(options.rounds), "measuring", "round"):
+            for player in players:
+                player.play(player.tokens)
+        direct = bench.reader.direct
+    rows = [player.row() for player in players]
+    for row in rows:
+        row.more["speedup"] = rows[0].io_ms / row.io_ms if row.io_ms else None
+    return Report("table 2", rows, COLUMNS, notes(bench, direct), facts(bench, direct))
+
+
+def notes(bench: Bench, direct: bool) -> list[str]:
+    o, first = bench.options, bench.layers[0]
+    return [
+        f"Each part of the method, {len(bench.layers)} layers of {first.units:,} "
+        f"neurons, {bench.manifest.model_bytes / 1e9:.2f} GB of "
+        f"{bench.manifest.dtype}, bundles of {first.unit_bytes / 1024:g} KiB, "
+        f"{READ_THREADS} reads in flight; {cache_state(direct)}.",
+        "naive and hybrid read every byte. Which neurons the other rows read is a "
+        f"SYNTHETIC trace: {o.selected:.1%} of a layer per token, of which a window of "
+        f"{o.window} tokens brings {o.missing:.1%} of the layer (noise "
+        f"{bench.noise:.3f}); {o.resident:.0%} of each layer has slots. Predictor and "
+        "windowing read each neuron's up row and down column apart.",
+        f"± is the deviation over tokens, {o.rounds} rounds of all rows in turn. "
+        "Nothing is multiplied: memory is what such a run holds, without predictors. "
+        "The paper's rows are OPT-6.7B on an M1 Max, its first two bytes over "
+        "bandwidth.",
+    ]
+
+
+def facts(bench: Bench, direct: bool) -> dict:
+    return {
+        "trace": "synthetic",
+        "cache_state": cache_state(direct),
+        "native_reader": bench.reader.native,
+        "model_bytes": bench.manifest.model_bytes,
+        "layers": len(bench.layers),
+        "units": bench.layers[0].units,
+        "unit_bytes": bench.layers[0].unit_bytes,
+        "noise": bench.noise,
+        "options": dataclasses.asdict(bench.options),
+    }

@@ -1,0 +1,121 @@
+"""`bench peers`: processes that limit memory and processes that are measured."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from mlx_flash import FlashError
+from mlx_flash.bench import ballast, peer, peers, programs, synthetic
+
+SHAPE = synthetic.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
+
+
+def child() -> psutil.Process:
+    (process,) = psutil.Process().children()
+    return process
+
+
+def test_ballast_holds_and_ends_on_ctrl_c():
+    with pytest.raises(KeyboardInterrupt):
+        with ballast.hold_back(30_000_000):
+            process = child()
+            assert process.memory_info().rss > 30_000_000
+            raise KeyboardInterrupt
+    assert not process.is_running()
+
+
+def test_ballast_ends_with_whoever_started_it():
+    command = [sys.executable, "-m", ballast.__name__, "4096"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline().strip() == ballast.READY
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def test_a_ballast_that_was_ended_spoils_the_result():
+    with pytest.raises(FlashError, match="memory was not limited"):
+        with ballast.hold_back(4096):
+            child().kill()
+            psutil.wait_procs([child()])
+
+
+def test_memory_that_is_not_there_is_refused():
+    with pytest.raises(FlashError, match="are to be left free"):
+        with ballast.limited_memory(10**15):
+            pass
+
+
+def test_peer_counts_tokens_after_the_warm_up(tmp_path):
+    folder = synthetic.flash_folder(tmp_path, SHAPE, "50%")
+    job = {
+        "path": str(folder),
+        "budget_bytes": SHAPE.nbytes // 2,
+        "predictor": False,
+        "prompt_tokens": 4,
+        "warm_up": 2,
+        "tokens": 3,
+    }
+    found = peer.run("mlx_flash", job)
+    assert len(found["seconds"]) == len(found["bytes_read"]) == 3
+    assert found["peak_bytes"] > 0 and found["load_s"] > 0
+
+
+def test_programs_that_cannot_run_say_why(tmp_path, monkeypatch):
+    mine = peers.PEERS[0]
+    absent = peers.Peer("other", "other", "no_such_package", mine.write)
+    too_big = peers.Peer("big", "mlx_lm", "mlx_lm", mine.write, resident=True)
+    monkeypatch.setattr(peers, "PEERS", [mine, absent, too_big])
+    monkeypatch.setattr(peers, "PROCESS_BYTES", 10**15)
+    options = peers.Options(tokens=2, prompt_tokens=4, ballast=False)
+    report = peers.run(tmp_path, SHAPE, options)
+    ran, missing, big = report.rows
+    assert ran.tokens == 2 and ran.more["slower"] == 1
+    assert "not installed" in missing.more["error"]
+    assert "do not fit" in big.more["error"]
+    assert "memory was NOT limited" in report.markdown()
+
+
+def test_a_program_that_fails_says_why_in_a_line(tmp_path):
+    job = {"path": str(tmp_path), "budget_bytes": 1, "predictor": False}
+    job |= {"prompt_tokens": 1, "warm_up": 0, "tokens": 1}
+    with pytest.raises(FlashError, match="^/.* is not a flash folder"):
+        programs.run_program("mlx_flash", job)
+
+
+def test_files_of_a_program_are_removed_after_it(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(peers, "PEERS", [peers.PEERS[0], peers.PEERS[2]])
+    row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
+    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
+    peers.run(tmp_path, SHAPE, peers.Options(ballast=False))
+    assert [p.name for p in tmp_path.iterdir()] == ["opt-flash"]
+
+
+@pytest.mark.parametrize("memory", ["auto"])
+def test_a_share_is_needed(memory, tmp_path):
+    with pytest.raises(FlashError, match="Try --memory 50%"):
+        peers.run(tmp_path, SHAPE, peers.Options(memory=memory))
+
+
+def test_a_program_ends_when_the_ballast_gives_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "WATCH_S", 0.05)
+
+    class Gone:
+        def check(self):
+            raise FlashError("gave way")
+
+    with pytest.raises(FlashError, match="gave way"):
+        programs.run_program("mlx_flash", {}, Gone())
+    assert not psutil.Process().children()
+
+
+def test_only_the_programs_that_were_asked_for(tmp_path, monkeypatch):
+    row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
+    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
+    options = peers.Options(ballast=False, only=("accelerate",))
+    assert [r.name for r in peers.run(tmp_path, SHAPE, options).rows] == [
+        "accelerate, disk offload"
+    ]
