@@ -11,23 +11,13 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..blocks import cut_blocks, ffn_arrays
 from ..dense import dense_ffns
 from ..errors import FlashError
-from ..ffn import packing, projections
+from ..ffn import count_neurons, packing, projections
 from .experts import ExpertConversion
 
 UNIT_BYTES = 2_000_000  # long enough to read at full speed, short enough to share out
-
-
-def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
-    """What goes to flash: the projections' weights; their biases stay resident."""
-    ins, out = projections(ffn)
-    return {
-        f"{name}.{key}": array
-        for name in (*ins, out)
-        for key, array in ffn[name].items()
-        if key != "bias" and isinstance(array, mx.array)
-    }
 
 
 def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
@@ -36,21 +26,12 @@ def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
     Raises:
         FlashError: If N is no multiple of the quantisation's group size.
     """
-    ins, out = projections(ffn)
-    arrays = ffn_arrays(ffn)
-    neurons = ffn[ins[0]].weight.shape[0]
-    group = (packing(ffn[out]) or {"group_size": 1})["group_size"]
-    total = sum(array.nbytes for array in arrays.values())
-    n = neurons // block_size(neurons, total / neurons, group, UNIT_BYTES)
-    parts = {}
-    for name, array in arrays.items():
-        if not name.startswith(f"{out}."):
-            parts[name] = array.reshape(n, -1, array.shape[1])
-        elif packing(ffn[out]):
-            parts[name] = array.reshape(array.shape[0], n, -1).swapaxes(0, 1)
-        else:
-            parts[name] = array.T.reshape(n, -1, array.shape[0])
-    return parts
+    out = ffn[projections(ffn)[1]]
+    neurons = count_neurons(out)
+    group = (packing(out) or {"group_size": 1})["group_size"]
+    total = sum(array.nbytes for array in ffn_arrays(ffn).values())
+    size = block_size(neurons, total / neurons, group, UNIT_BYTES)
+    return cut_blocks(ffn, neurons // size)
 
 
 def block_size(neurons: int, neuron_bytes: float, group: int, unit_bytes: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..dense import dense_ffns, gives_zeros
 from ..errors import FlashError
 from ..experts import switch_layers
+from ..ffn import projections, rows_per_neuron
 from ..stock import Stock, load_stock
 from .source import Source
 
@@ -82,6 +83,10 @@ def _no_neurons(source: Source, model, ffns: dict) -> str | None:
             "is quantised already, across neurons (bundles of neurons are made from "
             "float weights)"
         )
+    first = next(iter(ffns.values()))
+    ins, out = projections(first)
+    if rows_per_neuron(first, ins[0], out) > 1:
+        return f"has gates and ups in one projection ({ins[0]}), which only blocks keep"
     if len(ffns) != len(model.layers):
         return f"has {len(ffns)} dense FFNs in {len(model.layers)} layers"
     return None

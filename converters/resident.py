@@ -49,7 +49,7 @@ def write_weights(path: Path, arrays: dict[str, mx.array]) -> format.Weights:
 
         def chunks() -> Iterator[memoryview]:
             array = finite(key, arrays.pop(key))
-            yield np.array(mx.contiguous(array).view(mx.uint8)).reshape(-1).data
+            yield np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).data
 
         return Tensor(str(dtype).removeprefix("mlx.core."), shape, chunks)
 

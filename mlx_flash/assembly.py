@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .blocks import BlockFFN
+from .blocks import BlockFFN, cut_blocks
 from .errors import FlashError
 from .experts import ExpertFFN, switch_layers, switch_parts
 from .ffn import pack, packing, projections
@@ -196,15 +196,24 @@ def _exchange_blocks(
     layers = []
     olds = _modules(model, manifest, folder)
     for entry, old in zip(manifest.layers, olds, strict=True):
-        ins, _ = projections(old) or (("",), "")
-        cut = {p.name: p.shape for p in entry.parts}.get(f"{ins[0]}.weight")
-        if not cut or entry.units * cut[0] != old[ins[0]].weight.shape[0]:
+        have = {p.name: (entry.units, *p.shape) for p in entry.parts}
+        if have != _block_shapes(old, entry.units):
             raise FlashError(
                 f"{folder}: bundles of {entry.module} and its config.json disagree "
                 "about its neurons. Convert the model again."
             )
         layers.append(BlockFFN(old))
     return layers
+
+
+def _block_shapes(ffn: nn.Module, blocks: int) -> dict:
+    """The shape of every part of all blocks, or nothing if it cannot be cut so."""
+    if projections(ffn) is None:
+        return {}
+    try:
+        return {name: a.shape for name, a in cut_blocks(ffn, blocks).items()}
+    except ValueError:  # neurons that are no whole blocks
+        return {}
 
 
 EXCHANGES = {

@@ -15,8 +15,41 @@ import numpy as np
 
 from .cache import Wave
 from .errors import FlashError
-from .ffn import SlotFFN
+from .ffn import HALVES, SlotFFN, packing, projections
 from .slots import CLOSED, UnitSlots
+
+
+def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
+    """What goes to flash: the projections' weights; their biases stay resident."""
+    ins, out = projections(ffn)
+    return {
+        f"{name}.{key}": array
+        for name in (*ins, out)
+        for key, array in ffn[name].items()
+        if key != "bias" and isinstance(array, mx.array)
+    }
+
+
+def cut_blocks(ffn: nn.Module, n: int) -> dict[str, mx.array]:
+    """The arrays of an FFN cut into n blocks, [n, …] each.
+
+    Ways in are cut by rows, [n, b, D], or [n, 2, b, D] where one holds all gate rows
+    before all up rows. The way out is cut by columns: a float column is stored as a
+    row, [n, b, D]; a packed one stays in its packing, [n, D, b'].
+    """
+    ins, out = projections(ffn)
+    parts = {}
+    for key, array in ffn_arrays(ffn).items():
+        name, width = key.split(".")[0], array.shape[-1]
+        if name == out and packing(ffn[out]):
+            parts[key] = array.reshape(len(array), n, -1).swapaxes(0, 1)
+        elif name == out:
+            parts[key] = array.T.reshape(n, -1, len(array))
+        elif name in HALVES:
+            parts[key] = array.reshape(2, n, -1, width).swapaxes(0, 1)
+        else:
+            parts[key] = array.reshape(n, -1, width)
+    return parts
 
 
 class BlockFFN(SlotFFN):
@@ -46,13 +79,10 @@ class BlockFFN(SlotFFN):
 
     def _run(self, x: mx.array, run: slice) -> mx.array:
         store = self.store
-        b = self._neurons_per_block()
+        b = self.neurons // store.units
         units = store.cache.unit_of[run].astype(np.int32)
         neurons = mx.array((units[:, None] * b + np.arange(b)).reshape(-1))
         return self.compute(x, store.parts, run, neurons)
-
-    def _neurons_per_block(self) -> int:
-        return self.store.parts[f"{self.names[0]}.weight"].shape[1]
 
 
 def _runs(wave: Wave) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from . import device
@@ -190,7 +191,8 @@ def _workspace_per_token(shapes: Shapes, manifest: Manifest, context: int) -> in
     if manifest.unit == "neuron":
         hidden = max(layer.units for layer in manifest.layers) * (3 * size + 3)
     elif manifest.unit == "block":
-        hidden = max(x.units * x.parts[0].shape[0] for x in manifest.layers) * 4 * size
+        rows = max(x.units * prod(x.parts[0].shape[:-1]) for x in manifest.layers)
+        hidden = rows * 4 * size
     else:
         rows = max(p.shape[0] for x in manifest.layers for p in x.parts if p.shape)
         hidden = shapes.experts_per_token * rows * 5 * size

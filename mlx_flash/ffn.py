@@ -19,11 +19,21 @@ from mlx.utils import tree_flatten
 PROJECTIONS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("up_proj",), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
     (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
     (("c_fc",), "c_proj"),
+    (("c_fc_0", "c_fc_1"), "c_proj"),
+    (("proj_1",), "proj_2"),
     (("w1", "w3"), "w2"),
+    (("w1", "v1"), "w2"),
+    (("w2", "w1"), "c_proj"),
+    (("mlp_gate", "mlp_linear"), "mlp_resid"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
+# Ways in that hold a gate and an up row of every neuron: all gates first, then all ups.
+# Phi-3-small's up_proj holds both, too, but in pairs, a neuron's two rows together.
+HALVES = ("gate_up_proj", "proj_1")
 
 
 def projections(ffn: nn.Module) -> tuple[tuple[str, ...], str] | None:
@@ -33,12 +43,30 @@ def projections(ffn: nn.Module) -> tuple[tuple[str, ...], str] | None:
         for name, child in ffn.children().items()
         if isinstance(child, nn.Linear | nn.QuantizedLinear)
     }
-    # An activation may be a module, too; one with weights would be a layer of its own.
-    weights = {name.split(".")[0] for name, _ in tree_flatten(ffn.parameters())}
+    # An activation may be a module, too. Scalars it has serve every neuron alike; one
+    # with larger weights would be a layer of its own.
+    weights = {
+        name.split(".")[0] for name, w in tree_flatten(ffn.parameters()) if w.ndim
+    }
     for ins, out in PROJECTIONS:
         if linears == {*ins, out} == weights:
-            return ins, out
+            rows = tuple(rows_per_neuron(ffn, name, out) for name in ins)
+            paired = (ins, rows) == (("up_proj",), (2,))
+            if paired or rows == tuple(2 if n in HALVES else 1 for n in ins):
+                return ins, out
     return None
+
+
+def count_neurons(out: nn.Module) -> int:
+    """N, which the projection out of the neurons has as its width."""
+    width = out.weight.shape[-1]
+    return width * 32 // out.bits if packing(out) else width
+
+
+def rows_per_neuron(ffn: nn.Module, name: str, out: str) -> int | None:
+    """How many rows of a projection into the neurons belong to each; None if uneven."""
+    rows, uneven = divmod(len(ffn[name].weight), count_neurons(ffn[out]))
+    return None if uneven else rows
 
 
 def packing(linear: nn.Module) -> dict | None:
@@ -65,12 +93,14 @@ def neuron_rows(ffn: nn.Module) -> dict[str, mx.array]:
 class Into(nn.Module):
     """A projection into the neurons that `show` last named: [T, D] → [T, K].
 
-    `weight` is [n, D] or [n, b, D], a row a neuron; packed weights along D.
+    `weight` is [n, D] or [n, b, D], a row a neuron; packed weights along D. One with
+    `halves` has a gate and an up row a neuron, [n, 2, b, D], and gives [T, 2K] as the
+    whole of it would: gates first. In pairs, they are [n, 2b, D] and give [T, 2K].
     """
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: nn.Module, rows: int, halves: bool):
         super().__init__()
-        self.packing = packing(linear)
+        self.packing, self.rows, self.halves = packing(linear), rows, halves
         if "bias" in linear:
             self.bias = linear.bias
 
@@ -86,9 +116,17 @@ class Into(nn.Module):
             y = mx.quantized_matmul(
                 x, a["weight"], a["scales"], a.get("biases"), True, **self.packing
             )
-        if "bias" not in self:
-            return y
-        return y + (self.bias if self._neurons is None else self.bias[self._neurons])
+        if self.halves:
+            n, T = len(self._arrays["weight"]), len(x)
+            y = y.reshape(T, n, 2, -1).swapaxes(1, 2).reshape(T, -1)
+        return y + self._bias() if "bias" in self else y
+
+    def _bias(self) -> mx.array:
+        if self._neurons is None:
+            return self.bias
+        if self.halves:
+            return self.bias.reshape(2, -1)[:, self._neurons].reshape(-1)
+        return self.bias.reshape(-1, self.rows)[self._neurons].reshape(-1)
 
 
 class OutOf(nn.Module):
@@ -135,8 +173,13 @@ class SlotFFN(nn.Module):
         super().__init__()
         ins, out = projections(ffn)
         self.names = (*ins, out)
+        self.neurons = count_neurons(ffn[out])
+        for name, child in ffn.children().items():
+            if name not in self.names:
+                self[name] = child  # an activation, whose scalars are parameters
         for name in ins:
-            ffn[name] = self[name] = Into(ffn[name])
+            rows = rows_per_neuron(ffn, name, out)
+            ffn[name] = self[name] = Into(ffn[name], rows, halves=name in HALVES)
         ffn[out] = self[out] = OutOf(ffn[out], columns)
         # The underscore keeps the module, whose projections are ours, out of the
         # parameters: they would be there twice.
