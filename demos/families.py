@@ -36,7 +36,7 @@ from mlx_flash.models import get_model_classes
 
 PROMPT, DECODED = 70, 3  # mlx-lm sorts from 64 pairs on
 DENSE_PROMPT = 40
-BLOCK_BYTES = 8_000  # so that these small FFNs are more than one block
+BLOCK_BYTES = 2_000  # so that these small FFNs are more than one block
 TOKENS = 60  # ids that every one of these vocabularies has
 SUM_TOLERANCE = 1e-4  # of the largest logit, for sums in another order
 MOST_VALUES = 20_000_000  # a config that forgets a size gets a model of billions
@@ -132,7 +132,7 @@ def check(family: str, checkpoint: Path | None, work: Path, bits: int | None) ->
     """One row of the table. `checkpoint` is None where one has to be made."""
     row = make_row(family)
     dense = checkpoint is not None or family in DENSE
-    blocks.UNIT_BYTES = BLOCK_BYTES // (4 if bits else 1)
+    blocks.UNIT_BYTES = BLOCK_BYTES
     try:
         if checkpoint is None:
             config = make_config(family)
@@ -190,6 +190,9 @@ def check_all(names: list[str], bits: int | None) -> Iterator[dict]:
                     verdict = f"FAILED: crashed, or took more than {LIMIT_S} s"
                     yield make_row(name) | {"verdict": verdict}
                     break  # with this pool
+            else:
+                pool.close()
+                pool.join()
 
 
 def all_families() -> dict[str, Path | None]:
@@ -240,16 +243,17 @@ def write_readme(rows: list[dict], facts: dict) -> None:
     others = [f"{row['family']} ({row['verdict']})" for row in rows if not row["unit"]]
     text = f"""
 <details>
-<summary>{facts["compared"]} families compared: {facts["experts"]} with experts, \
+<summary>{facts["compared"]} models compared: {facts["experts"]} with experts,
 {facts["blocks"]} in blocks, {facts["neurons"]} in neurons</summary>
 
 `python demos/families.py --readme` wrote this. For each family a tiny random
-checkpoint, slots for a quarter of each layer, a prefill of {PROMPT} tokens
+checkpoint, slots for a quarter of each layer's units, a prompt of {PROMPT} tokens
 ({DENSE_PROMPT} for dense models) and {DECODED} steps of decoding; the largest
 difference of any logit to the same model in memory (mlx-lm's, or ours where it has
-none). float32, MLX {facts["mlx"]} on its CPU backend, mlx-lm {facts["mlx_lm"]}. 0
-means bit-identical. Experts were streamed from a converted folder, and \
-{facts["in_place"]} of these families in place as well.
+none), 0 being identical to the bit. float32, MLX {facts["mlx"]} on its CPU backend,
+mlx-lm {facts["mlx_lm"]}. All were streamed from converted folders, {facts["in_place"]}
+of those with experts also in place. Layers are those that have such FFNs: Gemma 3n's
+sparse ones are no sums over their neurons, and stay in memory.
 
 {chr(10).join((*HEAD, *compared))}
 
@@ -257,7 +261,6 @@ Not compared: {"; ".join(others) or "none"}.
 
 </details>
 """
-    text = text.replace("\\\n", "")
     path.write_text(before + begin + text + end + after)
 
 

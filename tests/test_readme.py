@@ -96,6 +96,19 @@ def test_every_file_exists(readme):
                 assert (ROOT / word).exists(), word
 
 
+def test_the_families_that_were_compared(readme):
+    """What `python demos/families.py --readme` wrote; the families are not run here."""
+    table = readme.partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
+    rows = re.findall(r"^\| (.+) \| (\w+) \| (\d+) of (\d+) \| (.+) \|$", table, re.M)
+    units = [unit for _, unit, *_ in rows]
+    assert len({name for name, *_ in rows}) >= 25 and units.count("expert") >= 20
+    assert {"neuron", "block"} < set(units)
+    for name, unit, some, every, difference in rows:
+        assert some == every, name
+        assert float(difference) <= (0 if unit == "expert" else 1e-4), name
+    assert "DIFFERS" not in table and "FAILED" not in table
+
+
 # The judges themselves
 
 
