@@ -243,7 +243,6 @@ def test_any_change_is_refused_or_harmless(victim, data):
         (("format_version",), 0),
         (("format_version",), "1"),
         (("unit",), "expert"),
-        (("activation",), "gelu"),
         (("dtype",), "float16"),
         (("dtype",), "float8"),
         (("calibration", "tokens"), -1),

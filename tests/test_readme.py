@@ -66,7 +66,9 @@ def test_every_command_line_parses(readme):
 def test_every_flag_exists(readme):
     """Also those that are only spoken of, such as `--memory`."""
     known = {"--help", "--version", "-h"}
-    for command in main.commands.values():
+    commands = list(main.commands.values())
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()  # of a group
         for param in command.params:
             known |= {*param.opts, *param.secondary_opts}
     outside = re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S)
