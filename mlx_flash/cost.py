@@ -1,8 +1,8 @@
 """The cost of a token: waiting for flash, keeping the slots' books, multiplying.
 
 The paper's three terms, from the figures of a machine (`Profile`), the bytes of a model
-and what its tokens ask for: everything here is modelled, nothing is measured. Reading
-and multiplying follow each other, as they do in the models that mlx-flash runs.
+and what its tokens ask for: everything here is modelled, nothing is measured. Of a
+layer's reading, as much is hidden as multiplying what is in memory meanwhile takes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class FlashLayer:
         random: Whether units are selected; False where all are needed, in order.
         merged: Whether neighbours are read together.
         in_place: Whether they lie in a checkpoint's shards, at any offset.
+        overlap: Whether what memory holds is multiplied while the rest is read.
     """
 
     weights: Weights
@@ -56,6 +57,16 @@ class FlashLayer:
     random: bool = True
     merged: bool = True
     in_place: bool = False
+    overlap: bool = False
+
+    @property
+    def beside(self) -> float:
+        """The share of its multiplying that goes on beside its reading."""
+        if not self.overlap:
+            return 0.0
+        if not self.random:
+            return 1.0  # a sweep: one half of the slots while the other is read
+        return self.hit_rate
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,12 @@ def token_cost(profile: Profile, work: Work) -> Cost:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
     for layer in work.layers:
-        total += _read(profile, layer, layer.selected * (1 - layer.hit_rate))
+        read = _read(profile, layer, layer.selected * (1 - layer.hit_rate))
         share = layer.computed / layer.units
         rate = _rate(profile, layer.weights)
-        total += Cost(compute_s=share * layer.weights.nbytes / rate.bytes_per_s)
+        compute_s = share * layer.weights.nbytes / rate.bytes_per_s
+        hidden_s = min(read.io_s, layer.beside * compute_s)
+        total += replace(read, io_s=read.io_s - hidden_s, compute_s=compute_s)
     return total
 
 

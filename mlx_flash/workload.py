@@ -156,6 +156,8 @@ def _flash_layer(
         computed=computed,
         random=random,
         in_place=found.in_place,
+        # As the FFN modules do: neurons where they are gathered, the others always.
+        overlap=manifest.unit != "neuron" or kernel == "gathered",
     )
 
 

@@ -158,3 +158,19 @@ def test_energy_and_loading():
     cost = Cost(io_s=2.0, cache_s=0.5, compute_s=1.5)
     assert cost.energy_j(flash_watts=5, compute_watts=20) == 2 * 5 + 2 * 20
     assert load_s(FLAT, work(load_bytes=6.4e9)) == 2.0
+
+
+@pytest.mark.parametrize(
+    "random, hit_rate, hidden_share", [(True, 0.5, 0.5), (True, 0.0, 0), (False, 0, 1)]
+)
+def test_what_is_there_is_multiplied_beside_the_reading(random, hit_rate, hidden_share):
+    """At most as long as that multiplying takes, and never more than all of it."""
+    weights = Weights("matmul", "float32", 0, 1e9, 2.5e8)
+    layer = FlashLayer(weights, 100, 1e7, 20, 1, 100, hit_rate, 100, random)
+    plain = token_cost(PROFILE, Work((), (layer,), 0))
+    beside = token_cost(
+        PROFILE, Work((), (dataclasses.replace(layer, overlap=True),), 0)
+    )
+    hidden = plain.io_s - beside.io_s
+    assert hidden == pytest.approx(min(plain.io_s, hidden_share * plain.compute_s))
+    assert beside.compute_s == plain.compute_s and beside.reads == plain.reads
