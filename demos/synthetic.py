@@ -36,7 +36,9 @@ def flash_folder(folder: Path, layers: int, units: int, dims: int) -> format.Man
     rng = np.random.default_rng(0)
     entries = []
     for index in bar(range(layers), desc="writing bundles", unit="layer"):
-        parts = {name: random_half(rng, units, dims) for name in ("fc1.weight", "fc2.weight")}
+        parts = {
+            name: random_half(rng, units, dims) for name in ("fc1.weight", "fc2.weight")
+        }
         path = folder / f"ffn/layer_{index:02d}.safetensors"
         entries.append(write_bundles(path, f"model.decoder.layers.{index}.mlp", parts))
     nothing = {"nothing": mx.zeros((1,), mx.float16)}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
+from test_profile import PROFILE
 
 from mlx_flash import FlashError, format, load_model
 from mlx_flash.bench import methods, sweep, synthetic, table2
@@ -37,6 +38,21 @@ def paged(tmp_path_factory):
 def rows(paged):
     options = table2.Options(tokens=6, dense_tokens=2, rounds=2, warm_up=8)
     return {row.name: row for row in table2.run(paged, options).rows}
+
+
+def test_modelled_times_follow_from_the_bytes_and_the_profile(paged, monkeypatch):
+    """Shown only where this machine was probed."""
+    options = table2.Options(tokens=2, dense_tokens=1, rounds=1, warm_up=2)
+    monkeypatch.setattr(table2, "load_profile", lambda: None)
+    assert all("modelled_io_ms" not in r.more for r in table2.run(paged, options).rows)
+    monkeypatch.setattr(table2, "load_profile", lambda: PROFILE)
+    rows = {row.name: row for row in table2.run(paged, options).rows}
+    modelled = {name: row.more["modelled_io_ms"] for name, row in rows.items()}
+    for name in ("naive", "hybrid"):
+        expected = 1e3 * rows[name].bytes_per_token / PROFILE.sequential_bytes_per_s
+        assert modelled[name] == pytest.approx(expected)
+    # Apart, the same bytes are twice the reads of half the length.
+    assert modelled["windowing"] > modelled["bundling"] > 0
 
 
 def test_row_is_mean_and_deviation_of_its_samples():

@@ -9,9 +9,13 @@ neurons the sparse rows read says a SYNTHETIC trace with the paper's statistics
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..cost import FlashLayer, Weights, Work, token_cost
+from ..format import Layer
 from ..loader import READ_THREADS
+from ..profile import Profile, load_profile
 from .methods import Bench, Options
 from .report import Column, Report, cache_state, progress
 
@@ -25,7 +29,7 @@ COLUMNS = [
     Column("hit rate %", "hit_rate", 0.01, 1),
     Column("I/O ms", "io_ms"),
     Column("cache ms", "cache_ms", 1, 1),
-    # Filled as soon as rows carry a modelled time; until then the column is not shown.
+    # Only with a profile of this machine, from `mlx-flash probe`
     Column("modelled I/O ms", "modelled_io_ms"),
     Column("times less", "speedup", 1, 1),
     Column("paper GB", "paper_gb", 1, 1),
@@ -54,9 +58,49 @@ def run(folder: Path, options: Options) -> Report:
                 player.play(player.tokens)
         direct = bench.reader.direct
     rows = [player.row() for player in players]
-    for row in rows:
+    profile = load_profile()
+    for player, row in zip(players, rows, strict=True):
+        if profile is not None:
+            row.more["modelled_io_ms"] = 1e3 * modelled_io_s(
+                profile, bench.layers, row.bytes_per_token, player.sparse, row.name
+            )
         row.more["speedup"] = rows[0].io_ms / row.io_ms if row.io_ms else None
     return Report("table 2", rows, COLUMNS, notes(bench, direct), facts(bench, direct))
+
+
+def modelled_io_s(
+    profile: Profile,
+    layers: Sequence[Layer],
+    bytes_per_token: float,
+    sparse: bool,
+    name: str,
+) -> float:
+    """What the cost model makes of the bytes that a row reads per token, in seconds.
+
+    Args:
+        layers: Of the model on flash.
+        sparse: Whether the bytes are units here and there, or files from end to end.
+        name: The row's; before bundling a unit's two parts are reads of their own.
+    """
+    if not sparse:
+        return bytes_per_token / profile.sequential_bytes_per_s
+    share = bytes_per_token / sum(layer.nbytes for layer in layers)
+    nothing = Weights("matmul", "float32", 0, 0.0, 0.0)  # nothing is multiplied
+    work = [
+        FlashLayer(
+            nothing,
+            units=layer.units,
+            unit_bytes=layer.unit_bytes,
+            slots=1,
+            pieces=1 if name.startswith("bundling") else len(layer.parts),
+            selected=share * layer.units,
+            hit_rate=0.0,
+            computed=0.0,
+            merged=False,
+        )
+        for layer in layers
+    ]
+    return token_cost(profile, Work((), tuple(work), 0)).io_s
 
 
 def notes(bench: Bench, direct: bool) -> list[str]:
