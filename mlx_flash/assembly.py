@@ -146,7 +146,7 @@ def _exchange_neurons(
         facts = entry.predictor if predictor else None
         try:
             guess = facts and Predictor(dims, entry.units, facts.rank, facts.bits)
-        except (ValueError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             raise FlashError(
                 f"{folder / MANIFEST}, {entry.module}: no predictor of rank "
                 f"{facts.rank} and {facts.bits} bits is possible "

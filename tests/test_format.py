@@ -288,6 +288,7 @@ def test_any_change_is_refused_or_harmless(victim, data):
         (("layers", 0, "parts", 1, "offset"), 104),
         (("layers", 0, "predictor"), None),
         (("layers", 0, "predictor", "rank"), 0),
+        (("layers", 0, "predictor", "bits"), 2**40),  # no C integer
         (("layers", 0, "predictor", "rank"), 9),
         (("layers", 0, "predictor", "rank"), 2**40),
         (("layers", 0, "predictor", "recall"), 10**400),
