@@ -18,7 +18,7 @@ lint: $(VENV)/.tests
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml setup.py mlx_flash/_reader.c
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml setup.py mlx_flash/storage/_reader.c
 	$(BIN)/pip install -q -e .
 	touch $@
 

@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "mlx_flash._reader",
-            ["mlx_flash/_reader.c"],
+            "mlx_flash.storage._reader",
+            ["mlx_flash/storage/_reader.c"],
             py_limited_api=True,
             optional=True,
             extra_compile_args=["-O2", "-pthread"],

@@ -11,10 +11,10 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..blocks import cut_blocks, ffn_arrays
-from ..dense import dense_ffns
 from ..errors import FlashError
-from ..ffn import count_neurons, packing, projections
+from ..layers.block import cut_blocks, ffn_arrays
+from ..layers.dense import dense_ffns
+from ..layers.projections import count_neurons, packing, projections
 from .experts import ExpertConversion
 
 UNIT_BYTES = 2_000_000  # long enough to read at full speed, short enough to share out

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .. import format
 from ..errors import FlashError
-from ..safetensors_io import Tensor, read_header, write_safetensors
+from ..storage import manifest as format
+from ..storage.safetensors import Tensor, read_header, write_safetensors
 
 CHUNK_BYTES = 32_000_000
 SAMPLE = 8  # units of each layer that are read back and compared

@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import KVCache
 
 from ..errors import FlashError
-from ..loader import load_tokenizer
+from ..loading import load_tokenizer
 from .layerwise import LayerwiseModel
 from .source import Source, finite
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..dense import dense_ffns, gives_zeros
+from ..checkpoints.stock import Stock, load_stock
 from ..errors import FlashError
-from ..experts import switch_layers
-from ..ffn import projections, rows_per_neuron
-from ..stock import Stock, load_stock
+from ..layers.dense import dense_ffns, gives_zeros
+from ..layers.expert import switch_layers
+from ..layers.projections import projections, rows_per_neuron
 from .source import Source
 
 # Mode → the one group size and the one number of bits that it allows, if it does so

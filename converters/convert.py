@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import FlashError
 from ..inspection import verify
-from ..safetensors_io import write_error
+from ..storage.safetensors import write_error
 from .blocks import BlockConversion
 from .choice import Choice, choose, packing, stock_of
 from .experts import ExpertConversion

@@ -14,10 +14,10 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .. import format
+from ..checkpoints.stock import Stock
 from ..errors import FlashError
-from ..experts import switch_layers, switch_parts
-from ..stock import Stock
+from ..layers.expert import switch_layers, switch_parts
+from ..storage import manifest as format
 from . import resident
 from .bundles import write_bundles
 from .source import Source, finite

@@ -20,10 +20,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..dense import hidden_values
-from ..ffn import projections
-from ..format import PredictorFacts
-from ..predictor import Predictor, possible_bits
+from ..layers.dense import hidden_values
+from ..layers.predictor import Predictor, possible_bits
+from ..layers.projections import projections
+from ..storage.manifest import PredictorFacts
 
 BATCH = 256
 STEPS = 400  # at least; two passes where there is more text

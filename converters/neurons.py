@@ -18,12 +18,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import format
-from ..dense import dense_ffns, hidden_values
 from ..errors import FlashError
-from ..ffn import neuron_rows, pack, projections
-from ..predictor import Predictor
-from ..safetensors_io import DTYPES
+from ..layers.dense import dense_ffns, hidden_values
+from ..layers.predictor import Predictor
+from ..layers.projections import neuron_rows, pack, projections
+from ..storage import manifest as format
+from ..storage.safetensors import DTYPES
 from . import calibrate, resident
 from .bundles import write_bundles
 from .fit import FitOptions, default_rank, fit_predictor, split

@@ -12,10 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import format
+from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
-from ..hub import CONFIG_FILES
-from ..safetensors_io import Tensor, write_safetensors
+from ..storage import manifest as format
+from ..storage.safetensors import Tensor, write_safetensors
 from .source import Source, finite
 from .workfolder import WorkFolder
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.config import make_model, read_config
+from ..checkpoints.hub import find_model
 from ..errors import FlashError
-from ..hub import find_model
-from ..models import get_model_classes, make_model, read_config
-from ..safetensors_io import read_header
+from ..models.registry import get_model_classes
+from ..storage.safetensors import read_header
 from . import torch_bin
 
 

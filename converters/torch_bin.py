@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import FlashError
-from ..safetensors_io import Tensor, write_safetensors
+from ..storage.safetensors import Tensor, write_safetensors
 
 
 def to_safetensors(file: Path, folder: Path) -> Path:

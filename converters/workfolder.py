@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FlashError
-from ..format import MANIFEST
+from ..storage.manifest import MANIFEST
 
 PROGRESS = "progress.json"
 

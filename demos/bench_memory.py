@@ -64,8 +64,8 @@ def generate_here(
     from mlx_lm.models.cache import make_prompt_cache
 
     import mlx_flash.generation  # noqa: F401 - part of the baseline
-    import mlx_flash.loader
-    from mlx_flash.budget import KV_STEP
+    import mlx_flash.loading
+    from mlx_flash.memory.budget import KV_STEP
 
     mx.eval(mx.zeros((64, 64)) @ mx.zeros((64, 64)))
     watch = Watch()

@@ -28,9 +28,10 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 import mlx_flash
-from mlx_flash import device, generation
+from mlx_flash import generation
 from mlx_flash.cli.common import DEMO_MODEL
-from mlx_flash.loader import load_tokenizer
+from mlx_flash.loading import load_tokenizer
+from mlx_flash.memory.system import peak_process_bytes
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -118,7 +119,7 @@ def run(folder: Path, memory: str, prompt_tokens: int, tokens: int) -> dict:
             pass
         report = generation.report(model.flash)
         slots = model.flash.budget.slots
-    growth = device.peak_process_bytes() - baseline
+    growth = peak_process_bytes() - baseline
     return report | {
         "growth_bytes": growth,
         "baseline_bytes": baseline,
@@ -151,7 +152,7 @@ def convert(source: Path, target: Path) -> dict:
     begin = time.perf_counter()
     mlx_flash.convert(source, target)
     return {
-        "peak_process_bytes": device.peak_process_bytes(),
+        "peak_process_bytes": peak_process_bytes(),
         "seconds": time.perf_counter() - begin,
         "layer_bytes": max(f.stat().st_size for f in (target / "ffn").iterdir()),
     }

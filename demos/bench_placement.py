@@ -16,18 +16,20 @@ from pathlib import Path
 
 import click
 import numpy as np
-from mlx_flash.converters.placement import order_by_coactivation
 
 import mlx_flash
-from mlx_flash import format
-from mlx_flash.cache import Lrfu, Lru, SlotCache
 from mlx_flash.cli.common import DEMO_MODEL
-from mlx_flash.loader import READ_THREADS
-from mlx_flash.reader import PAGE_BYTES, Extent, open_reader
-from mlx_flash.safetensors_io import read_header
-from mlx_flash.slots import UnitSlots
-from mlx_flash.stats import Stats
-from mlx_flash.trace import Trace, record_text
+from mlx_flash.converters.placement import order_by_coactivation
+from mlx_flash.loading import READ_THREADS
+from mlx_flash.memory.policies import Lrfu, Lru
+from mlx_flash.memory.slot_cache import SlotCache
+from mlx_flash.memory.slots import UnitSlots
+from mlx_flash.memory.stats import Stats
+from mlx_flash.storage import manifest as format
+from mlx_flash.storage.limits import PAGE_BYTES
+from mlx_flash.storage.reader import Extent, open_reader
+from mlx_flash.storage.safetensors import read_header
+from mlx_flash.traces.recording import Trace, record_text
 
 POLICIES = {"lru": Lru, "lrfu": Lrfu}
 

@@ -26,11 +26,12 @@ from synthetic import bar, flash_folder
 
 import mlx_flash
 from mlx_flash.bench.trace import Trace, calibrated
-from mlx_flash.cache import Lru, Window
-from mlx_flash.loader import READ_THREADS
-from mlx_flash.reader import PAGE_BYTES, open_reader
-from mlx_flash.slots import UnitSlots
-from mlx_flash.stats import Stats
+from mlx_flash.loading import READ_THREADS
+from mlx_flash.memory.policies import Lru, Window
+from mlx_flash.memory.slots import UnitSlots
+from mlx_flash.memory.stats import Stats
+from mlx_flash.storage.limits import PAGE_BYTES
+from mlx_flash.storage.reader import open_reader
 
 COUNTERS = [field.name for field in dataclasses.fields(Stats)]
 

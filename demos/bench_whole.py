@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_resident
 
 import mlx_flash
-from mlx_flash.models import get_model_classes
+from mlx_flash.models.registry import get_model_classes
 
 COMMON = {
     "hidden_size": 1024,

@@ -24,15 +24,15 @@ import mlx.core as mx
 import numpy as np
 from family_configs import DENSE, FAMILIES, make_config
 from mlx.utils import tree_flatten
-from mlx_flash.converters import blocks
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_resident
 from mlx_lm.utils import quantize_model
 
 import mlx_flash
 from mlx_flash.assembly import assemble
-from mlx_flash.budget import make_budget
-from mlx_flash.models import get_model_classes
+from mlx_flash.converters import blocks
+from mlx_flash.memory.budget import make_budget
+from mlx_flash.models.registry import get_model_classes
 
 PROMPT, DECODED = 70, 3  # mlx-lm sorts from 64 pairs on
 DENSE_PROMPT = 40

@@ -3,7 +3,7 @@
 Run: python demos/paper_tables.py
 """
 
-from mlx_flash.paper import TABLE_2, TABLE_3, model_row
+from mlx_flash.bench.paper import TABLE_2, TABLE_3, model_row
 
 
 def cell(modelled_s: float, paper_ms: float) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import mlx_flash
 from mlx_flash.cli.common import DEMO_MODEL
-from mlx_flash.stats import Stats
+from mlx_flash.memory.stats import Stats
 
 LENGTH = 128  # half the model's size has little room for a longer KV cache
 

@@ -16,8 +16,6 @@ import bench_moe
 import click
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_flash.converters import fit
-from mlx_flash.converters.convert import convert
 from mlx_lm.models import llama
 from mlx_lm.sample_utils import make_sampler
 from synthetic import numbers_text, opt_checkpoint
@@ -25,10 +23,12 @@ from synthetic import numbers_text, opt_checkpoint
 import mlx_flash
 from mlx_flash import generation
 from mlx_flash.cli.common import DEMO_MODEL
+from mlx_flash.converters import fit
+from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
-from mlx_flash.loader import load_tokenizer
-from mlx_flash.plan import make_plan
-from mlx_flash.profile import load_profile
+from mlx_flash.loading import load_tokenizer
+from mlx_flash.planning.plan import make_plan
+from mlx_flash.planning.profile import load_profile
 
 DIMS, FFN, VOCAB = 2048, 8192, 2048
 LLAMA = {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_flash.converters.bundles import write_bundles
-from mlx_flash.converters.resident import write_weights
 from tqdm import tqdm
 
-from mlx_flash import format
-from mlx_flash.safetensors_io import Tensor, write_safetensors
+from mlx_flash.converters.bundles import write_bundles
+from mlx_flash.converters.resident import write_weights
+from mlx_flash.storage import manifest as format
+from mlx_flash.storage.safetensors import Tensor, write_safetensors
 
 bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
 

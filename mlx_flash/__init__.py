@@ -12,8 +12,8 @@ from .errors import FlashError
 # Imported on first use, so that the command line answers --help without loading mlx.
 # No module is called like one of these names: it would hide the function.
 _LAZY = {
-    "load": "loader",
-    "load_model": "loader",
+    "load": "loading",
+    "load_model": "loading",
     "generate": "generation",
     "stream_generate": "generation",
     "convert": "converters.convert",

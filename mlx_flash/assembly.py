@@ -13,19 +13,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .blocks import BlockFFN, cut_blocks
+from .checkpoints.config import make_model, read_config
+from .checkpoints.stock import Stock, load_stock
 from .errors import FlashError
-from .experts import ExpertFFN, switch_layers, switch_parts
-from .ffn import pack, packing, projections
-from .format import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
-from .lookahead import router_guess
-from .models import get_model_classes, make_model, read_config
-from .neurons import NeuronFFN
-from .predictor import Predictor
-from .reader import Extent
-from .safetensors_io import DTYPES
-from .shapes import Shapes, find_shapes
-from .stock import Stock, load_stock
+from .layers.block import BlockFFN, cut_blocks
+from .layers.expert import ExpertFFN, switch_layers, switch_parts
+from .layers.lookahead import router_guess
+from .layers.neuron import NeuronFFN
+from .layers.predictor import Predictor
+from .layers.projections import pack, packing, projections
+from .memory.footprint import Shapes, find_shapes
+from .models.registry import get_model_classes
+from .storage.manifest import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
+from .storage.reader import Extent
+from .storage.safetensors import DTYPES
 
 
 @dataclass(frozen=True)

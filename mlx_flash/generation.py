@@ -13,11 +13,11 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from . import device
-from .budget import KV_STEP
+from .checkpoints.config import read_config
 from .errors import FlashError
-from .models import read_config
-from .stats import Stats
+from .memory.budget import KV_STEP
+from .memory.stats import Stats
+from .memory.system import peak_process_bytes
 
 
 def stream_generate(
@@ -160,7 +160,7 @@ def report(flash) -> dict:
         "slot_bytes": budget.slot_bytes,
         "memory_budget_bytes": budget.total_bytes,
         "peak_memory_bytes": mx.get_peak_memory(),
-        "peak_process_bytes": device.peak_process_bytes(),
+        "peak_process_bytes": peak_process_bytes(),
         "layers_from_flash": len(flash.layers),
         "layers_total": len(manifest.layers),
         "layers_held_whole": sum(

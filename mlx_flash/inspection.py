@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoints.hub import find_model
 from .errors import FlashError
-from .format import read_manifest
-from .hub import find_model
-from .safetensors_io import file_sha256
+from .storage.manifest import read_manifest
+from .storage.safetensors import file_sha256
 
 
 def facts(model: str | Path) -> dict:

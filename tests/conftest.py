@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx.utils import tree_flatten
-from mlx_flash.converters.bundles import write_bundles
-from mlx_flash.converters.convert import convert
 from mlx_lm.utils import load_model as mlx_load_model
 
-from mlx_flash.cache import Lru
-from mlx_flash.ffn import neuron_rows
-from mlx_flash.models import get_model_classes, opt
-from mlx_flash.neurons import NeuronFFN
-from mlx_flash.reader import open_reader
-from mlx_flash.slots import UnitSlots
-from mlx_flash.stats import Stats
+from mlx_flash.converters.bundles import write_bundles
+from mlx_flash.converters.convert import convert
+from mlx_flash.layers.neuron import NeuronFFN
+from mlx_flash.layers.projections import neuron_rows
+from mlx_flash.memory.policies import Lru
+from mlx_flash.memory.slots import UnitSlots
+from mlx_flash.memory.stats import Stats
+from mlx_flash.models import opt
+from mlx_flash.models.registry import get_model_classes
+from mlx_flash.storage.reader import open_reader
+
+pytest_plugins = ["fake_hub"]
 
 # A busy machine is no mistake of the code under test.
 settings.register_profile(

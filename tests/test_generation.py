@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import load_resident, save_tokenizer, write_checkpoint
-from mlx_flash.converters.convert import convert
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -15,6 +14,7 @@ from mlx_lm.models.cache import (
 )
 
 import mlx_flash
+from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import (
     context_for,

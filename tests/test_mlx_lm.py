@@ -13,7 +13,6 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import save_tokenizer
-from mlx_flash.converters import blocks
 from mlx_lm import batch_generate, stream_generate
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -21,11 +20,12 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 from mlx_lm.utils import load_model as mlx_load_model
-from moe import LLAMA, NEMOTRON, QWEN3, stream, write_checkpoint
+from stock_checkpoints import LLAMA, NEMOTRON, QWEN3, stream, write_checkpoint
 
 import mlx_flash
-from mlx_flash.loader import load_tokenizer
-from mlx_flash.models import get_model_classes
+from mlx_flash.converters import blocks
+from mlx_flash.loading import load_tokenizer
+from mlx_flash.models.registry import get_model_classes
 
 PROMPT = list(range(5, 45))
 FOUR_BITS = {"group_size": 32, "bits": 4}

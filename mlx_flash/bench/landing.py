@@ -12,11 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..cache import EMPTY, Lru, SlotCache
-from ..format import Layer
-from ..reader import Extent, Reader
-from ..slots import allocate
-from ..stats import Stats
+from ..memory.policies import Lru
+from ..memory.slot_cache import EMPTY, SlotCache
+from ..memory.slots import allocate
+from ..memory.stats import Stats
+from ..storage.manifest import Layer
+from ..storage.reader import Extent, Reader
 
 CHUNK_BYTES = 1 << 20  # the reader's longest read
 CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at once

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cache import Lru, Window
 from ..errors import FlashError
-from ..format import Layer, Manifest, read_manifest
-from ..loader import READ_THREADS
-from ..reader import open_reader
-from ..slots import UnitSlots
-from ..stats import Stats
+from ..loading import READ_THREADS
+from ..memory.policies import Lru, Window
+from ..memory.slots import UnitSlots
+from ..memory.stats import Stats
+from ..storage.manifest import Layer, Manifest, read_manifest
+from ..storage.reader import open_reader
 from .landing import Landing, WholeFiles, bundled, unbundled
 from .report import Row, Sample, progress
 from .trace import Trace, calibrated

@@ -19,7 +19,7 @@ def mlx_flash(job: dict) -> Iterator[Callable]:
     """Generation from flash, as `generate` does it."""
     import mlx.core as mx
 
-    from ..loader import load_model
+    from ..loading import load_model
 
     context = job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2
     with load_model(
@@ -34,7 +34,7 @@ def mlx_lm(job: dict) -> Iterator[Callable]:
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    from ..models import get_model_classes
+    from ..models.registry import get_model_classes
 
     model, config = load_model(Path(job["path"]), get_model_classes=get_model_classes)
     yield from _mlx_steps(model, config, job, 512)
@@ -136,7 +136,7 @@ def bytes_read() -> int | None:
 
 def held() -> dict:
     """Peak resident and swapped bytes of this process, where the system says."""
-    from ..device import peak_process_bytes
+    from ..memory.system import peak_process_bytes
 
     path = Path("/proc/self/status")
     if not path.exists():

@@ -20,8 +20,8 @@ from statistics import mean, stdev
 import psutil
 
 from ..errors import FlashError
-from ..format import read_manifest
-from ..sizes import parse_memory
+from ..memory_size import parse_memory
+from ..storage.manifest import read_manifest
 from . import exports
 from .ballast import limited_memory
 from .programs import forget_pages, run_program

@@ -17,12 +17,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import format
-from ..cache import Lru
 from ..converters.resident import write_weights
-from ..loader import load_model
-from ..predictor import Predictor, possible_bits
-from ..sizes import parse_memory
+from ..layers.predictor import Predictor, possible_bits
+from ..loading import load_model
+from ..memory.policies import Lru
+from ..memory_size import parse_memory
+from ..storage import manifest as format
 from .decode import random_prompt
 from .report import progress
 from .trace import miss_share

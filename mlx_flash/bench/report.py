@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..stats import Stats
+from ..memory.stats import Stats
 
 TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
 

@@ -9,7 +9,7 @@ from statistics import mean
 import mlx.core as mx
 
 from ..errors import FlashError
-from ..loader import load_model
+from ..loading import load_model
 from .decode import decode, random_prompt
 from .report import Column, Report, Row, cache_state, progress
 

@@ -19,11 +19,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import format
 from ..converters.bundles import write_bundles
 from ..errors import FlashError
 from ..models.opt import Model, ModelArgs
-from ..safetensors_io import DTYPES, Tensor, write_safetensors
+from ..storage import manifest as format
+from ..storage.safetensors import DTYPES, Tensor, write_safetensors
 from .report import progress
 
 LINEARS = ("fc1", "fc2")  # the parts of a neuron's bundle
@@ -221,7 +221,7 @@ def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
             "--folder."
         )
     if memory and not format.read_manifest(folder).predictors:
-        from .predictors import add_predictors  # loads the model, which table 2 spares
+        from .predictors import add_predictors
 
         add_predictors(folder, memory)
     return folder

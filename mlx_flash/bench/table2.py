@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cost import FlashLayer, Weights, Work, token_cost
-from ..format import Layer
-from ..loader import READ_THREADS
-from ..profile import Profile, load_profile
+from ..loading import READ_THREADS
+from ..planning.cost import FlashLayer, Weights, Work, token_cost
+from ..planning.profile import Profile, load_profile
+from ..storage.manifest import Layer
 from .methods import Bench, Options
 from .report import Column, Report, cache_state, progress
 

@@ -14,9 +14,9 @@ from statistics import mean
 
 import mlx.core as mx
 
-from ..cache import Lru
-from ..format import read_manifest
-from ..loader import load_model
+from ..loading import load_model
+from ..memory.policies import Lru
+from ..storage.manifest import read_manifest
 from .decode import decode, random_prompt, random_sampler
 from .landing import KeepNothing, WholeFiles
 from .report import Column, Report, Row, cache_state

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from ..cache import SlotCache
+from ..memory.slot_cache import SlotCache
 from .report import progress
 
 # Shares of variance of a neuron's score: what it always has and what drifts. The rest

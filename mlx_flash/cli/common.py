@@ -19,7 +19,7 @@ class Memory(click.ParamType):
     name = "SIZE|PERCENT|auto"
 
     def convert(self, value, param, ctx):
-        from ..sizes import parse_memory
+        from ..memory_size import parse_memory
 
         try:
             parse_memory(value)

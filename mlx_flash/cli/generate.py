@@ -108,8 +108,8 @@ def generate(
 
     from .. import generation
     from ..assembly import can_stream
-    from ..hub import find_model
-    from ..loader import load_model, load_tokenizer
+    from ..checkpoints.hub import find_model
+    from ..loading import load_model, load_tokenizer
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
     folder = find_model(model, checkpoint=can_stream) if model else DEMO_MODEL

@@ -32,11 +32,11 @@ def probe(folder, as_json, plot, quiet):
       mlx-flash probe opt-6.7b-flash --plot reads.png
     """
     if plot:
-        from ..plot import check_plot
+        from ..bench.read_plot import check_plot
 
         check_plot(plot)
-    from ..probe import probe as measure
-    from ..profile import default_path, save_profile
+    from ..planning.probe import probe as measure
+    from ..planning.profile import default_path, save_profile
 
     def say(line: str) -> None:
         if not quiet:
@@ -46,7 +46,7 @@ def probe(folder, as_json, plot, quiet):
     path = default_path()
     save_profile(profile, path)
     if plot:
-        from ..plot import plot_reads
+        from ..bench.read_plot import plot_reads
 
         plot_reads(profile, plot)
     if as_json:

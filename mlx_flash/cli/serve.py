@@ -27,6 +27,6 @@ def serve(model, memory, context, server_options):
       mlx-flash serve --model opt-6.7b-flash --memory 7GB
       mlx-flash serve --model qwen3-30b-flash --port 8080 --log-level INFO
     """
-    from ..serving import serve as run
+    from ..server import serve as run
 
     run(model, memory, server_options, context=context)

@@ -64,10 +64,10 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     from mlx_lm.sample_utils import make_sampler
 
     from ..assembly import can_stream
+    from ..checkpoints.hub import find_model
     from ..generation import context_for, encode_prompt
-    from ..hub import find_model
-    from ..loader import load_model, load_tokenizer
-    from ..trace import PIECE_TOKENS, record_prompt, record_text
+    from ..loading import load_model, load_tokenizer
+    from ..traces.recording import PIECE_TOKENS, record_prompt, record_text
 
     text = _read(text) if text else None
     max_tokens = max_tokens or (1024 if text else 100)

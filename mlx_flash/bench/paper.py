@@ -1,0 +1,143 @@
+"""Rows of the paper's tables 2 and 3, put to the cost model.
+
+LLM in a flash (arXiv 2312.11514): OPT 6.7B and Falcon 7B on an M1 Max. What the paper
+counted (shares of neurons predicted, loaded and held) goes in; milliseconds come out,
+beside those that the paper measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..planning.cost import Cost, FlashLayer, Weights, Work, token_cost
+from ..planning.profile import Profile, load_profile
+
+HALF = 2  # bytes of a value on flash
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes, and the shares of the FFN that the paper counted.
+
+    `held` is in memory, `predicted` is read for a token where nothing is kept,
+    `loaded` where a window is; `predictor` is a share of the whole model.
+    """
+
+    name: str
+    dims: int
+    neurons: int
+    layers: int
+    other_values: int
+    held: float
+    predicted: float
+    loaded: float
+    predictor: float
+
+    @property
+    def ffn_values(self) -> int:
+        return 2 * self.dims * self.neurons * self.layers
+
+    @property
+    def values(self) -> int:
+        return self.ffn_values + self.other_values
+
+
+# Values outside the FFNs: embeddings, positions and four matrices of attention for OPT;
+# embeddings and attention with one key and value head for Falcon.
+OPT = Model(
+    "OPT 6.7B",
+    dims=4096,
+    neurons=16384,
+    layers=32,
+    other_values=(50272 + 2050) * 4096 + 32 * 4 * 4096**2,
+    held=0.24,
+    predicted=0.10,
+    loaded=0.024,
+    predictor=0.024,
+)
+FALCON = Model(
+    "Falcon 7B",
+    dims=4544,
+    neurons=18176,
+    layers=32,
+    other_values=65024 * 4544 + 32 * (2 * 4544**2 + 2 * 64 * 4544),
+    held=0.33,
+    predicted=0.10,
+    loaded=0.031,
+    predictor=0.04,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what the paper measured, in ms, 0 where it gives none."""
+
+    model: Model
+    method: str
+    dtype: str
+    io_ms: float
+    cache_ms: float = 0.0
+    compute_ms: float = 0.0
+
+
+TABLE_2 = (
+    Row(OPT, "naive", "float16", 2196),
+    Row(OPT, "hybrid", "float16", 1090),
+    Row(OPT, "+ predictor", "float16", 738),
+    Row(OPT, "+ window", "float16", 164),
+    Row(OPT, "+ bundles", "float16", 87),
+)
+TABLE_3 = (
+    Row(OPT, "naive", "float32", 2196, 0, 986),
+    Row(OPT, "+ bundles", "float32", 105, 58, 506),
+    Row(OPT, "naive", "float16", 2196, 0, 193),
+    Row(OPT, "+ bundles", "float16", 92, 35, 438),
+    Row(FALCON, "naive", "float32", 2295, 0, 800),
+    Row(FALCON, "hybrid", "float32", 1147, 0, 800),
+    Row(FALCON, "+ bundles", "float32", 161, 92, 453),
+)
+
+
+def model_row(row: Row, profile: Profile | None = None) -> Cost:
+    """The modelled cost of a row, on the paper's M1 Max by default."""
+    profile = profile or load_profile("m1-max-paper")
+    cost = token_cost(profile, work_of(row.model, row.method, row.dtype))
+    if row.method != "naive":
+        return cost
+    # Nothing is kept: embeddings and attention are read for every token, too.
+    nbytes = row.model.other_values * HALF
+    return cost + Cost(io_s=nbytes / profile.sequential_bytes_per_s, bytes_read=nbytes)
+
+
+def work_of(model: Model, method: str, dtype: str) -> Work:
+    """What a method asks of the machine for each token."""
+    size = 4 if dtype == "float32" else HALF
+    resident = model.other_values
+    pieces, random = 1, True
+    selected, computed = model.loaded, model.held
+    if method in ("naive", "hybrid"):
+        # All is needed in order; half of the model fits, or nothing.
+        fits = model.values / 2 - model.other_values if method == "hybrid" else 0
+        selected, computed, random = 1 - fits / model.ffn_values, 1.0, False
+    else:
+        resident += model.predictor * model.values
+    if method == "+ predictor":
+        selected = model.predicted
+    if method in ("+ predictor", "+ window"):
+        pieces = 2
+    units = model.neurons
+    values = 2 * model.dims * units
+    layer = FlashLayer(
+        weights=Weights("matmul", dtype, 0, size * values, values),
+        units=units,
+        unit_bytes=2 * model.dims * HALF,
+        slots=int(model.held * units),
+        pieces=pieces,
+        selected=selected * units,
+        hit_rate=0.0,
+        computed=computed * units,
+        random=random,
+        merged=False,
+    )
+    outer = Weights("matmul", dtype, 0, size * resident, resident)
+    return Work((outer,), (layer,) * model.layers, model.layers)

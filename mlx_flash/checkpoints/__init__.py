@@ -1,0 +1,1 @@
+"""Models as the hub and mlx-lm have them."""

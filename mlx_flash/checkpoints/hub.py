@@ -1,0 +1,157 @@
+"""Find a model: a local folder, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import re
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+
+from ..errors import FlashError
+
+CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+FLASH_FILES = ["resident.safetensors", "predictors.safetensors", "ffn/*"]
+# A checkpoint's weights: the first pattern that a repository has something for.
+WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
+REPO_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_model(
+    name: str | Path,
+    revision: str | None = None,
+    checkpoint: bool | Callable[[Path], bool] = False,
+) -> Path:
+    """A local folder as it is, or a hub repository downloaded to the hub's own cache.
+
+    Args:
+        name: A path, or `owner/repository`.
+        revision: Branch, tag or commit of a hub repository.
+        checkpoint: Whether a repository's ordinary weights are wanted, or a function
+            that decides it from a folder with its configuration; without, it must be
+            a flash folder. All this is judged before anything large comes.
+
+    Raises:
+        FlashError: If it is neither, or the hub cannot be reached or refuses.
+    """
+    folder = find_config(name, revision)
+    if Path(name).expanduser() == folder:
+        return folder
+    # From here on the commit is named, so that all files are of one revision.
+    commit = folder.name
+    if (folder / "flash.json").exists():
+        return _download(name, commit, FLASH_FILES)
+    if not (checkpoint(folder) if callable(checkpoint) else checkpoint):
+        raise FlashError(
+            f"{name} on the hub is not a flash folder (no flash.json). Make one: "
+            f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"
+        )
+    for pattern in WEIGHT_FILES:
+        _download(name, commit, [pattern])
+        if any(folder.glob(pattern)):
+            break
+    return folder
+
+
+def find_config(name: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is, or a hub repository's configuration without weights.
+
+    Raises:
+        FlashError: If it is neither, or the hub cannot be reached or refuses.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FlashError(f"{path} is a file; a model is a folder with config.json.")
+    if isinstance(name, Path) or not REPO_NAME.fullmatch(str(name)):
+        raise FlashError(
+            f"{name} does not exist. Give a model's folder or a hub name such as "
+            "facebook/opt-6.7b."
+        )
+    return _download(name, revision, CONFIG_FILES)
+
+
+def weight_sizes(name: str, commit: str) -> dict[str, int]:
+    """The bytes of a repository's weight files by name, as the hub lists them.
+
+    Raises:
+        FlashError: If the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _said(name, commit):
+        files = HfApi(endpoint=constants.ENDPOINT).list_repo_tree(
+            name, revision=commit, recursive=True
+        )
+        sizes = {f.path: f.size for f in files if hasattr(f, "size")}
+    choices = [FLASH_FILES] if "flash.json" in sizes else [[p] for p in WEIGHT_FILES]
+    for patterns in choices:
+        found = {
+            path: size
+            for path, size in sizes.items()
+            if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+        }
+        if found:
+            return found
+    return {}
+
+
+def remote_tensors(name: str, file: str, commit: str) -> dict[str, tuple[str, int]]:
+    """(dtype, values) of each tensor of one file on the hub, read from its header.
+
+    Raises:
+        FlashError: If the hub cannot be asked, or the file is no safetensors file.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _said(name, commit):
+        found = HfApi(endpoint=constants.ENDPOINT).parse_safetensors_file_metadata(
+            name, file, revision=commit
+        )
+    return {k: (t.dtype, prod(t.shape)) for k, t in found.tensors.items()}
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    """The hub's snapshot of a repository, with the files of these patterns in it."""
+    from huggingface_hub import snapshot_download
+
+    with _said(name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+@contextlib.contextmanager
+def _said(name: str, revision: str | None) -> Iterator[None]:
+    """Say in one line what the hub or its library refused."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise FlashError(
+            f"{name} is gated: accept its licence on huggingface.co and log in "
+            "(hf auth login), then run the command again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FlashError(
+            f"The hub has no model {name} (or it is private: hf auth login), and "
+            "there is no such folder."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FlashError(f"{name} has no revision {revision!r} on the hub.") from error
+    except Exception as error:  # each version of the library has its own HTTP client's
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise FlashError(
+                f"The disk is full: {name} could not be downloaded. Free some space or "
+                "set HF_HOME to another disk, then run the command again."
+            ) from error
+        raise FlashError(
+            f"{name} is no local folder, and could not be downloaded from the Hugging "
+            f"Face hub ({type(error).__name__}). Check the name and the network."
+        ) from error

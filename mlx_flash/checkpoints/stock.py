@@ -1,0 +1,104 @@
+"""Stock mlx-lm checkpoints: load one lazily, find where its tensors lie in its files.
+
+mlx-lm's own loader builds the model, renames and quantises; arrays are not read until
+they are evaluated. An expert tensor that reached the model as it came from the file can
+be streamed from there; one that was stacked or transposed on the way cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import FlashError
+from ..models.registry import get_model_classes
+from ..storage.safetensors import read_header
+from .config import read_config
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A checkpoint as mlx-lm loads it, nothing evaluated.
+
+    Attributes:
+        model, config: From `mlx_lm.utils.load_model(lazy=True)`.
+        raw: The tensors as the files name them.
+        files: The shards.
+    """
+
+    folder: Path
+    model: nn.Module
+    config: dict
+    raw: dict[str, mx.array]
+    files: tuple[Path, ...]
+
+    def place(self, array: mx.array) -> Place | None:
+        """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
+        name = next((n for n, a in self.raw.items() if a is array), None)
+        return self._places().get(name)
+
+    def dtype(self) -> str:
+        """The dtype of the largest unquantised weight: what the model computes in."""
+        floats = [a for a in self.raw.values() if mx.issubdtype(a.dtype, mx.floating)]
+        largest = max(floats, key=lambda a: a.size)
+        return str(largest.dtype).removeprefix("mlx.core.")
+
+    def _places(self) -> dict[str, Place]:
+        places = {}
+        for file in self.files:
+            header, start = read_header(file)
+            for name, entry in header.items():
+                first, last = entry["data_offsets"]
+                places[name] = Place(file, start + first, last - first)
+        return places
+
+
+def load_stock(folder: Path) -> Stock:
+    """Load a checkpoint through mlx-lm without reading its weights.
+
+    Raises:
+        FlashError: If mlx-lm does not know the model type or the quantisation, or if
+            tensors are missing or misshapen.
+    """
+    from mlx_lm.utils import load_model
+
+    read_config(folder)
+    files = tuple(sorted(folder.glob("model*.safetensors")))
+    for file in files:
+        read_header(file)  # MLX itself would read past the end of a cut file
+    raw: dict[str, mx.array] = {}
+
+    def watched(config: dict) -> tuple[type, type]:
+        model_class, args_class = get_model_classes(config)
+
+        class Watched(model_class):
+            def sanitize(self, weights):
+                raw.update(weights)
+                inherited = getattr(super(), "sanitize", None)
+                return inherited(weights) if inherited else weights
+
+        return Watched, args_class
+
+    try:
+        model, config = load_model(folder, lazy=True, get_model_classes=watched)
+    except FileNotFoundError:
+        raise FlashError(f"{folder} has no weights (model*.safetensors).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FlashError(
+            f"mlx-lm cannot load {folder}: {reason or type(error).__name__}. "
+            "Check config.json and the checkpoint's shards, or update mlx-lm."
+        ) from error
+    return Stock(folder, model, config, raw, files)

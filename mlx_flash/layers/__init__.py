@@ -1,0 +1,1 @@
+"""What multiplies: FFN modules whose weights are on flash."""

@@ -1,0 +1,1 @@
+"""What stays in memory: slots, policies, the budget."""

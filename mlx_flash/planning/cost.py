@@ -1,0 +1,236 @@
+"""The cost of a token: waiting for flash, keeping the slots' books, multiplying.
+
+The paper's three terms, from the figures of a machine (`Profile`), the bytes of a model
+and what its tokens ask for: everything here is modelled, nothing is measured. Of a
+layer's reading, as much is hidden as multiplying what is in memory meanwhile takes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..storage.limits import PAGE_BYTES
+from .profile import Profile, Rate
+
+CHUNK_BYTES = 1 << 20  # the readers split longer parts
+MERGE_BYTES = 1 << 18  # the longest read that merging neighbours makes
+DEPTH = 32  # reads in flight
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that every token goes through; `values` counts them unpacked."""
+
+    kernel: str
+    dtype: str
+    bits: int
+    nbytes: float
+    values: float
+
+
+@dataclass(frozen=True)
+class FlashLayer:
+    """One FFN on flash, and what a token asks of it.
+
+    Attributes:
+        weights: Of all its units.
+        units, unit_bytes, slots: As in the manifest and the budget.
+        pieces: Reads that a unit takes, 1 where it is a bundle.
+        selected: Units that a token needs, on average.
+        hit_rate: The share of these that memory holds.
+        computed: Units that are multiplied with.
+        random: Whether units are selected; False where all are needed, in order.
+        merged: Whether neighbours are read together.
+        in_place: Whether they lie in a checkpoint's shards, at any offset.
+        overlap: Whether what memory holds is multiplied while the rest is read.
+    """
+
+    weights: Weights
+    units: int
+    unit_bytes: float
+    slots: int
+    pieces: int
+    selected: float
+    hit_rate: float
+    computed: float
+    random: bool = True
+    merged: bool = True
+    in_place: bool = False
+    overlap: bool = False
+
+    @property
+    def beside(self) -> float:
+        """The share of its multiplying that goes on beside its reading."""
+        if not self.overlap:
+            return 0.0
+        if not self.random:
+            return 1.0  # a sweep: one half of the slots while the other is read
+        return self.hit_rate
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model asks of a machine.
+
+    Attributes:
+        resident: Weights in memory; an embedding table counts where it gives logits.
+        layers: FFNs on flash.
+        steps: Layers of the model, FFNs and attention together counting as one.
+        kv_bytes: Of caches, gone through for each token.
+        load_bytes: What is read before the first token.
+    """
+
+    resident: tuple[Weights, ...]
+    layers: tuple[FlashLayer, ...]
+    steps: int
+    kv_bytes: float = 0.0
+    load_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Modelled seconds, bytes and reads of one token or one prompt."""
+
+    io_s: float = 0.0
+    cache_s: float = 0.0
+    compute_s: float = 0.0
+    bytes_read: float = 0.0
+    reads: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.io_s + self.cache_s + self.compute_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.total_s if self.total_s else math.inf
+
+    def energy_j(self, flash_watts: float, compute_watts: float) -> float:
+        """Joules, where the machine takes so much while reading and otherwise."""
+        return flash_watts * self.io_s + compute_watts * (self.total_s - self.io_s)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.io_s + other.io_s,
+            self.cache_s + other.cache_s,
+            self.compute_s + other.compute_s,
+            self.bytes_read + other.bytes_read,
+            self.reads + other.reads,
+        )
+
+
+def token_cost(profile: Profile, work: Work) -> Cost:
+    """What one more token costs."""
+    compute_s = (
+        work.steps * profile.layer_s + work.kv_bytes / profile.memory_bytes_per_s
+    )
+    for weights in work.resident:
+        compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
+    total = Cost(compute_s=compute_s)
+    for layer in work.layers:
+        read = _read(profile, layer, layer.selected * (1 - layer.hit_rate))
+        share = layer.computed / layer.units
+        rate = _rate(profile, layer.weights)
+        compute_s = share * layer.weights.nbytes / rate.bytes_per_s
+        hidden_s = min(read.io_s, layer.beside * compute_s)
+        total += replace(read, io_s=read.io_s - hidden_s, compute_s=compute_s)
+    return total
+
+
+def prompt_cost(profile: Profile, work: Work, tokens: int, chunk: int) -> Cost:
+    """What a prompt costs that is computed `chunk` tokens at a time.
+
+    Neurons and blocks are swept as a whole; of experts, what the chunk's tokens need if
+    each chooses at random.
+    """
+    total = Cost()
+    while tokens > 0:
+        now = min(tokens, chunk)
+        compute_s = work.steps * profile.layer_s
+        for weights in work.resident:
+            compute_s += _many(profile, weights, weights.values * now, weights.nbytes)
+        total += Cost(compute_s=compute_s)
+        for layer in work.layers:
+            needed, pairs = layer.units, float(layer.units * now)
+            if layer.weights.kernel == "experts":
+                pairs = layer.selected * now
+                needed *= 1 - (1 - layer.selected / layer.units) ** now
+            missing = needed * (1 - layer.slots / layer.units)
+            sweep = replace(layer, random=layer.weights.kernel == "experts")
+            total += _read(profile, sweep, missing)
+            weights = layer.weights
+            if weights.kernel == "gathered":
+                weights = replace(weights, kernel="matmul")
+            share = needed / layer.units
+            values = pairs / layer.units * weights.values
+            seconds = _many(profile, weights, values, share * weights.nbytes)
+            total += Cost(compute_s=seconds)
+        tokens -= now
+    return total
+
+
+def load_s(profile: Profile, work: Work) -> float:
+    """Seconds to read what stays in memory."""
+    return work.load_bytes / profile.sequential_bytes_per_s
+
+
+def _many(profile: Profile, weights: Weights, values: float, nbytes: float) -> float:
+    """Seconds of many tokens: two operations a value, or bound by the bytes."""
+    rate = _rate(profile, weights)
+    return max(2 * values / rate.flops_per_s, nbytes / rate.bytes_per_s)
+
+
+def _rate(profile: Profile, weights: Weights) -> Rate:
+    return profile.rate(weights.kernel, weights.dtype, weights.bits)
+
+
+def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
+    """Books and reads of one layer of which `missing` units are absent.
+
+    Where less than one unit is missing on average, most tokens wait for nothing and the
+    others for a whole one.
+    """
+    cache_s = profile.cache_layer_s + profile.cache_slot_s * layer.slots
+    if layer.slots >= layer.units:
+        return Cost()  # held whole, and never asked for
+    if missing <= 0:
+        return Cost(cache_s=cache_s)
+    nbytes, reads = _asked(layer, missing)
+    if not layer.random:
+        io_s = nbytes / profile.sequential_bytes_per_s
+        return Cost(io_s, cache_s, 0.0, nbytes, reads)
+    if profile.copy_bytes_per_s:
+        cache_s += missing * layer.unit_bytes / profile.copy_bytes_per_s
+    often = 1 - math.exp(-missing)  # how often anything is missing, if by chance
+    at_once = reads / often
+    depth = min(max(at_once, 1.0), DEPTH)
+    speed = profile.read_bytes_per_s(nbytes / reads, depth)
+    # The last reads leave the queue half empty: half a read's time is lost on average.
+    tail_s = often * 0.5 * depth * (nbytes / reads) / speed
+    return Cost(nbytes / speed + tail_s, cache_s, 0.0, nbytes, reads)
+
+
+def _asked(layer: FlashLayer, missing: float) -> tuple[float, float]:
+    """(bytes, reads) that bring `missing` units, neighbours merged, pages whole.
+
+    Units missing at random: what is wanted is `share` of all grains (units, or pages
+    that several short units lie on), in runs of neighbours.
+    """
+    piece = layer.unit_bytes / layer.pieces
+    share, grains = min(missing / layer.units, 1.0), float(layer.units)
+    grain_bytes, edge_bytes = piece, 0.0
+    if piece < PAGE_BYTES:
+        whole = PAGE_BYTES % piece == 0
+        together = PAGE_BYTES / piece + (0 if whole else 1)
+        share = 1 - (1 - share) ** together
+        grains, grain_bytes = max(grains * piece / PAGE_BYTES, 1.0), PAGE_BYTES
+    elif layer.random and (piece % PAGE_BYTES or layer.in_place):
+        edge_bytes = PAGE_BYTES
+    wanted = grains * share
+    runs = wanted
+    if layer.merged and piece < MERGE_BYTES:
+        runs = max(wanted * (1 - share), wanted * grain_bytes / MERGE_BYTES)
+    nbytes = (wanted * grain_bytes + runs * edge_bytes) * layer.pieces
+    reads = runs * layer.pieces * math.ceil(piece / CHUNK_BYTES)
+    return nbytes, reads

@@ -1,0 +1,247 @@
+"""Say before any weight is read what a model will take, and how fast it will be.
+
+Sizes are exact, as the budget divides them. Times are modelled from a machine's profile
+(see `cost`), as a range: units chosen by chance, or with the locality that was measured
+of real models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..loading import DEFAULT_CONTEXT
+from ..memory.budget import Budget, least_bytes, make_budget, most_bytes
+from .cost import Cost, load_s, prompt_cost, token_cost
+from .outline import Outline, outline
+from .profile import FlashPoint, Profile, Rate
+from .requirements import LOCALITY, PAPER_PREDICTED, Trace, make_work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to expect. Bytes are bytes; pairs are (least, most), modelled.
+
+    Attributes:
+        least_bytes, best_bytes: Budgets: the smallest that works, and the one beyond
+            which more changes nothing.
+        held_share: Of the FFN units, in memory at any time.
+        download_bytes, disk_bytes: Still to come, and to be written by `convert`.
+        convert: Whether it has to be converted first.
+        assumed: What the figures rest on.
+        slow: Why it will be slow, if it will be.
+    """
+
+    model: str
+    kind: str
+    model_type: str
+    unit: str
+    dtype: str
+    layers: int
+    model_bytes: int
+    resident_bytes: int
+    predictor_bytes: int
+    ffn_bytes: int
+    least_bytes: int
+    best_bytes: int
+    memory_bytes: int
+    slot_bytes: int
+    kv_bytes: int
+    held_share: float
+    layers_held_whole: int
+    context: int
+    download_bytes: int
+    disk_bytes: int
+    convert: bool
+    machine: str | None
+    cold: bool | None
+    bytes_per_token: tuple[float, float]
+    ms_per_token: tuple[float, float] | None
+    tokens_per_s: tuple[float, float] | None
+    ms_of_slowest: dict[str, float] | None
+    load_s: float | None
+    first_token_s: float | None
+    prompt_tokens: int
+    assumed: tuple[str, ...]
+    slow: str | None
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def make_plan(
+    name: str | Path,
+    memory: int | str = "auto",
+    profile: Profile | None = None,
+    *,
+    revision: str | None = None,
+    context: int | None = None,
+    prompt_tokens: int = 128,
+    hit_rate: float | None = None,
+) -> Plan:
+    """Plan a run of a model, of which only the configuration is read.
+
+    Args:
+        name: A flash folder, a checkpoint's folder, or a hub name.
+        memory: As `mlx_flash.load` takes it.
+        profile: Of the machine; without one, sizes are told and no times.
+        revision: Branch, tag or commit of a hub repository.
+        context: Tokens of KV cache (default: 2048 or the model's positions).
+        prompt_tokens: For the time to the first token.
+        hit_rate: Share of units found in memory, as an earlier run reported it.
+
+    Raises:
+        FlashError: If there is no such model, it is not supported, or does not fit.
+    """
+    found = outline(name, revision)
+    manifest, shapes = found.manifest, found.shapes
+    positions = found.config.get("max_position_embeddings")
+    context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
+    budget = make_budget(memory, manifest, shapes, context, Path(str(name)))
+    if profile:  # units are read straight into their slots, unlike the paper's
+        profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
+    traces = _traces(manifest.unit, hit_rate)
+    works = [make_work(found, budget, trace, prompt_tokens) for trace in traces]
+    # Bytes need no machine: a profile of equal speeds will do.
+    costs = [token_cost(profile or _ANY, work) for work in works]
+    first = load = None
+    if profile:
+        load = load_s(profile, works[-1])
+        first = (
+            load
+            + prompt_cost(
+                profile, works[-1], prompt_tokens, budget.prefill_tokens
+            ).total_s
+        )
+    pairs = list(zip(budget.slots, manifest.layers, strict=True))
+    held = sum(n * layer.unit_bytes for n, layer in pairs) / manifest.ffn_bytes
+    return Plan(
+        model=str(name),
+        kind=found.kind,
+        model_type=manifest.model_type,
+        unit=manifest.unit,
+        dtype=manifest.dtype,
+        layers=len(manifest.layers),
+        model_bytes=manifest.model_bytes,
+        resident_bytes=manifest.resident.bytes,
+        predictor_bytes=manifest.predictor_bytes,
+        ffn_bytes=manifest.ffn_bytes,
+        least_bytes=int(least_bytes(manifest, shapes, context)),
+        best_bytes=most_bytes(manifest, shapes, context),
+        memory_bytes=budget.total_bytes,
+        slot_bytes=budget.slot_bytes,
+        kv_bytes=budget.kv_bytes,
+        held_share=held,
+        layers_held_whole=sum(n == layer.units for n, layer in pairs),
+        context=context,
+        download_bytes=found.download_bytes,
+        disk_bytes=found.disk_bytes,
+        convert=found.kind == "checkpoint" and not found.in_place,
+        machine=profile.device if profile else None,
+        cold=profile.cold if profile else None,
+        bytes_per_token=_range(c.bytes_read for c in costs),
+        ms_per_token=_range(1e3 * c.total_s for c in costs) if profile else None,
+        tokens_per_s=_range(c.tokens_per_s for c in costs) if profile else None,
+        ms_of_slowest=_parts(costs) if profile else None,
+        load_s=load,
+        first_token_s=first,
+        prompt_tokens=prompt_tokens,
+        assumed=tuple(_assumed(found, hit_rate, held)),
+        slow=_slow(found, budget, costs, profile),
+    )
+
+
+_ANY = Profile(
+    profile_version=1,
+    device="",
+    os="",
+    source="",
+    cold=False,
+    notes=(),
+    memory_bytes=0,
+    flash=(FlashPoint(1, 1, 1.0, 1.0),),
+    sequential_bytes_per_s=1.0,
+    memory_bytes_per_s=1.0,
+    rates=(Rate("matmul", "float32", 0, 1.0, 1.0),),
+    layer_s=0.0,
+    cache_layer_s=0.0,
+    cache_slot_s=0.0,
+    copy_bytes_per_s=0.0,
+)
+
+
+def _traces(unit: str, hit_rate: float | None) -> list[Trace]:
+    if hit_rate is not None:
+        return [Trace(hit_rate=hit_rate)]
+    if unit == "block":
+        return [Trace()]
+    return [Trace(locality=LOCALITY[unit]), Trace()]
+
+
+def _range(values) -> tuple[float, float]:
+    values = list(values)
+    return min(values), max(values)
+
+
+def _parts(costs: list[Cost]) -> dict[str, float]:
+    """Milliseconds of the slower end, by what they go to."""
+    cost = max(costs, key=lambda c: c.total_s)
+    return {
+        "io": 1e3 * cost.io_s,
+        "cache": 1e3 * cost.cache_s,
+        "compute": 1e3 * cost.compute_s,
+    }
+
+
+def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
+    manifest = found.manifest
+    lines = []
+    if manifest.unit == "block":
+        return ["every block is needed for every token"]
+    if manifest.unit == "neuron":
+        facts = [x.predictor for x in manifest.layers if x.predictor]
+        if facts:
+            share = sum(f.predicted_share for f in facts) / len(facts)
+            lines.append(f"{share:.1%} of the neurons predicted, as at conversion")
+        elif found.kind == "checkpoint":
+            lines.append(
+                f"{PAPER_PREDICTED:.0%} of the neurons predicted, the paper's for OPT "
+                "6.7B; known after conversion"
+            )
+        else:
+            return ["no predictor: every neuron is needed for every token"]
+    if hit_rate is not None:
+        return [*lines, f"{hit_rate:.0%} of the units found in memory, as given"]
+    share = 1 - (1 - held) ** LOCALITY[manifest.unit]
+    source = {
+        "neuron": "the paper's OPT 6.7B",
+        "expert": "published replays of real routing",
+    }[manifest.unit]
+    return [
+        *lines,
+        f"hits between {held:.0%} (units chosen by chance) and {share:.0%} (the "
+        f"locality of {source})",
+    ]
+
+
+def _slow(
+    found: Outline, budget: Budget, costs: list[Cost], profile: Profile | None
+) -> str | None:
+    """The reason in words, for models that need every weight for every token."""
+    nbytes = max(c.bytes_read for c in costs)
+    every = found.manifest.unit == "block" or (
+        found.kind == "flash folder"
+        and found.manifest.unit == "neuron"
+        and not any(layer.predictor for layer in found.manifest.layers)
+    )
+    if not every or not nbytes:
+        return None
+    words = f"{nbytes / 1e9:,.2f} GB do not fit and are read for every token"
+    if profile:
+        speed = profile.sequential_bytes_per_s
+        words += f", which takes {nbytes / speed:,.2f} s at {speed / 1e9:.1f} GB/s"
+    return (
+        f"it is dense: every token needs every weight; {words}. More memory, fewer "
+        "bits, or a mixture of experts would help."
+    )

@@ -1,0 +1,288 @@
+"""The flash folder: what `convert` writes and everything else reads.
+
+    config.json, tokenizer files   as mlx-lm reads them
+    flash.json                     the manifest, described by the classes below
+    resident.safetensors           all weights that stay in memory
+    predictors.safetensors         neuron kind only
+    ffn/layer_NN.safetensors       one uint8 tensor `bundles` [units, unit_bytes]
+
+A unit's bundle is its parts side by side, `parts[i].offset` bytes into the bundle,
+each in row-major order and little endian. For a neuron of a plain FFN these are `up`
+(its row of the up projection, d_model values) and `down` (its column of the down
+projection). Unit u of a layer starts `data_offset + u * unit_bytes` bytes into its
+file; `data_offset` is a multiple of 16 KiB, the page of Apple silicon, so that direct
+I/O can read bundles where their size is a multiple of the block size.
+
+The manifest is judged against the files' sizes before it is believed; digests are
+only compared by `mlx-flash verify`, because that reads every byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ..errors import FlashError
+from .safetensors import DTYPES, read_header
+
+FORMAT_VERSION = 1
+MANIFEST = "flash.json"
+RESIDENT = "resident.safetensors"
+PREDICTORS = "predictors.safetensors"
+BUNDLES = "bundles"
+DATA_ALIGN = 16384
+UNITS = ("neuron", "expert", "block")
+MAX_INT = 2**63  # no size or offset reaches it
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a unit: `bytes` = product of `shape` times the size of `dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PredictorFacts:
+    """A layer's predictor, measured on calibration text it was not trained on.
+
+    `recall` is the share of truly active neurons that were predicted, `mass` the same
+    weighted by activation, `precision` the share of predictions that were active.
+    `bits` is the width its matrices are quantised to, 0 for none.
+    """
+
+    rank: int
+    bits: int
+    threshold: float
+    recall: float
+    precision: float
+    mass: float
+    predicted_share: float
+    active_share: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One FFN on flash. `module` is its path in the model's module tree."""
+
+    module: str
+    file: str
+    sha256: str
+    data_offset: int
+    units: int
+    unit_bytes: int
+    parts: tuple[Part, ...]
+    order: str
+    predictor: PredictorFacts | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.units * self.unit_bytes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A safetensors file that is loaded whole; `bytes` counts its tensors' data."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text the predictors were trained on: a file's name or `sampled`."""
+
+    text: str
+    tokens: int
+    held_out_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights."""
+
+    format_version: int
+    source: str
+    revision: str | None
+    model_type: str
+    unit: str
+    activation: str
+    dtype: str
+    resident: Weights
+    predictors: Weights | None
+    calibration: Calibration | None
+    layers: tuple[Layer, ...]
+
+    @property
+    def ffn_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def predictor_bytes(self) -> int:
+        return self.predictors.bytes if self.predictors else 0
+
+    @property
+    def model_bytes(self) -> int:
+        """The model itself: resident weights and FFNs, predictors not counted."""
+        return self.resident.bytes + self.ffn_bytes
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `flash.json` and hold it against the files it names.
+
+    Raises:
+        FlashError: If the folder is no flash folder, was written by a newer version,
+            lacks a file, or if sizes, shapes or offsets contradict each other.
+    """
+    manifest = parse_manifest(folder)
+    check_manifest(manifest, folder)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """Read `flash.json` alone, whose files need not be there yet."""
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FlashError(
+            f"{folder} is not a flash folder (no {MANIFEST}). "
+            f"Make one: mlx-flash convert {folder} -o {folder.name}-flash"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FlashError(f"{path} cannot be read: {error}.") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(version) is not int or version < 1:
+        raise FlashError(f"{path} is damaged: it has no valid format_version.")
+    if version > FORMAT_VERSION:
+        raise FlashError(
+            f"{path} has format version {version}, this mlx-flash reads up to "
+            f"{FORMAT_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
+        )
+    return _build(Manifest, raw, path, "manifest")
+
+
+def layer_from_json(entry: dict) -> Layer:
+    """A layer's entry as `dataclasses.asdict` and JSON left it."""
+    return _build(Layer, json.loads(json.dumps(entry)), Path(MANIFEST), "layer")
+
+
+def check_manifest(manifest: Manifest, folder: Path) -> None:
+    """Hold every size, shape and offset of a manifest against the files."""
+    if manifest.unit not in UNITS:
+        raise FlashError(f"{folder / MANIFEST}: unknown unit kind {manifest.unit!r}.")
+    if manifest.dtype not in DTYPES:
+        raise FlashError(f"{folder / MANIFEST}: unknown dtype {manifest.dtype!r}.")
+    if not manifest.layers:
+        raise FlashError(f"{folder / MANIFEST} names no FFN layer.")
+    for weights in filter(None, (manifest.resident, manifest.predictors)):
+        path = _inside(folder, weights.file)
+        header, _ = read_header(path)
+        stored = sum(
+            e["data_offsets"][1] - e["data_offsets"][0] for e in header.values()
+        )
+        if stored != weights.bytes:
+            raise FlashError(
+                f"{path} holds {stored:,} bytes of weights, {MANIFEST} says "
+                f"{weights.bytes:,}. Check the folder: mlx-flash verify {folder}"
+            )
+    for layer in manifest.layers:
+        _check_layer(layer, folder)
+        if layer.predictor and layer.predictor.rank > manifest.predictor_bytes:
+            raise FlashError(
+                f"{folder / MANIFEST}, {layer.module}: a predictor of rank "
+                f"{layer.predictor.rank:,} in {manifest.predictor_bytes:,} bytes."
+            )
+    for field in ("module", "file"):
+        named = {Path(getattr(layer, field)) for layer in manifest.layers}
+        if len(named) < len(manifest.layers):
+            raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
+
+
+def _check_layer(layer: Layer, folder: Path) -> None:
+    where = f"{folder / MANIFEST}, {layer.module}"
+    if layer.units < 1 or layer.unit_bytes < 1 or not layer.parts:
+        raise FlashError(f"{where}: a layer without units, bytes or parts.")
+    end = 0
+    for part in layer.parts:
+        if part.dtype not in DTYPES or any(n < 1 for n in part.shape):
+            raise FlashError(f"{where}: part {part.name} has a wrong dtype or shape.")
+        if prod(part.shape) * DTYPES[part.dtype][1] != part.bytes:
+            raise FlashError(
+                f"{where}: part {part.name} of shape {list(part.shape)} and "
+                f"{part.dtype} cannot have {part.bytes:,} bytes."
+            )
+        if part.offset < end or part.offset + part.bytes > layer.unit_bytes:
+            raise FlashError(f"{where}: part {part.name} lies outside its bundle.")
+        end = part.offset + part.bytes
+    path = _inside(folder, layer.file)
+    header, data_offset = read_header(path)
+    entry = header.get(BUNDLES)
+    if (
+        data_offset != layer.data_offset
+        or entry is None
+        or entry["data_offsets"] != [0, layer.nbytes]
+        or entry["shape"] != [layer.units, layer.unit_bytes]
+    ):
+        raise FlashError(
+            f"{path}: {MANIFEST} speaks of {layer.units:,} bundles of "
+            f"{layer.unit_bytes:,} bytes from offset {layer.data_offset:,}, which is "
+            f"not what the file holds. Check the folder: mlx-flash verify {folder}"
+        )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file the manifest names, refused if it leads out of the folder."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise FlashError(
+            f"{folder / MANIFEST} names a file outside its folder: {name}."
+        )
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise FlashError(
+            f"{path} is missing. Restore it or convert the model again: "
+            "mlx-flash convert --overwrite"
+        )
+    return path
+
+
+def _build(kind, value, path: Path, where: str):
+    """Make `kind` from parsed JSON; each field must have the type that is declared."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise FlashError(f"{path}: {where} must be an object.")
+        hints = typing.get_type_hints(kind)
+        missing = sorted(set(hints) - set(value))
+        if missing:
+            raise FlashError(f"{path}: {where} lacks {', '.join(missing)}.")
+        fields = {
+            k: _build(t, value[k], path, f"{where}.{k}") for k, t in hints.items()
+        }
+        return kind(**fields)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(args[0], value, path, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise FlashError(f"{path}: {where} must be a list.")
+        return tuple(_build(args[0], v, path, where) for v in value)
+    if kind is float and type(value) is int and abs(value) < MAX_INT:
+        value = float(value)
+    # A bool is an int to Python, and no manifest field is meant to be one.
+    if type(value) is not kind or (kind is int and not 0 <= value < MAX_INT):
+        raise FlashError(f"{path}: {where} must be {kind.__name__}, found {value!r}.")
+    return value

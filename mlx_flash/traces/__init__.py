@@ -1,0 +1,1 @@
+"""What runs asked for, recorded and replayed."""
