@@ -10,11 +10,11 @@ import numpy as np
 
 from ..errors import FlashError
 from ..storage import manifest as format
+from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
 from ..storage.safetensors import Tensor, read_header, write_safetensors
 
 CHUNK_BYTES = 32_000_000
 SAMPLE = 8  # units of each layer that are read back and compared
-BLOCK_BYTES = 4096  # what direct I/O reads at least
 
 
 def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format.Layer:
@@ -53,7 +53,7 @@ def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format
             yield rows(start, min(start + step, units)).data
 
     bundles = Tensor("uint8", (units, unit_bytes), chunks)
-    sha256 = write_safetensors(path, {format.BUNDLES: bundles}, format.DATA_ALIGN)
+    sha256 = write_safetensors(path, {format.BUNDLES: bundles}, LARGE_PAGE_BYTES)
     _, data_offset = read_header(path)
     with open(path, "rb") as file:
         for unit in np.linspace(0, units - 1, SAMPLE).astype(int).tolist():
@@ -78,5 +78,5 @@ def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format
 
 def _padded(nbytes: int) -> int:
     """Round up to whole blocks where that costs little: no bundle then shares one."""
-    whole = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    whole = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
     return whole if whole - nbytes <= nbytes // 16 else nbytes

@@ -44,16 +44,6 @@ class FitOptions:
     recall: float = 0.95
 
 
-def default_rank(index: int, layers: int, dims: int) -> int:
-    """The paper's ranks for OPT-6.7B, scaled by width: D/32, D/4 in the last eighth.
-
-    Never below 128, which narrow models need as much (measured on the demo model: a
-    third less is read in vain than at 64), nor above D/2.
-    """
-    last = index >= layers - math.ceil(layers / 8)
-    return min(max(dims // (4 if last else 32), 128), max(dims // 2, 1))
-
-
 def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
     """Rows to train on, to choose the threshold on, and to report on (80/10/10 %).
 

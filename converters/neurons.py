@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten
 
 from ..errors import FlashError
 from ..layers.dense import dense_ffns, hidden_values
-from ..layers.predictor import Predictor
+from ..layers.predictor import Predictor, default_rank
 from ..layers.projections import neuron_rows, pack, projections
 from ..storage import manifest as format
 from ..storage.safetensors import DTYPES
 from . import calibrate, resident
 from .bundles import write_bundles
-from .fit import FitOptions, default_rank, fit_predictor, split
+from .fit import FitOptions, fit_predictor, split
 from .layerwise import LayerwiseModel
 from .placement import order_by_coactivation
 from .source import Source, finite

@@ -30,7 +30,7 @@ from mlx_lm.utils import quantize_model
 
 import mlx_flash
 from mlx_flash.assembly import assemble
-from mlx_flash.converters import blocks
+from mlx_flash.layers import block
 from mlx_flash.memory.budget import make_budget
 from mlx_flash.models.registry import get_model_classes
 
@@ -132,7 +132,7 @@ def check(family: str, checkpoint: Path | None, work: Path, bits: int | None) ->
     """One row of the table. `checkpoint` is None where one has to be made."""
     row = make_row(family)
     dense = checkpoint is not None or family in DENSE
-    blocks.UNIT_BYTES = BLOCK_BYTES
+    block.BLOCK_BYTES = BLOCK_BYTES
     try:
         if checkpoint is None:
             config = make_config(family)

@@ -23,7 +23,7 @@ from mlx_lm.utils import load_model as mlx_load_model
 from stock_checkpoints import LLAMA, NEMOTRON, QWEN3, stream, write_checkpoint
 
 import mlx_flash
-from mlx_flash.converters import blocks
+from mlx_flash.layers import block
 from mlx_flash.loading import load_tokenizer
 from mlx_flash.models.registry import get_model_classes
 
@@ -50,7 +50,7 @@ class Case:
         save_tokenizer(self.stock)
         if converted:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(blocks, "UNIT_BYTES", 16_000)
+                patch.setattr(block, "BLOCK_BYTES", 16_000)
                 self.folder = mlx_flash.convert(
                     self.stock, base / "flash", rank=0, progress=False
                 )

@@ -16,10 +16,10 @@ from ..memory.policies import Lru
 from ..memory.slot_cache import EMPTY, SlotCache
 from ..memory.slots import allocate
 from ..memory.stats import Stats
+from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader
 
-CHUNK_BYTES = 1 << 20  # the reader's longest read
 CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at once
 
 

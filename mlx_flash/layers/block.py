@@ -16,7 +16,9 @@ import numpy as np
 from ..errors import FlashError
 from ..memory.slot_cache import Wave
 from ..memory.slots import CLOSED, UnitSlots
-from .projections import HALVES, SlotFFN, packing, projections
+from .projections import HALVES, SlotFFN, count_neurons, packing, projections
+
+BLOCK_BYTES = 2_000_000  # long enough to read at full speed, short enough to share
 
 
 def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
@@ -50,6 +52,29 @@ def cut_blocks(ffn: nn.Module, n: int) -> dict[str, mx.array]:
         else:
             parts[key] = array.reshape(n, -1, width)
     return parts
+
+
+def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
+    """The arrays of an FFN cut into n blocks, [n, …] each.
+
+    Raises:
+        FlashError: If N is no multiple of the quantisation's group size.
+    """
+    out = ffn[projections(ffn)[1]]
+    neurons = count_neurons(out)
+    group = (packing(out) or {"group_size": 1})["group_size"]
+    total = sum(array.nbytes for array in ffn_arrays(ffn).values())
+    size = block_size(neurons, total / neurons, group, BLOCK_BYTES)
+    return cut_blocks(ffn, neurons // size)
+
+
+def block_size(neurons: int, neuron_bytes: float, group: int, unit_bytes: int) -> int:
+    """Neurons of a block: the largest divisor that fits `unit_bytes`, whole groups."""
+    if neurons % group:
+        raise FlashError(f"{neurons} neurons cannot be cut into groups of {group}.")
+    sizes = [b for b in range(group, neurons + 1, group) if neurons % b == 0]
+    fitting = [b for b in sizes if b * neuron_bytes <= unit_bytes]
+    return max(fitting, default=sizes[0])
 
 
 class BlockFFN(SlotFFN):

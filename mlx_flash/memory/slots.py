@@ -17,13 +17,12 @@ import numpy as np
 
 from ..errors import FlashError
 from ..storage import manifest as format
-from ..storage.limits import PAGE_BYTES
+from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
 from ..storage.reader import Extent, Reader, Ticket
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
 
-PAGE = 16384
 CLOSED = "This model was closed. Load it again to use it."
 
 
@@ -41,7 +40,7 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndar
     raw = mx.zeros((nbytes + spare,), mx.uint8)
     mx.eval(raw)
     address = np.asarray(raw).__array_interface__["data"][0]
-    start = -address % PAGE if spare else 0
+    start = -address % LARGE_PAGE_BYTES if spare else 0
     flat = raw[start : start + nbytes]
     array = flat.view(dtype).reshape(shape)
     mx.eval(flat, array)
@@ -53,7 +52,7 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndar
 
 def spare_bytes(part_bytes: int) -> int:
     """What `allocate` takes beyond the slots of a part of this size."""
-    return PAGE if part_bytes % PAGE_BYTES == 0 else 0
+    return LARGE_PAGE_BYTES if part_bytes % PAGE_BYTES == 0 else 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

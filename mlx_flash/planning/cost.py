@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..storage.limits import PAGE_BYTES
+from ..storage.limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
 from .profile import Profile, Rate
 
-CHUNK_BYTES = 1 << 20  # the readers split longer parts
-MERGE_BYTES = 1 << 18  # the longest read that merging neighbours makes
 DEPTH = 32  # reads in flight
 
 

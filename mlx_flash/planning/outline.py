@@ -19,9 +19,10 @@ from ..assembly import _empty_model
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
 from ..errors import FlashError
+from ..layers.block import block_parts
 from ..layers.dense import dense_ffns, gives_zeros
 from ..layers.expert import switch_layers, switch_parts
-from ..layers.predictor import Predictor, possible_bits
+from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..layers.projections import neuron_rows, projections
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
@@ -116,8 +117,6 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
 
 def _imagined(model: nn.Module, config: dict, dtype: str, name: str) -> Manifest:
     """The manifest that a checkpoint would get if it were converted."""
-    from ..converters.blocks import block_parts
-
     modules, unit = switch_layers(model), "expert"
     if not modules:
         modules = dense_ffns(model)
@@ -172,8 +171,6 @@ def _layer(path: str, arrays: dict[str, mx.array]) -> Layer:
 
 def _predictor_bytes(ffn: nn.Module, index: int, layers: int, dtype: str) -> int:
     """Of the predictor that `convert` gives a layer by default."""
-    from ..converters.fit import default_rank
-
     (first, *_), _ = projections(ffn)
     units, dims = ffn[first].weight.shape
     rank = default_rank(index, layers, dims)

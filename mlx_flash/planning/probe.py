@@ -26,6 +26,7 @@ from .._version import __version__
 from ..errors import FlashError
 from ..memory.slots import allocate
 from ..storage import direct_io
+from ..storage.limits import MERGE_BYTES
 from ..storage.reader import Extent, open_reader
 from . import kernels as rates
 from . import machine
@@ -39,7 +40,6 @@ WRITE_S = 5.0  # after which a temporary file is long enough
 LEAST_BYTES = 1 << 28
 STRIPE = 1 << 22  # what is dealt out to the points
 SEQUENTIAL_BYTES = 1 << 29
-MERGED_BYTES = 1 << 18  # up to which the reader makes one read of neighbours
 CACHED_SHARE = 0.01  # of a file's pages that may be in memory
 
 
@@ -135,7 +135,7 @@ def deals(stripes: list[tuple[int, int]], files: int, seed: int) -> Iterator[Dea
     ends = np.cumsum(1 + np.floor(spare * weights / weights.sum()).astype(int))
     for (block, threads), start, end in zip(grid, [0, *ends[:-1]], ends, strict=True):
         chosen: list[list[np.ndarray]] = [[] for _ in range(files)]
-        step = 2 if block < MERGED_BYTES else 1
+        step = 2 if block < MERGE_BYTES else 1
         for file, stripe in stripes[start:end]:
             first = stripe * STRIPE // block
             chosen[file].append(np.arange(first, first + STRIPE // block, step))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FlashError
-from ..storage.manifest import _build
+from ..storage.typed_json import from_json
 
 PROFILE_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -207,7 +207,7 @@ def load_profile(name: str | Path | None = None) -> Profile | None:
             f"{path} is no profile of version {PROFILE_VERSION} (found {version!r}). "
             "Measure again: mlx-flash probe"
         )
-    profile = _build(Profile, raw, path, "profile")
+    profile = from_json(Profile, raw, path, "profile")
     _check(profile, path)
     return profile
 

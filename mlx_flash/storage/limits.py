@@ -1,3 +1,6 @@
-"""Sizes that the readers, the planner and the file format share, in bytes."""
+"""Sizes in bytes that the readers, the slots, the file format and the plan share."""
 
 PAGE_BYTES = 4096  # what direct I/O wants aligned: offset, length and address
+LARGE_PAGE_BYTES = 16384  # a page of Apple silicon; slots and files begin on one
+MERGE_BYTES = 1 << 18  # the longest read that merging neighbours makes
+CHUNK_BYTES = 1 << 20  # the readers split longer parts, so that threads share them

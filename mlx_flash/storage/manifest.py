@@ -22,23 +22,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import types
-import typing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from ..errors import FlashError
 from .safetensors import DTYPES, read_header
+from .typed_json import from_json
 
 FORMAT_VERSION = 1
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
-DATA_ALIGN = 16384
 UNITS = ("neuron", "expert", "block")
-MAX_INT = 2**63  # no size or offset reaches it
 
 
 @dataclass(frozen=True)
@@ -173,12 +170,12 @@ def parse_manifest(folder: Path) -> Manifest:
             f"{path} has format version {version}, this mlx-flash reads up to "
             f"{FORMAT_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
         )
-    return _build(Manifest, raw, path, "manifest")
+    return from_json(Manifest, raw, path, "manifest")
 
 
 def layer_from_json(entry: dict) -> Layer:
     """A layer's entry as `dataclasses.asdict` and JSON left it."""
-    return _build(Layer, json.loads(json.dumps(entry)), Path(MANIFEST), "layer")
+    return from_json(Layer, json.loads(json.dumps(entry)), Path(MANIFEST), "layer")
 
 
 def check_manifest(manifest: Manifest, folder: Path) -> None:
@@ -258,31 +255,3 @@ def _inside(folder: Path, name: str) -> Path:
             "mlx-flash convert --overwrite"
         )
     return path
-
-
-def _build(kind, value, path: Path, where: str):
-    """Make `kind` from parsed JSON; each field must have the type that is declared."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise FlashError(f"{path}: {where} must be an object.")
-        hints = typing.get_type_hints(kind)
-        missing = sorted(set(hints) - set(value))
-        if missing:
-            raise FlashError(f"{path}: {where} lacks {', '.join(missing)}.")
-        fields = {
-            k: _build(t, value[k], path, f"{where}.{k}") for k, t in hints.items()
-        }
-        return kind(**fields)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(args[0], value, path, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise FlashError(f"{path}: {where} must be a list.")
-        return tuple(_build(args[0], v, path, where) for v in value)
-    if kind is float and type(value) is int and abs(value) < MAX_INT:
-        value = float(value)
-    # A bool is an int to Python, and no manifest field is meant to be one.
-    if type(value) is not kind or (kind is int and not 0 <= value < MAX_INT):
-        raise FlashError(f"{path}: {where} must be {kind.__name__}, found {value!r}.")
-    return value

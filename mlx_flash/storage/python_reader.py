@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .limits import PAGE_BYTES
+from .limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
 from .reader import Reader, Source, _address
 
-MERGE_BYTES = 1 << 18  # the longest read that merging makes
-CHUNK_BYTES = 1 << 20  # longer parts are split, so that threads share them
 MERGE_IOVECS = 512  # IOV_MAX is 1024 on macOS and Linux
 SHORT_READ = -1  # beside the errnos: the file ends too early
 

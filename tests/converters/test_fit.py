@@ -8,8 +8,8 @@ import pytest
 from conftest import FFN
 
 from mlx_flash.converters import fit
-from mlx_flash.converters.fit import FitOptions, default_rank, fit_predictor, split
-from mlx_flash.layers.predictor import Predictor
+from mlx_flash.converters.fit import FitOptions, fit_predictor, split
+from mlx_flash.layers.predictor import Predictor, default_rank
 
 D, N, LENGTH = 48, 192, 64
 

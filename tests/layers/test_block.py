@@ -12,8 +12,8 @@ from mlx_lm.utils import load_model as mlx_load_model
 from stock_checkpoints import LLAMA, stream, write_checkpoint
 
 import mlx_flash
-from mlx_flash.converters import blocks
 from mlx_flash.errors import FlashError
+from mlx_flash.layers import block
 from mlx_flash.storage.manifest import read_manifest
 
 CONFIG = LLAMA | {"intermediate_size": 256, "mlp_bias": True}
@@ -49,7 +49,7 @@ KINDS = [
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]['model_type']}, {kind[1]}")
 def folders(request, tmp_path, monkeypatch):
     """A tiny checkpoint, and its flash folder of four or eight blocks a layer."""
-    monkeypatch.setattr(blocks, "UNIT_BYTES", 8_000)
+    monkeypatch.setattr(block, "BLOCK_BYTES", 8_000)
     checkpoint = write_checkpoint(tmp_path / "stock", *request.param)
     flash = mlx_flash.convert(checkpoint, tmp_path / "flash", progress=False)
     return checkpoint, flash
@@ -93,12 +93,12 @@ def test_packed_weights_keep_their_bits(folders):
 
 
 def test_block_sizes():
-    assert blocks.block_size(14336, 24576, 1, 2_000_000) == 64
-    assert blocks.block_size(14336, 24576, 64, 2_000_000) == 64
-    assert blocks.block_size(256, 1e9, 32, 2_000_000) == 32
-    assert blocks.block_size(256, 1, 1, 2_000_000) == 256
+    assert block.block_size(14336, 24576, 1, 2_000_000) == 64
+    assert block.block_size(14336, 24576, 64, 2_000_000) == 64
+    assert block.block_size(256, 1e9, 32, 2_000_000) == 32
+    assert block.block_size(256, 1, 1, 2_000_000) == 256
     with pytest.raises(FlashError, match="cannot be cut into groups of 64"):
-        blocks.block_size(96, 1, 64, 2_000_000)
+        block.block_size(96, 1, 64, 2_000_000)
 
 
 def test_quantising_while_converting(tmp_path):
@@ -142,7 +142,7 @@ def test_activations_of_their_own(tmp_path, monkeypatch, name):
         | {"post_norm": False, "qk_norm": True, "attention_bias": False},
         "gemma3n": {"text_config": CONFIG | GEMMA_3N},
     }
-    monkeypatch.setattr(blocks, "UNIT_BYTES", 8_000)
+    monkeypatch.setattr(block, "BLOCK_BYTES", 8_000)
     config = configs[name] | {"model_type": name}
     checkpoint = write_checkpoint(tmp_path / "stock", config)
     flash = mlx_flash.convert(checkpoint, tmp_path / "flash", progress=False)

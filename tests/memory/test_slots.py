@@ -12,7 +12,8 @@ from mlx_flash.errors import FlashError
 from mlx_flash.memory import slots as slots_module
 from mlx_flash.memory.policies import Lru, Window
 from mlx_flash.memory.slot_cache import EMPTY
-from mlx_flash.memory.slots import PAGE, allocate
+from mlx_flash.memory.slots import allocate
+from mlx_flash.storage.limits import LARGE_PAGE_BYTES
 from mlx_flash.storage.reader import ReadResult, _reader
 
 NATIVE = [
@@ -98,7 +99,7 @@ def test_allocated_memory_is_aligned_and_shared(shape, dtype):
     array, view = allocate(shape, dtype)
     assert array.shape == shape and array.dtype == dtype
     if view.shape[1] % 4096 == 0:  # direct I/O reads straight into such rows
-        assert view.ctypes.data % PAGE == 0
+        assert view.ctypes.data % LARGE_PAGE_BYTES == 0
     assert view.shape == (shape[0], array.nbytes // shape[0])
     assert not np.array(array.view(mx.uint8)).any()
     view[:] = np.random.default_rng(0).integers(0, 60, view.shape)

@@ -20,7 +20,9 @@ from mlx_flash.errors import FlashError
 from mlx_flash.inspection import facts, table, verify
 from mlx_flash.loading import load_model
 from mlx_flash.storage import manifest as format
+from mlx_flash.storage.limits import LARGE_PAGE_BYTES
 from mlx_flash.storage.manifest import FORMAT_VERSION, read_manifest
+from mlx_flash.storage.typed_json import from_json
 
 TOKENS = mx.array([[5, 17, 3, 80]])
 FILES = [
@@ -87,7 +89,7 @@ manifests = st.builds(
 @given(manifests)
 def test_any_manifest_survives_a_round_trip(manifest):
     raw = json.loads(manifest.to_json())
-    assert format._build(format.Manifest, raw, Path("flash.json"), "it") == manifest
+    assert from_json(format.Manifest, raw, Path("flash.json"), "it") == manifest
 
 
 @given(layers)
@@ -106,7 +108,7 @@ def test_sizes_are_those_of_the_files(flash_folder):
     for layer in manifest.layers:
         size = (flash_folder / layer.file).stat().st_size
         assert size == layer.data_offset + layer.nbytes
-        assert layer.data_offset % format.DATA_ALIGN == 0
+        assert layer.data_offset % LARGE_PAGE_BYTES == 0
     stored = mx.load(str(flash_folder / "resident.safetensors")).values()
     assert manifest.resident.bytes == sum(w.nbytes for w in stored)
     assert manifest.ffn_bytes == 2 * 48 * 2 * 24 * 4
