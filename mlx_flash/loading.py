@@ -17,13 +17,13 @@ from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
 from .errors import FlashError
 from .memory.budget import Budget, make_budget
-from .memory.divide import by_trace
 from .memory.policies import Lrfu, Lru, Window
 from .memory.slots import CLOSED, UnitSlots
 from .memory.stats import Stats
 from .storage.limits import PAGE_BYTES
 from .storage.manifest import Manifest
 from .storage.reader import open_reader
+from .traces.curves import by_trace
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEFAULT_CONTEXT = 2048
