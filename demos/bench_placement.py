@@ -29,7 +29,8 @@ from mlx_flash.storage import manifest as format
 from mlx_flash.storage.limits import PAGE_BYTES
 from mlx_flash.storage.reader import Extent, open_reader
 from mlx_flash.storage.safetensors import read_header
-from mlx_flash.traces.recording import Trace, record_text
+from mlx_flash.traces.trace import Trace
+from mlx_flash.tracing import record_text
 
 POLICIES = {"lru": Lru, "lrfu": Lrfu}
 

@@ -17,8 +17,10 @@ from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import report, stream_generate
 from mlx_flash.memory.policies import Lrfu, Lru, Window
-from mlx_flash.traces.recording import Trace, read_trace, record, record_prompt
+from mlx_flash.traces.recording import record
 from mlx_flash.traces.replay import compare, even_slots, hit_rate, replay
+from mlx_flash.traces.trace import Trace, read_trace
+from mlx_flash.tracing import record_prompt
 
 PROMPT = [2, 84, 266, 9, 31, 40]
 POLICIES = {"lru": Lru(), "window": Window(4), "lrfu": Lrfu()}
