@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .checkpoints.hub import find_model
 from .errors import FlashError
-from .storage.manifest import read_manifest
+from .storage.manifest import Layer, Weights, read_manifest
 from .storage.safetensors import file_sha256
 
 
@@ -81,7 +81,10 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    files = [*filter(None, (manifest.resident, manifest.predictors)), *manifest.layers]
+    files: list[Weights | Layer] = [manifest.resident]
+    if manifest.predictors:
+        files.append(manifest.predictors)
+    files += manifest.layers
     damaged = []
     for entry in files:
         try:

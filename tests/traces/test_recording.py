@@ -243,3 +243,12 @@ def test_commands(tmp_path):
     assert again.exit_code == 0 and read_trace(path).warm[0] > 0
     both = run(cli.main, ["trace", "A", "--text", str(text), "-o", str(path)])
     assert both.exit_code == 2 and "either" in both.stderr
+
+
+def test_a_text_without_words_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("")
+    command = ["trace", "--text", str(text), "-o", str(tmp_path / "a.npz")]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: The text is empty. Give some to read.\n"
