@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
-from ..memory.budget import least_bytes, make_budget, most_bytes
+from ..memory.budget import make_budget
+from ..memory.footprint import Footprint
 from .cost import Cost, Work, load_s, prompt_cost, token_cost
 from .outline import Outline, outline
 from .profile import FlashPoint, Profile, Rate
@@ -99,10 +100,11 @@ def make_plan(
         FlashError: If there is no such model, it is not supported, or does not fit.
     """
     found = outline(name, revision)
-    manifest, shapes = found.manifest, found.shapes
+    manifest = found.manifest
     positions = found.config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    budget = make_budget(memory, manifest, shapes, context, Path(str(name)))
+    footprint = Footprint(manifest, found.shapes, kind_of(manifest), context)
+    budget = make_budget(memory, footprint, Path(name))
     if profile:  # units are read straight into their slots, unlike the paper's
         profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
     selections = _selections(manifest.unit, hit_rate)
@@ -127,8 +129,8 @@ def make_plan(
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         ffn_bytes=manifest.ffn_bytes,
-        least_bytes=int(least_bytes(manifest, shapes, context)),
-        best_bytes=most_bytes(manifest, shapes, context),
+        least_bytes=footprint.least_bytes,
+        best_bytes=footprint.most_bytes,
         memory_bytes=budget.total_bytes,
         slot_bytes=budget.slot_bytes,
         kv_bytes=budget.kv_bytes,

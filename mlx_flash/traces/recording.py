@@ -79,11 +79,13 @@ def record(flash: Any) -> Iterator[Recorder]:
     >>> recorder.trace().save("trace.npz")
     """
     recorder = Recorder(flash)
-    stores = [layer.store for layer in flash.layers]
-    for i, store in enumerate(stores):
-        store.listener = recorder._listener(i, store.units)
+    all_slots = [layer.slots for layer in flash.layers]
+    for i, (slots, layer) in enumerate(
+        zip(all_slots, flash.manifest.layers, strict=True)
+    ):
+        slots.listener = recorder._listener(i, layer.units)
     try:
         yield recorder
     finally:
-        for store in stores:
-            store.listener = None
+        for slots in all_slots:
+            slots.listener = None

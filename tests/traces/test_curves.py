@@ -74,7 +74,7 @@ def test_a_model_divided_by_a_trace_keeps_its_budget(recorded, memory):
         even = model.flash.budget
     with mlx_flash.load(DEMO_MODEL, trace=recorded, **options) as (model, _):
         divided = model.flash.budget
-        assert divided.slots == tuple(x.store.n_slots for x in model.flash.layers)
+        assert divided.slots == tuple(x.slots.n_slots for x in model.flash.layers)
     assert divided.slots != even.slots and min(divided.slots) >= 32
     assert divided.total_bytes == even.total_bytes
     # What is gathered, at most half of the largest layer, still has its room.
