@@ -46,10 +46,11 @@ def table(model: str | Path) -> str:
     def size(nbytes: int) -> str:
         return f"{nbytes / 1e6:10,.1f} MB  {nbytes / total:6.1%}"
 
+    revision = f"@{manifest.revision}" if manifest.revision else ""
     lines = [
         f"{folder}",
         f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
-        f"from {manifest.source}" + (f"@{r}" if (r := manifest.revision) else ""),
+        f"from {manifest.source}{revision}",
         "",
         f"model       {size(total)}",
         f"resident    {size(manifest.resident.bytes)}",

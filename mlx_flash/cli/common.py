@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from .. import DEMO_MODEL
 from ..errors import FlashError
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEMO_MEMORY = "50%"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import FlashError
+from ..storage.manifest import Manifest
 from .trace import Trace
+
+
+class Recorded(Protocol):
+    """What can be recorded: `model.flash` is one."""
+
+    folder: Path
+    manifest: Manifest
+    layers: Any  # each with its `slots`
 
 
 class Recorder:
     """Listens to the layers of a loaded model, from `record`."""
 
-    def __init__(self, flash: Any):
+    def __init__(self, flash: Recorded):
         self._flash = flash
         self._bits: list[list[np.ndarray]] = [[] for _ in flash.layers]
         self._keep: list[list[np.ndarray]] = [[] for _ in flash.layers]
@@ -71,7 +81,7 @@ class Recorder:
 
 
 @contextmanager
-def record(flash: Any) -> Iterator[Recorder]:
+def record(flash: Recorded) -> Iterator[Recorder]:
     """Listen to `model.flash` for the time of a `with`.
 
     >>> with record(model.flash) as recorder:

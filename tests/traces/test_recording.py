@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_flash
-from mlx_flash import cli
+from mlx_flash import DEMO_MODEL, cli
 from mlx_flash import loading as loader
-from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import stream_generate
 from mlx_flash.memory.policies import Lrfu, Lru, Window
