@@ -20,6 +20,7 @@ from ..errors import FlashError
 from ..layers.dense import gives_zeros
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..layers.predictor import Predictor, default_rank, possible_bits
+from ..layers.projections import known_projections, rows_per_neuron
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
 from ..storage.manifest import MANIFEST, Layer, Manifest, Weights, parse_manifest
@@ -168,9 +169,16 @@ def _units(model: nn.Module, quantized: bool) -> tuple[UnitKind, dict[str, nn.Mo
     if experts := EXPERT.find(model):
         return EXPERT, experts
     modules = BLOCK.find(model)
-    if modules and not quantized and gives_zeros(next(iter(modules.values()))):
+    if modules and not quantized and _are_neurons(model, list(modules.values())):
         return NEURON, modules
     return BLOCK, modules
+
+
+def _are_neurons(model: nn.Module, ffns: list[nn.Module]) -> bool:
+    """Whether every layer has an FFN that gives zeros, with one row for each neuron."""
+    ins, out = known_projections(ffns[0])
+    rows = rows_per_neuron(ffns[0], ins[0], out)
+    return gives_zeros(ffns[0]) and rows == 1 and len(ffns) == len(model.layers)
 
 
 def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:
