@@ -82,10 +82,9 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    files: list[Weights | Layer] = [manifest.resident]
+    files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
     if manifest.predictors:
-        files.append(manifest.predictors)
-    files += manifest.layers
+        files.insert(1, manifest.predictors)
     damaged = []
     for entry in files:
         try:

@@ -67,24 +67,26 @@ def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     return find_model(model, checkpoint=can_stream), memory or "auto"
 
 
-def temp_option(default: float) -> Callable:
-    return click.option(
-        "--temp",
-        type=click.FloatRange(0),
-        default=default,
-        show_default=True,
-        help="Sampling temperature.",
-    )
+def sampling_options(temp: float, seed: int | None) -> Callable:
+    """--temp and --seed with these defaults."""
 
+    def add(command: Callable) -> Callable:
+        command = click.option(
+            "--seed",
+            type=click.IntRange(0, 2**64 - 1),
+            default=seed,
+            show_default=seed is not None,
+            help="Seed of the sampling.",
+        )(command)
+        return click.option(
+            "--temp",
+            type=click.FloatRange(0),
+            default=temp,
+            show_default=True,
+            help="Sampling temperature.",
+        )(command)
 
-def seed_option(default: int | None) -> Callable:
-    return click.option(
-        "--seed",
-        type=click.IntRange(0, 2**64 - 1),
-        default=default,
-        show_default=default is not None,
-        help="Seed of the sampling.",
-    )
+    return add
 
 
 def plot_option(drawn: str) -> Callable:

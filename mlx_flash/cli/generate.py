@@ -14,8 +14,7 @@ from .common import (
     chosen_model,
     json_option,
     run_options,
-    seed_option,
-    temp_option,
+    sampling_options,
 )
 
 
@@ -23,7 +22,7 @@ from .common import (
 @click.argument("prompt")
 @run_options
 @click.option("--max-tokens", "-m", default=100, show_default=True, help="New tokens.")
-@temp_option(0.0)
+@sampling_options(temp=0.0, seed=None)
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
@@ -31,7 +30,6 @@ from .common import (
     show_default=True,
     help="Nucleus sampling.",
 )
-@seed_option(None)
 @click.option(
     "--policy",
     type=click.Choice(["lru", "lrfu", "window"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import FlashError
-from .common import chosen_model, run_options, seed_option, temp_option
+from .common import chosen_model, run_options, sampling_options
 
 
 @click.command()
@@ -32,8 +32,7 @@ from .common import chosen_model, run_options, seed_option, temp_option
     type=click.IntRange(2),
     help="New tokens, or tokens of the text.  [default: 100; of a text 1024]",
 )
-@temp_option(0.7)
-@seed_option(0)
+@sampling_options(temp=0.7, seed=0)
 def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     """Record the neurons or experts that a run asks for, for `replay`.
 

@@ -122,6 +122,11 @@ class Cost:
         )
 
 
+def token_bytes(work: Work) -> float:
+    """Bytes that one more token reads on average, on any machine."""
+    return sum(_asked(layer, _missing(layer))[0] for layer in work.layers)
+
+
 def token_cost(profile: Profile, work: Work) -> Cost:
     """What one more token costs."""
     compute_s = (
@@ -131,7 +136,7 @@ def token_cost(profile: Profile, work: Work) -> Cost:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
     for layer in work.layers:
-        read = _read(profile, layer, layer.selected * (1 - layer.hit_rate))
+        read = _read(profile, layer, _missing(layer))
         share = layer.computed / layer.units
         rate = _rate(profile, layer.weights)
         compute_s = share * layer.weights.nbytes / rate.bytes_per_s
@@ -189,6 +194,13 @@ def _many_s(profile: Profile, weights: Matrices, values: float, nbytes: float) -
 
 def _rate(profile: Profile, weights: Matrices) -> Rate:
     return profile.rate(weights.kernel, weights.dtype, weights.bits)
+
+
+def _missing(layer: FlashLayer) -> float:
+    """Units that a token needs and memory does not hold, on average."""
+    if layer.slots >= layer.units:
+        return 0.0
+    return layer.selected * (1 - layer.hit_rate)
 
 
 def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:

@@ -12,7 +12,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -176,24 +176,14 @@ def _experts(rows: int, dtype: str, bits: int, tokens: int) -> Run:
     picks = np.arange(tokens * chosen) * 8 // (tokens * chosen)
     index = mx.array(picks.reshape(tokens, chosen))
 
+    options: dict[str, Any] = dict(rhs_indices=index, sorted_indices=tokens > 1)
+
     def once() -> mx.array:
         if not bits:
-            matrices = weights[0].swapaxes(-1, -2)
-            return mx.gather_mm(
-                x, matrices, rhs_indices=index, sorted_indices=tokens > 1
-            )
+            return mx.gather_mm(x, weights[0].swapaxes(-1, -2), **options)
         packed, scales, biases = weights
-        return mx.gather_qmm(
-            x,
-            packed,
-            scales,
-            biases,
-            rhs_indices=index,
-            transpose=True,
-            group_size=GROUP,
-            bits=bits,
-            sorted_indices=tokens > 1,
-        )
+        packing: dict[str, Any] = dict(transpose=True, group_size=GROUP, bits=bits)
+        return mx.gather_qmm(x, packed, scales, biases, **packing, **options)
 
     return Run(once, _bytes(weights) * chosen // 8, rows * WIDTH * chosen // 8)
 

@@ -16,9 +16,9 @@ from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import make_budget
 from ..memory.footprint import Footprint
-from .cost import Cost, Work, load_s, prompt_cost, token_cost
+from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
-from .profile import FlashPoint, Profile, Rate
+from .profile import Profile
 from .requirements import BY_CHANCE, MEASURED, PAPER_PREDICTED, Selection, make_work
 
 
@@ -109,10 +109,11 @@ def make_plan(
         profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
     selections = _selections(manifest.unit, hit_rate)
     works = [make_work(found, budget, s, prompt_tokens) for s in selections]
-    # Bytes need no machine: a profile of equal speeds will do.
-    costs = [token_cost(profile or _ANY, work) for work in works]
+    read = _range(token_bytes(work) for work in works)
+    costs = []
     loading = first = None
     if profile:
+        costs = [token_cost(profile, work) for work in works]
         loading = load_s(profile, works[-1])
         chunk = budget.prefill_tokens
         first = loading + prompt_cost(profile, works[-1], prompt_tokens, chunk).total_s
@@ -142,35 +143,16 @@ def make_plan(
         convert=found.kind == "checkpoint" and not found.in_place,
         machine=profile.device if profile else None,
         cold=profile.cold if profile else None,
-        bytes_per_token=_range(c.bytes_read for c in costs),
-        ms_per_token=_range(1e3 * c.total_s for c in costs) if profile else None,
-        tokens_per_s=_range(c.tokens_per_s for c in costs) if profile else None,
-        ms_of_slowest=_ms_of_slowest(costs) if profile else None,
+        bytes_per_token=read,
+        ms_per_token=_range(1e3 * c.total_s for c in costs) if costs else None,
+        tokens_per_s=_range(c.tokens_per_s for c in costs) if costs else None,
+        ms_of_slowest=_ms_of_slowest(costs) if costs else None,
         load_s=loading,
         first_token_s=first,
         prompt_tokens=prompt_tokens,
         assumed=tuple(_assumed(found, hit_rate, held)),
-        slow=_slow(works[0], costs, profile),
+        slow=_slow(works[0], read[1], profile),
     )
-
-
-_ANY = Profile(
-    profile_version=1,
-    device="",
-    os="",
-    source="",
-    cold=False,
-    notes=(),
-    memory_bytes=0,
-    flash=(FlashPoint(1, 1, 1.0, 1.0),),
-    sequential_bytes_per_s=1.0,
-    memory_bytes_per_s=1.0,
-    rates=(Rate("matmul", "float32", 0, 1.0, 1.0),),
-    layer_s=0.0,
-    cache_layer_s=0.0,
-    cache_slot_s=0.0,
-    copy_bytes_per_s=0.0,
-)
 
 
 def _selections(unit: str, hit_rate: float | None) -> list[Selection]:
@@ -223,9 +205,8 @@ def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
     ]
 
 
-def _slow(work: Work, costs: list[Cost], profile: Profile | None) -> str | None:
+def _slow(work: Work, nbytes: float, profile: Profile | None) -> str | None:
     """The reason in words, for models that need every weight for every token."""
-    nbytes = max(c.bytes_read for c in costs)
     if not nbytes or any(layer.random for layer in work.layers):
         return None
     words = f"{nbytes / 1e9:,.2f} GB do not fit and are read for every token"
