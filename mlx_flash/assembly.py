@@ -142,7 +142,7 @@ def _exchange(
                 f"type {manifest.model_type!r} does not have. Convert it again."
             )
         module = found[entry.module]
-        _check_parts(kind, module, entry, folder)
+        _check_parts(kind, module, entry, manifest, folder)
         try:
             layers.append(kind.make(module, entry, predictor))
         except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -157,20 +157,19 @@ def _exchange(
     return layers
 
 
-def _check_parts(kind: UnitKind, module: nn.Module, entry: Layer, folder: Path) -> None:
+def _check_parts(
+    kind: UnitKind, module: nn.Module, entry: Layer, manifest: Manifest, folder: Path
+) -> None:
     """Hold the parts that a manifest describes against the module they belong to."""
-    want: dict[str, tuple] = {}
-    for name, array in kind.parts(module, entry.units).items():
-        dtype = dtype_name(array.dtype) if kind.same_dtypes else None
-        want[name] = (dtype, tuple(array.shape))
-    have: dict[str, tuple] = {}
-    for part in entry.parts:
-        dtype = part.dtype if kind.same_dtypes else None
-        have[part.name] = (dtype, (entry.units, *part.shape))
+    arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
+    want = {k: (dtype_name(a.dtype), tuple(a.shape)) for k, a in arrays.items()}
+    have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
+    if not kind.same_dtypes:
+        want = {name: ("", shape) for name, (_, shape) in want.items()}
+        have = {name: ("", shape) for name, (_, shape) in have.items()}
     if have != want:
-        some = sorted(
-            name for name in {*want, *have} if want.get(name) != have.get(name)
-        )
+        names = want.keys() | have.keys()
+        some = sorted(name for name in names if want.get(name) != have.get(name))
         raise FlashError(
             f"{folder}: bundles of {entry.module} and its config.json disagree about "
             f"its {kind.name}s ({some[0]}). Convert the model again."

@@ -180,11 +180,8 @@ class RunReport:
         return "\n".join(lines)
 
     def _decoding_lines(self) -> list[str]:
-        ms, speed, hidden = (
-            self.ms_per_token,
-            self.read_gb_per_s,
-            self.read_hidden_share,
-        )
+        ms, speed = self.ms_per_token, self.read_gb_per_s
+        hidden = self.read_hidden_share
         flash = (
             f"flash       {(self.bytes_per_token or 0) / 1e6:.3f} MB in "
             f"{self.reads_per_token:.0f} reads per token"
@@ -196,9 +193,10 @@ class RunReport:
         if self.hit_rate is not None:
             flash += f", {self.hit_rate:.0%} of {self.unit}s were in memory"
         return [
-            f"generation  {self.generation_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, "
-            f"{ms['total']:.2f} ms per token = {ms['io']:.2f} I/O + "
-            f"{ms['cache']:.2f} cache + {ms['compute']:.2f} compute",
+            f"generation  {self.generation_tokens} tokens, "
+            f"{self.tokens_per_s:.1f} tokens/s, {ms['total']:.2f} ms per token = "
+            f"{ms['io']:.2f} I/O + {ms['cache']:.2f} cache + {ms['compute']:.2f} "
+            "compute",
             flash,
         ]
 

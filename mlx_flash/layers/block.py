@@ -92,7 +92,7 @@ class BlockFFN(SlotFFN):
         def multiply(total: mx.array | None, wave: Wave) -> mx.array:
             for run, units in _runs(wave):
                 neurons = mx.array((units[:, None] * width + np.arange(width)).ravel())
-                part = self.compute(x, run, neurons)
+                part = self.compute(x, slots.parts, run, neurons)
                 total = part if total is None else total.astype(mx.float32) + part
             assert total is not None  # a wave has units
             return total

@@ -54,10 +54,12 @@ class UnitKind:
         """The same arrays cut into units, [n, …] each: the parts of a bundle."""
         raise NotImplementedError
 
-    def parts(self, module: nn.Module, units: int) -> dict[str, mx.array]:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         """Lazy arrays [units, …] like the parts that a manifest must describe.
 
-        {} if the module cannot be cut into so many units.
+        {} if the module cannot be cut into so many units. `dtype` is the model's.
         """
         raise NotImplementedError
 
@@ -125,7 +127,9 @@ class Neurons(UnitKind):
         rows = neuron_rows(module).items()
         return {f"{name}.weight": weight for name, weight in rows}
 
-    def parts(self, module: nn.Module, units: int) -> dict[str, mx.array]:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         """Bundles may be packed along D, where the module's own weights are not."""
         if (names := projections(module)) is None:
             return {}
@@ -133,8 +137,6 @@ class Neurons(UnitKind):
         neurons, dims = len(module[ins[0]].weight), len(module[out].weight)
         if units != neurons:
             return {}
-        weights = module[out]
-        dtype = weights.get("scales", weights.weight).dtype
         # Nothing evaluates these: it is their shapes that are asked for.
         rows = mx.zeros((neurons, dims), dtype)
         return {
@@ -181,7 +183,9 @@ class Experts(UnitKind):
     def split(self, module: nn.Module) -> dict[str, mx.array]:
         return switch_parts(module)
 
-    def parts(self, module: nn.Module, units: int) -> dict[str, mx.array]:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         parts = switch_parts(module)
         return parts if all(len(a) == units for a in parts.values()) else {}
 
@@ -207,7 +211,9 @@ class Blocks(UnitKind):
     def split(self, module: nn.Module) -> dict[str, mx.array]:
         return block_parts(module)
 
-    def parts(self, module: nn.Module, units: int) -> dict[str, mx.array]:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         if projections(module) is None:
             return {}
         try:

@@ -63,7 +63,8 @@ class NeuronFFN(SlotFFN):
                     self._count_recall(h, chosen[:, units], wanted)
                 return h if wanted is None else mx.where(wanted, h, 0)
 
-            return _add(total, self.compute(x, rows, units, through))
+            y = self.compute(x, self.slots.parts, rows, units, through)
+            return _add(total, y)
 
         y = slots.run(np.arange(slots.units), multiply, len(x), keep)
         assert y is not None  # a layer has units
@@ -86,7 +87,8 @@ class NeuronFFN(SlotFFN):
             def through(h: mx.array) -> mx.array:
                 return h if masked is None else mx.where(masked, h, 0)
 
-            return _add(total, self.compute(x, rows, units, through))
+            y = self.compute(x, self.slots.parts, rows, units, through)
+            return _add(total, y)
 
         y = self.slots.run(
             needed, multiply, len(x), meanwhile=lambda: self.read_next(guess)

@@ -124,11 +124,16 @@ class SlotFFN(FlashFFN):
 
     def __call__(self, x: mx.array) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])
-        y = self.compute(tokens) if self.slots.holds_all else self.stream(tokens)
+        if self.slots.holds_all:
+            y = self.compute(tokens, self.slots.parts)
+        else:
+            y = self.stream(tokens)
+        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
+
+    def add_bias(self, y: mx.array) -> mx.array:
+        """y [T, D] with the bias of the last projection, if it has one."""
         out = self[self._names[-1]]
-        if "bias" in out:
-            y = y + out.bias
-        return y.astype(x.dtype).reshape(x.shape)
+        return y + out.bias if "bias" in out else y
 
     def stream(self, x: mx.array) -> mx.array:
         """The FFN of x [T, D] without its last bias, units brought as they are needed.
@@ -140,6 +145,7 @@ class SlotFFN(FlashFFN):
     def compute(
         self,
         x: mx.array,
+        parts: Arrays,
         rows: mx.array | slice | None = None,
         neurons: mx.array | None = None,
         through: Through | None = None,
@@ -147,11 +153,11 @@ class SlotFFN(FlashFFN):
         """The FFN of x [T, D] over some of the slots, without its last bias.
 
         Args:
+            parts: The slots of each part.
             rows: Which slots, as MLX arrays are indexed; None for all.
             neurons: Whose they are; None where all are in order.
             through: Given the hidden values [T, K], says what goes on in their place.
         """
-        parts = self.slots.parts
         *ins, out = self._names
         bound = {}
         for name in ins:

@@ -1,7 +1,7 @@
 """The reader in Python, for where the C extension was not built: the same bytes.
 
-A thread reads one part of one unit at a time. Nothing is merged, which the C reader
-does; a pool of Python threads would spend on planning what merging saves.
+A thread reads one unit at a time, or a piece of a long one. Units are not merged, which
+the C reader does: Python would spend on planning what merging saves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,12 +25,15 @@ from .source import Source, address
 
 @dataclass(slots=True)
 class Job:
-    """One read: `size` bytes at `offset` of an extent's file, into `destination`."""
+    """One read: `size` bytes at `offset` of an extent's file.
+
+    `pieces` are (offset in the read, destination), in order, with padding between them.
+    """
 
     extent: int
     offset: int
     size: int
-    destination: np.ndarray
+    pieces: list[tuple[int, np.ndarray]]
 
 
 @dataclass(eq=False)
@@ -127,18 +131,25 @@ def _abandon(pool: ThreadPoolExecutor, flights: Flights) -> None:
     pool.shutdown(wait=False)
 
 
-def _jobs(source: Source, units: np.ndarray, slots: np.ndarray):
-    """The reads of a batch in file order, long parts cut so that threads share them."""
+def _jobs(source: Source, units: np.ndarray, slots: np.ndarray) -> Iterator[Job]:
+    """The reads of a batch in file order; long units are cut for several threads."""
     order = np.argsort(units, kind="stable")
     picks = list(zip(units[order].tolist(), slots[order].tolist(), strict=True))
     for number, extent in enumerate(source.extents):
+        _, first, _ = extent.parts[0]
+        _, last, last_size = extent.parts[-1]
+        whole = last + last_size - first
         for unit, slot in picks:
-            for index, part_offset, size in extent.parts:
-                offset = extent.offset + unit * extent.stride + part_offset
-                row = source.slots[index][slot]
-                for at in range(0, size, CHUNK_BYTES):
-                    piece = row[at : at + CHUNK_BYTES]
-                    yield Job(number, offset + at, len(piece), piece)
+            begin = extent.offset + unit * extent.stride
+            rows = [(at, source.slots[index][slot]) for index, at, _ in extent.parts]
+            if whole <= CHUNK_BYTES:
+                pieces = [(at - first, row) for at, row in rows]
+                yield Job(number, begin + first, whole, pieces)
+                continue
+            for at, row in rows:
+                for cut in range(0, len(row), CHUNK_BYTES):
+                    piece = row[cut : cut + CHUNK_BYTES]
+                    yield Job(number, begin + at + cut, len(piece), [(0, piece)])
 
 
 def _work(batch: Batch, flights: Flights) -> None:
@@ -173,12 +184,12 @@ def _work(batch: Batch, flights: Flights) -> None:
 def _read(source: Source, job: Job, buffers: threading.local) -> tuple[int, int, int]:
     """Read one job: (offset and bytes asked of the file, bytes it gave)."""
     fd, align = source.descriptors[job.extent]
-    if (
-        align == 1
-        or not (job.offset | job.size | address(job.destination)) % PAGE_BYTES
-    ):
-        return job.offset, job.size, _fill(fd, job.destination, job.offset, align)
-    # Direct I/O wants whole pages at both ends: they go through a buffer of the thread.
+    if _straight(job, align):
+        views = [row.data for _, row in job.pieces]
+        if os.preadv(fd, views, job.offset) == job.size:
+            return job.offset, job.size, job.size
+    # Direct I/O wants whole pages at both ends, and padding has no place in the slots:
+    # such reads go through a buffer of the thread. It also ends what came short.
     if not hasattr(buffers, "array"):
         pages = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE_BYTES)
         buffers.array = np.frombuffer(pages, np.uint8)
@@ -186,8 +197,22 @@ def _read(source: Source, job: Job, buffers: threading.local) -> tuple[int, int,
     end = job.offset + job.size
     asked = end + -end % align - start
     got = _fill(fd, buffers.array[:asked], start, align)
-    job.destination[:] = buffers.array[job.offset - start : end - start]
+    for at, row in job.pieces:
+        begin = job.offset + at - start
+        row[:] = buffers.array[begin : begin + len(row)]
     return start, asked, got
+
+
+def _straight(job: Job, align: int) -> bool:
+    """Whether a read can land where its pieces belong."""
+    end = 0
+    for at, row in job.pieces:
+        if at != end:
+            return False
+        if align > 1 and (job.offset + at | len(row) | address(row)) % PAGE_BYTES:
+            return False
+        end = at + len(row)
+    return True
 
 
 def _fill(fd: int, array: np.ndarray, offset: int, align: int) -> int:
