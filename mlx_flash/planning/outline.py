@@ -113,6 +113,8 @@ def _of_checkpoint(
         weight_format.layer_of(path, kind.split(module))
         for path, module in modules.items()
     )
+    on_flash = sum(layer.nbytes for layer in layers)
+    resident_bytes = weight_format.weight_bytes(model) - on_flash
     predictors = _predictor_bytes(layers, dtype) if kind is NEURON else 0
     manifest = Manifest(
         format_version=1,
@@ -122,9 +124,7 @@ def _of_checkpoint(
         unit=kind.name,
         activation="module",
         dtype=dtype,
-        resident=Weights(
-            "", "", weight_format.weight_bytes(model) - sum(x.nbytes for x in layers)
-        ),
+        resident=Weights("", "", resident_bytes),
         predictors=Weights("", "", predictors) if predictors else None,
         calibration=None,
         layers=layers,
