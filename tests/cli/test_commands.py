@@ -345,7 +345,7 @@ def test_budget_that_is_too_small_names_one_that_works(flash):
 
 
 def test_no_demo_model_is_an_error_like_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(mlx_flash.cli.generate, "DEMO_MODEL", tmp_path / "demo")
+    monkeypatch.setattr(mlx_flash.cli.common, "DEMO_MODEL", tmp_path / "demo")
     assert str(tmp_path / "demo") in refused("generate", "a")
 
 

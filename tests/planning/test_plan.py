@@ -45,11 +45,24 @@ def checkpoint_of(kind, folder):
         "qwen3_moe": (moe.QWEN3, None),
         "qwen3_moe 4 bits": (moe.QWEN3, PACKED),
         "nemotron_h": (moe.NEMOTRON, None),
+        # FFNs that give zeros, in some of the layers: these become blocks
+        "dense nemotron_h": (
+            moe.NEMOTRON | {"hybrid_override_pattern": ["M", "-", "*", "-"]},
+            None,
+        ),
     }[kind]
     return moe.write_checkpoint(folder, config, packing)
 
 
-KINDS = ["opt", "llama", "llama 4 bits", "qwen3_moe", "qwen3_moe 4 bits", "nemotron_h"]
+KINDS = [
+    "opt",
+    "llama",
+    "llama 4 bits",
+    "qwen3_moe",
+    "qwen3_moe 4 bits",
+    "nemotron_h",
+    "dense nemotron_h",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
