@@ -25,9 +25,10 @@ from opt_checkpoints import (
 )
 
 from mlx_flash.cli import main
-from mlx_flash.converters import bundles, calibrate, fit, layerwise, neurons, resident
-from mlx_flash.converters import convert as converting
+from mlx_flash.converters import bundles, conversion
+from mlx_flash.converters.calibrate import fit, layerwise, text
 from mlx_flash.converters.convert import convert
+from mlx_flash.converters.source import Source
 from mlx_flash.converters.workfolder import WorkFolder
 from mlx_flash.errors import FlashError
 from mlx_flash.storage.manifest import read_manifest
@@ -39,11 +40,6 @@ LAYER = "model.decoder.layers"
 @pytest.fixture
 def checkpoint(tmp_path):
     return make_checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def short_fit(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 3)
 
 
 def convert_plain(src, dst, **options):
@@ -176,7 +172,7 @@ def test_an_empty_destination_is_filled(tmp_path, checkpoint, monkeypatch):
     assert_holds(tmp_path / "flash", load(checkpoint / "model.safetensors"))
 
 
-def test_calibration_text_trains_predictors(tmp_path, checkpoint, short_fit):
+def test_calibration_text_trains_predictors(tmp_path, checkpoint):
     text = tmp_path / "text.txt"
     text.write_text("Wörter, words und mots; " * 200)
     folder = convert(
@@ -186,6 +182,7 @@ def test_calibration_text_trains_predictors(tmp_path, checkpoint, short_fit):
         calibration=text,
         calibration_tokens=640,
         rank=4,
+        fit_steps=3,
         progress=False,
     )
     manifest = read_manifest(folder)
@@ -201,7 +198,7 @@ def test_calibration_text_trains_predictors(tmp_path, checkpoint, short_fit):
         assert shapes[f"{at}.bias"] == (64,)
 
 
-def test_few_calibration_tokens_are_two_sequences(tmp_path, checkpoint, short_fit):
+def test_few_calibration_tokens_are_two_sequences(tmp_path, checkpoint):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 500)
     folder = convert(
@@ -211,15 +208,16 @@ def test_few_calibration_tokens_are_two_sequences(tmp_path, checkpoint, short_fi
         calibration=text,
         calibration_tokens=1,
         rank=4,
+        fit_steps=3,
     )
     assert read_manifest(folder).calibration.tokens == 128
 
 
 def test_windows_come_from_all_of_the_text(tmp_path, checkpoint):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(chr(97 + i // 1000) * 1 for i in range(26000)))
-    source = converting.Source(checkpoint)
-    tokens = calibrate.text_tokens(source, text, 640)
+    file = tmp_path / "text.txt"
+    file.write_text("".join(chr(97 + i // 1000) * 1 for i in range(26000)))
+    source = Source(checkpoint)
+    tokens = text.text_tokens(source, file, 640)
     assert tokens.shape == (10, 64)
     assert (tokens[:, 0] == 2).all()  # as the tokenizer begins a text
     letters = np.unique(tokens[:, 1:])
@@ -231,17 +229,18 @@ def test_activations_are_those_of_the_whole_model(tmp_path, checkpoint):
     """What the layers see one at a time is what they see in the ordinary model."""
     import mlx.core as mx
 
-    source = converting.Source(checkpoint)
+    source = Source(checkpoint)
     model = layerwise.LayerwiseModel(source, mx.float32)
     tokens = np.random.default_rng(0).integers(4, 260, (5, 40)).astype(np.int32)
-    hidden = calibrate.embed_all(model, tokens)
-    seen = [calibrate.run_layer(model, i, "mlp", hidden, tokens) for i in range(2)]
+    hidden = model.embed_text(tokens)
+    paths = [f"{LAYER}.{i}.mlp" for i in range(2)]
+    seen = [model.run_text(i, path, hidden, tokens) for i, path in enumerate(paths)]
 
     whole = source.make_model()
     whole.load_weights(list(source.weights().items()))
     recorders = []
     for layer in whole.layers:
-        recorders.append(calibrate._Recorder(layer.mlp))
+        recorders.append(layerwise._Recorder(layer.mlp))
         layer.mlp = recorders[-1]
     mx.eval(whole(mx.array(tokens)))
     for inputs, recorder in zip(seen, recorders, strict=True):
@@ -455,7 +454,7 @@ def left_by_interruption(tmp_path, name):
     return [f"flash.partial/{file}" for file in files]
 
 
-def test_nan_that_only_shows_in_the_calibration_text(refuse, tmp_path, short_fit):
+def test_nan_that_only_shows_in_the_calibration_text(refuse, tmp_path):
     weights = random_weights()
     weights[f"{LAYER}.0.self_attn.q_proj.weight"][0, 0] = np.nan
     src = make_checkpoint(tmp_path / "model", weights=weights)
@@ -500,6 +499,7 @@ def test_python_callers_are_judged_too(tmp_path, checkpoint):
     for options, words in (
         ({"dtype": "float64"}, "float64.*bfloat16"),
         ({"calibration_tokens": 0}, "calibration tokens"),
+        ({"fit_steps": 0}, "0 fit steps"),
     ):
         with pytest.raises(FlashError, match=words):
             convert(checkpoint, tmp_path / "flash", **options)
@@ -697,7 +697,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_disk_that_is_really_full(tmp_path, small_disk, short_fit, monkeypatch):
+def test_disk_that_is_really_full(tmp_path, small_disk, monkeypatch):
     src = make_checkpoint(tmp_path / "model", num_hidden_layers=4, ffn_dim=512)
     options = OPTIONS | {"calibration_tokens": 256}
     whole = files_of(convert(src, tmp_path / "whole", **options))
@@ -721,7 +721,13 @@ def test_disk_that_is_really_full(tmp_path, small_disk, short_fit, monkeypatch):
 
 
 # Random weights are active half of the time: without `unit` they would become blocks.
-OPTIONS = {"unit": "neuron", "rank": 4, "calibration_tokens": 128, "progress": False}
+OPTIONS = {
+    "unit": "neuron",
+    "rank": 4,
+    "calibration_tokens": 128,
+    "fit_steps": 3,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -729,13 +735,11 @@ def undisturbed(tmp_path_factory):
     """A checkpoint of three layers, and the files of its undisturbed conversion."""
     base = tmp_path_factory.mktemp("undisturbed")
     src = make_checkpoint(base / "model", num_hidden_layers=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "STEPS", 3)
-        return src, files_of(convert(src, base / "flash", **OPTIONS))
+    return src, files_of(convert(src, base / "flash", **OPTIONS))
 
 
 @pytest.fixture
-def three_layers(tmp_path, undisturbed, short_fit):
+def three_layers(tmp_path, undisturbed):
     src = shutil.copytree(undisturbed[0], tmp_path / "model")
     return src, undisturbed[1]
 
@@ -743,14 +747,14 @@ def three_layers(tmp_path, undisturbed, short_fit):
 @pytest.fixture
 def written(monkeypatch):
     """Names of the layer files that were written, in order."""
-    names, real = [], neurons.write_bundles
+    names, real = [], conversion.write_bundles
 
     def count(path, *args):
         entry = real(path, *args)
         names.append(Path(entry.file).stem)
         return entry
 
-    monkeypatch.setattr(neurons, "write_bundles", count)
+    monkeypatch.setattr(conversion, "write_bundles", count)
     return names
 
 
@@ -774,21 +778,21 @@ def interrupt(patch, owner, name, call, after=False, error=KeyboardInterrupt):
     "owner, name, call, after, layers",
     [
         (layerwise.LayerwiseModel, "logits", 7, False, 3),  # sampling the text
-        (calibrate, "sample_tokens", 1, True, 3),
-        (calibrate, "run_layer", 1, False, 3),
+        (text, "sample_tokens", 1, True, 3),
+        (layerwise.LayerwiseModel, "run_text", 1, False, 3),
         (fit, "_train", 1, False, 3),
         (fit, "_train", 2, True, 3),
-        (neurons, "write_bundles", 2, False, 3),
-        (neurons, "write_bundles", 2, True, 4),  # written, but not noted
+        (conversion, "write_bundles", 2, False, 3),
+        (conversion, "write_bundles", 2, True, 4),  # written, but not noted
         (WorkFolder, "note", 1, True, 3),
         (WorkFolder, "note", 3, False, 4),
         (WorkFolder, "note", 3, True, 3),  # between two layers
         (WorkFolder, "save_array", 3, False, 3),
         (WorkFolder, "save_array", 3, True, 3),
         (os, "replace", 7, False, 4),
-        (neurons.NeuronConversion, "_finish", 1, False, 3),
-        (resident, "copy_config", 1, False, 3),
-        (resident, "copy_config", 1, True, 3),
+        (conversion, "_write_rest", 1, False, 3),
+        (conversion, "copy_config", 1, False, 3),
+        (conversion, "copy_config", 1, True, 3),
         (WorkFolder, "publish", 1, False, 3),
     ],
 )
@@ -849,10 +853,8 @@ def test_killed_goes_on(tmp_path, three_layers, written):
     src, whole = three_layers
     script = f"""
 import time
-from mlx_flash.converters import fit
 from mlx_flash.converters.convert import convert
 from mlx_flash.converters.workfolder import WorkFolder
-fit.STEPS = 3
 note = WorkFolder.note
 def note_and_wait(self):
     note(self)
@@ -910,13 +912,13 @@ def test_source_that_changes_during_the_run_is_refused(
     tmp_path, three_layers, monkeypatch
 ):
     src, _ = three_layers
-    real = neurons.write_bundles
+    real = conversion.write_bundles
 
     def touch(path, *args):
         os.utime(src / "model.safetensors", ns=(0, 0))
         return real(path, *args)
 
-    monkeypatch.setattr(neurons, "write_bundles", touch)
+    monkeypatch.setattr(conversion, "write_bundles", touch)
     with pytest.raises(FlashError, match="changed since"):
         convert(src, tmp_path / "flash", **OPTIONS)
     assert not (tmp_path / "flash").exists()
@@ -967,7 +969,7 @@ def test_failing_disk_is_noticed(tmp_path, checkpoint, monkeypatch):
 
 
 def test_stderr_tells_how_to_go_on(tmp_path, checkpoint, monkeypatch):
-    interrupt(monkeypatch, neurons, "write_bundles", 2)
+    interrupt(monkeypatch, conversion, "write_bundles", 2)
     args = ["convert", str(checkpoint), "-o", str(tmp_path / "flash"), "--rank", "0"]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 130
