@@ -24,7 +24,7 @@ from .resident import check_names, packing_of, quantize_modules
 
 
 class NeuronCutter(Cutter):
-    """Cuts dense FFNs into neurons, in an order in which they are used together.
+    """Cuts dense FFNs into neurons.
 
     Args:
         job: With a `dtype`, which all weights are cast to.
@@ -43,7 +43,9 @@ class NeuronCutter(Cutter):
     def __init__(self, job: Job, activation: str):
         if job.options.dtype is None:
             raise ValueError("neurons need a dtype")
-        self.job, self.activation, self.dtype = job, activation, job.options.dtype
+        self.job = job
+        self.activation = activation
+        self.dtype = job.options.dtype
         self._cast_to = getattr(mx, self.dtype)
         # float16 is emulated on MLX's CPU backend, many times slower than float32.
         on_cpu = mx.default_device() == mx.cpu
@@ -57,8 +59,9 @@ class NeuronCutter(Cutter):
         check_names(job.source, self.model.model)
         self.calibrator = None
         if job.options.rank != 0:
-            paths = list(self.modules)
-            self.calibrator = Calibrator(job, self.model, paths, self._cast_to)
+            self.calibrator = Calibrator(
+                job, self.model, list(self.modules), self._cast_to
+            )
 
     def resume(self, done: int) -> None:
         if self.calibrator:
@@ -66,7 +69,8 @@ class NeuronCutter(Cutter):
 
     def cut(self, index: int) -> CutLayer:
         facts = self.calibrator.fit(index) if self.calibrator else None
-        path, order = list(self.modules)[index], self._order(index)
+        path = list(self.modules)[index]
+        order = self._order(index)
         ffn = self.model.load_module(path, self._cast_to)
         for name, weight in parameters(ffn).items():
             finite(f"{path}.{name}", weight)
@@ -97,7 +101,8 @@ class NeuronCutter(Cutter):
             if name not in on_flash
         }
         for index, (path, ffn) in enumerate(self.modules.items()):
-            order, (*ins, _) = self._order(index), neuron_rows(ffn)
+            order = self._order(index)
+            *ins, _ = neuron_rows(ffn)
             for name in ins:
                 bias = f"{path}.{name}.bias"
                 if order is not None and bias in kept:

@@ -76,31 +76,35 @@ class ConvertOptions:
             if not possible:
                 raise FlashError(refusal)
 
-        unit, dtype, rank, order = self.unit, self.dtype, self.rank, self.order
-        threshold, tokens = self.threshold, self.calibration_tokens
         need(
-            unit in (None, *DENSE_UNITS),
-            f"No unit {unit!r} can be chosen. Choose {' or '.join(DENSE_UNITS)}.",
+            self.unit in (None, *DENSE_UNITS),
+            f"No unit {self.unit!r} can be chosen. Choose {' or '.join(DENSE_UNITS)}.",
         )
         need(
-            dtype in (None, *WEIGHT_DTYPES),
-            f"No dtype {dtype!r}. Choose {', '.join(WEIGHT_DTYPES)}.",
+            self.dtype in (None, *WEIGHT_DTYPES),
+            f"No dtype {self.dtype!r}. Choose {', '.join(WEIGHT_DTYPES)}.",
         )
         need(
-            rank is None or rank >= 0,
-            f"A predictor cannot have rank {rank}. Give 0 for none.",
+            self.rank is None or self.rank >= 0,
+            f"A predictor cannot have rank {self.rank}. Give 0 for none.",
         )
         need(
-            threshold is None or 0 < threshold < 1,
-            f"A threshold of {threshold} is no probability. Try 0.5.",
+            self.threshold is None or 0 < self.threshold < 1,
+            f"A threshold of {self.threshold} is no probability. Try 0.5.",
         )
         need(
             0 < self.recall <= 1,
             f"A recall of {self.recall} is not possible. Try 0.95.",
         )
         need(self.fit_steps > 0, f"{self.fit_steps} fit steps are too few. Try 400.")
-        need(order in ORDERS, f"No order {order!r}. Choose {' or '.join(ORDERS)}.")
-        need(tokens > 0, f"{tokens} calibration tokens are too few. Try 16384.")
+        need(
+            self.order in ORDERS,
+            f"No order {self.order!r}. Choose {' or '.join(ORDERS)}.",
+        )
+        need(
+            self.calibration_tokens > 0,
+            f"{self.calibration_tokens} calibration tokens are too few. Try 16384.",
+        )
         # Both raise for a quantisation that MLX does not have.
         _packing(self.bits, self.group_size, self.mode)
         _packing(self.resident_bits, None, "affine")

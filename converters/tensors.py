@@ -36,7 +36,8 @@ class TensorCutter(Cutter):
     """
 
     def __init__(self, job: Job, kind: UnitKind):
-        self.kind, self.activation = kind, kind.activation
+        self.kind = kind
+        self.activation = kind.activation
         stock = _load(job.source)
         self._model = stock.model
         self.dtype = job.options.dtype or stock.dtype()

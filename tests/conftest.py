@@ -23,7 +23,7 @@ from mlx_flash.models import opt
 from mlx_flash.models.registry import get_model_classes
 from mlx_flash.storage.reader import open_reader
 
-pytest_plugins = ["fake_hub"]
+pytest_plugins = ["conversions", "fake_hub"]
 
 # A busy machine is no mistake of the code under test.
 settings.register_profile(

@@ -45,15 +45,20 @@ class Calibrator:
     def __init__(
         self, job: Job, model: LayerwiseModel, paths: list[str], dtype: mx.Dtype
     ):
-        self.work, self.options, self.bars = job.work, job.options, job.bars
-        self.model, self.paths, self.dtype = model, paths, dtype
+        self.work = job.work
+        self.options = job.options
+        self.bars = job.bars
+        self.model = model
+        self.paths = paths
+        self.dtype = dtype
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """The text, int32 [sequences, length]; a resumed run reads the same."""
         name = "tokens.npy"
         if not self.work.path(name).exists():
-            count, file = self.options.calibration_tokens, self.options.calibration
+            count = self.options.calibration_tokens
+            file = self.options.calibration
             if file:
                 path = Path(file).expanduser()
                 tokens = text.text_tokens(self.model.source, path, count)
@@ -85,7 +90,9 @@ class Calibrator:
 
     def fit(self, index: int) -> PredictorFacts:
         """Take the text through a layer; store its predictor and its neurons' order."""
-        path, asked, length = self.paths[index], self.options, self.tokens.shape[1]
+        path = self.paths[index]
+        asked = self.options
+        length = self.tokens.shape[1]
         inputs = self.model.run_text(index, path, self.hidden, self.tokens)
         ffn = self.model.load_module(path, self.dtype)
         self._as_stored(ffn)

@@ -40,7 +40,8 @@ def order_by_coactivation(
     """
     if active_bits.ndim != 2 or active_bits.shape[1] != -(-units // 8):
         raise ValueError(f"bits {active_bits.shape} are not those of {units} neurons")
-    activity, chains = _Activity(active_bits, units, **sizes), _Chains(units)
+    activity = _Activity(active_bits, units, **sizes)
+    chains = _Chains(units)
     while chains.count > 1:
         open_ends = np.flatnonzero(chains.links < 2)
         heavy = activity.heaviest_links(open_ends, chains.other_end)
