@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -80,10 +80,19 @@ class CutLayer:
 
 @dataclass(frozen=True)
 class Rest:
-    """All weights that are in no bundle, and how quantised modules are packed."""
+    """What is in no bundle.
+
+    Attributes:
+        arrays: All weights that stay in memory.
+        packed: How quantised modules are packed, by their paths.
+        predictors: The arrays of all predictors, {} without any.
+        calibration: The text that they were fitted to.
+    """
 
     arrays: dict[str, mx.array]
     packed: dict[str, dict]
+    predictors: dict[str, mx.array] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 class Cutter:
@@ -110,16 +119,8 @@ class Cutter:
         """Let go of a layer that is on flash, and noted."""
 
     def rest(self) -> Rest:
-        """What stays resident; called when all layers are done."""
+        """All else; called when all layers are done."""
         raise NotImplementedError
-
-    def predictors(self) -> dict[str, mx.array]:
-        """The arrays of all predictors, {} without any."""
-        return {}
-
-    def calibration(self) -> Calibration | None:
-        """The text that the predictors were fitted to."""
-        return None
 
 
 def write_folder(job: Job, cutter: Cutter) -> None:
@@ -155,10 +156,11 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
     source, folder = job.source, job.work.folder
     rest = cutter.rest()
     held = write_weights(folder / RESIDENT, rest.arrays)
-    arrays = cutter.predictors()
-    predictors = write_weights(folder / PREDICTORS, arrays) if arrays else None
-    changes = {"dtype": cutter.dtype} | packing_config(rest.packed)
-    copy_config(source, folder, changes)
+    predictors = None
+    if rest.predictors:
+        predictors = write_weights(folder / PREDICTORS, rest.predictors)
+    config = {"dtype": cutter.dtype} | packing_config(rest.packed)
+    copy_config(source, folder, config)
     local = Path(source.name)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -171,7 +173,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         dtype=cutter.dtype,
         resident=held,
         predictors=predictors,
-        calibration=cutter.calibration(),
+        calibration=rest.calibration,
         layers=tuple(job.work.layers),
     )
     (folder / MANIFEST).write_text(manifest.to_json())

@@ -14,7 +14,6 @@ import mlx.core as mx
 from ..errors import FlashError
 from ..layers.kinds import NEURON
 from ..layers.projections import neuron_rows, pack
-from ..storage.manifest import Calibration
 from ..storage.safetensors import DTYPES
 from .arrays import finite, parameters, release
 from .calibrate.calibrator import Calibrator
@@ -118,13 +117,10 @@ class NeuronCutter(Cutter):
             packed |= packing_of(model)
             arrays = parameters(model).items()
             kept = {name: array for name, array in arrays if name not in on_flash}
-        return Rest(kept, packed)
-
-    def predictors(self) -> dict[str, mx.array]:
-        return self.calibrator.predictors() if self.calibrator else {}
-
-    def calibration(self) -> Calibration | None:
-        return self.calibrator.facts() if self.calibrator else None
+        if self.calibrator is None:
+            return Rest(kept, packed)
+        calibrator = self.calibrator
+        return Rest(kept, packed, calibrator.predictors(), calibrator.facts())
 
     def _order(self, index: int) -> mx.array | None:
         """Which neuron lies where in a layer's bundles; None: as in the checkpoint."""

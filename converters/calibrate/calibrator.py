@@ -84,7 +84,7 @@ class Calibrator:
     def resume(self, done: int) -> None:
         """Bring the states that layer `done` gets."""
         if done:
-            self.hidden = np.load(self._hidden_path(done))
+            self.hidden = np.load(self.work.path(_hidden_name(done)))
         else:
             self.hidden = self.model.embed_text(self.tokens)
 
@@ -102,23 +102,23 @@ class Calibrator:
         release(ffn)
         if asked.order == "coactivation":
             order = _order_by_use(arrays, facts, inputs)
-            self.work.save_array(self._order_path(index).name, order)
+            self.work.save_array(_order_name(index), order)
             for name, array in arrays.items():
                 if not name.startswith("reduce."):  # the others have a row a neuron
                     arrays[name] = array[mx.array(order)]
         named = {f"{path}.predictor.{k}": w for k, w in arrays.items()}
         write_weights(self._predictor_path(index), named)
-        self.work.save_array(self._hidden_path(index + 1).name, self.hidden)
+        self.work.save_array(_hidden_name(index + 1), self.hidden)
         return facts
 
     def order(self, index: int) -> mx.array | None:
         """Place i on flash is for neuron `order[i]`; None: as in the checkpoint."""
-        path = self._order_path(index)
+        path = self.work.path(_order_name(index))
         return mx.array(np.load(path)) if path.exists() else None
 
     def finish(self, index: int) -> None:
         """Drop what only a layer that is done by now needed."""
-        self._hidden_path(index).unlink(missing_ok=True)
+        self.work.path(_hidden_name(index)).unlink(missing_ok=True)
 
     def predictors(self) -> dict[str, mx.array]:
         """The arrays of all layers' predictors, lazily, by their paths in the model."""
@@ -152,12 +152,6 @@ class Calibrator:
     def _predictor_path(self, index: int) -> Path:
         return self.work.path(f"predictor_{index:02d}.safetensors")
 
-    def _order_path(self, index: int) -> Path:
-        return self.work.path(f"order_{index:02d}.npy")
-
-    def _hidden_path(self, index: int) -> Path:
-        return self.work.path(f"hidden_{index:02d}.npy")
-
 
 def _order_by_use(
     arrays: dict[str, mx.array], facts: PredictorFacts, inputs: np.ndarray
@@ -173,3 +167,11 @@ def _order_by_use(
         if len(x)
     ]
     return order_by_coactivation(np.concatenate(bits), units)
+
+
+def _order_name(index: int) -> str:
+    return f"order_{index:02d}.npy"
+
+
+def _hidden_name(index: int) -> str:
+    return f"hidden_{index:02d}.npy"
