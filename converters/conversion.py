@@ -145,7 +145,7 @@ def write_folder(job: Job, cutter: Cutter) -> None:
 
 
 def _write_layer(work: WorkFolder, cutter: Cutter, index: int) -> Layer:
-    # A function of its own: when it returns, nothing holds the layer any more.
+    # A function of its own, so that nothing holds the parts while the next are made.
     layer = cutter.cut(index)
     path = work.folder / f"ffn/layer_{index:02d}.safetensors"
     entry = write_bundles(path, list(cutter.modules)[index], layer.parts)
