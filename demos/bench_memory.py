@@ -27,9 +27,10 @@ FLAT_BYTES = 10_000  # growth per token that counts as none
 # The command line, with a fit that is shorter than an option can make it: memory does
 # not depend on the number of its steps.
 SHORT_FIT = """
-import mlx_flash.converters.fit as fit
+import functools
 from mlx_flash.cli import main
-fit.STEPS = {steps}
+from mlx_flash.converters import convert as converting
+converting.convert = functools.partial(converting.convert, fit_steps={steps})
 main()
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import mlx_flash
 from mlx_flash.cli.common import DEMO_MODEL
-from mlx_flash.converters.placement import order_by_coactivation
+from mlx_flash.converters.calibrate.placement import order_by_coactivation
 from mlx_flash.loading import READ_THREADS
 from mlx_flash.memory.policies import Lrfu, Lru
 from mlx_flash.memory.slot_cache import SlotCache

@@ -23,7 +23,6 @@ from synthetic import numbers_text, opt_checkpoint
 import mlx_flash
 from mlx_flash import generation
 from mlx_flash.cli.common import DEMO_MODEL
-from mlx_flash.converters import fit
 from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_tokenizer
@@ -50,9 +49,8 @@ def neurons(folder: Path) -> Path:
     source, text = folder / "opt", folder / "numbers.txt"
     opt_checkpoint(source, DIMS, FFN, layers=5, vocab=VOCAB)
     numbers_text(text, 1024, VOCAB)
-    fit.STEPS = 12
-    options = dict(dtype="float32", calibration=text, calibration_tokens=1024)
-    return convert(source, folder / "neurons", **options)
+    options = dict(calibration=text, calibration_tokens=1024, fit_steps=12)
+    return convert(source, folder / "neurons", dtype="float32", **options)
 
 
 def experts(folder: Path) -> Path:
