@@ -1,4 +1,4 @@
-"""What was computed from slots is there before they change, and is not kept for long."""
+"""What was computed from slots is there before they change, and soon let go of."""
 
 import mlx.core as mx
 import numpy as np
