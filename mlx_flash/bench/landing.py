@@ -14,7 +14,7 @@ import numpy as np
 
 from ..memory.policies import Lru
 from ..memory.slot_cache import EMPTY, SlotCache
-from ..memory.slots import allocate
+from ..memory.slots import UnitSlots, allocate
 from ..memory.stats import Stats
 from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer
@@ -28,6 +28,12 @@ class KeepNothing(Lru):
 
     def expire(self, cache: SlotCache) -> None:
         cache.forget(np.flatnonzero(cache.unit_of != EMPTY))
+
+
+def bring(slots: UnitSlots, units: np.ndarray) -> None:
+    """Bring units (sorted, unique) into a layer's slots, and multiply nothing."""
+    for _ in slots.fetch(units):
+        pass
 
 
 class Landing:
@@ -58,9 +64,7 @@ class Landing:
             batch = units[start : start + self.n_slots]
             ticket = self.reader.submit(source, batch, np.arange(len(batch)))
             result = self.reader.wait(ticket)
-            self.stats.bytes_read += result.bytes_read
-            self.stats.reads += result.reads
-            self.stats.read_s += result.seconds
+            self.stats.count(result)
         self.stats.io_s += time.perf_counter() - begin
 
 

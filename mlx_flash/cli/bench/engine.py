@@ -1,0 +1,122 @@
+"""Parts of the engine: the reader, the order on flash, overlap, its own cost."""
+
+from __future__ import annotations
+
+import click
+
+from ..common import DEMO_MODEL, Memory
+from .options import (
+    PATH,
+    SHARE,
+    TEXT,
+    as_json,
+    count,
+    folder_option,
+    judge_plot,
+    make_shape,
+    model_or_opt,
+    parse_shape,
+    report_options,
+    show,
+)
+
+VOCABULARY = 2048  # of models whose embeddings do not matter
+
+
+@click.command()
+@count("--layers", 32)
+@count("--units", 16384, "Neurons of a layer.")
+@count("--dims", 4096, "Model width.")
+@click.option("--reader", type=click.Choice(["c", "python", "both"]), default="both")
+@click.option(
+    "--window", "windows", multiple=True, type=int, help="Add a row: window policy."
+)
+@count("--tokens", 96, "Measured, per row.")
+@count("--rounds", 4, "Blocks of those tokens.")
+@count("--warm-up", 24, "Tokens before them.")
+@click.option(
+    "--selected", type=SHARE, default=0.10, show_default=True, help="Share, per token."
+)
+@click.option(
+    "--resident", type=SHARE, default=0.24, show_default=True, help="Share in slots."
+)
+@click.option(
+    "--missing", type=SHARE, default=0.024, show_default=True, help="Share read, LRU."
+)
+@click.option("--fio-seconds", default=4.0, show_default=True, help="0 leaves it out.")
+@folder_option
+@as_json
+def reader(
+    layers, units, dims, folder, as_json, reader, windows, fio_seconds, **options
+):
+    """Reader and slot cache on OPT-6.7B's bundles, beside fio.
+
+    \b
+    Examples:
+      mlx-flash bench reader --window 4
+      mlx-flash bench reader --layers 4 --units 2048 --dims 512 --fio-seconds 0
+    """
+    from ...bench import methods
+    from ...bench import reader as measured
+
+    shape = make_shape(layers, dims, units, VOCABULARY, "float16")
+    with model_or_opt(None, folder, shape) as path:
+        report = measured.run(
+            path, methods.Options(**options), reader, windows, fio_seconds
+        )
+    show(report, as_json)
+
+
+@click.command()
+@click.argument("text", type=TEXT)
+@click.option(
+    "--place-text",
+    type=TEXT,
+    help="Text to place by.  [default: the first half of TEXT]",
+)
+@click.option("--model", type=PATH, default=DEMO_MODEL, show_default="the demo model")
+@click.option("--memory", type=Memory(), default="50%", show_default=True)
+@count("--tokens", 1024, "Played.")
+@count("--place-tokens", 8192, "Placed by.")
+@click.option("--policy", type=click.Choice(["lru", "lrfu"]), default="lru")
+@count("--rounds", 8, "Blocks of the tokens.")
+@as_json
+def placement(text, place_text, model, as_json, **options):
+    """Orders of a model's neurons on flash, played with TEXT at equal memory.
+
+    \b
+    Example:
+      mlx-flash bench placement valid.txt --place-text train.txt
+    """
+    from ...bench import placement
+
+    show(placement.run(text, place_text, model, placement.Options(**options)), as_json)
+
+
+@click.command()
+@click.option("--model", type=PATH, help="Flash folder.  [default: a synthetic OPT]")
+@click.option(
+    "--shape", default="8x2048x8192", show_default=True, metavar="LAYERSxDIMSxFFN"
+)
+@click.option("--memory", type=Memory(), default="50%", show_default=True)
+@count("--tokens", 96)
+@report_options
+def overlap(model, shape, memory, tokens, as_json, plot):
+    """Reading while MLX computes, and reading early, beside doing it in turn."""
+    from ...bench import overlap
+
+    judge_plot(plot)
+    wanted = parse_shape(shape, VOCABULARY, "float32")
+    with model_or_opt(model, None, wanted, memory) as path:
+        report = overlap.run(path, memory, tokens)
+    show(report, as_json, plot)
+
+
+@click.command()
+@click.option("--tokens", type=click.IntRange(12), default=120, show_default=True)
+@as_json
+def whole(tokens, as_json):
+    """What the engine costs where everything fits in memory, beside mlx-lm."""
+    from ...bench import whole
+
+    show(whole.run(tokens), as_json)
