@@ -4,7 +4,7 @@ off. What each reads for a token, and what it holds meanwhile."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import FlashError
@@ -52,6 +52,7 @@ class Player:
     stats: Stats
     tokens: int  # per round
     sparse: bool = True  # follows the selections, and needs their warm-up
+    layers: Sequence[UnitSlots] = ()  # where it keeps units
     samples: list[Sample] = dataclasses.field(default_factory=list)
     at: int = 0
 
@@ -193,7 +194,9 @@ class Bench:
             for slots, tokens in zip(layers, self.selections, strict=True):
                 bring(slots, tokens[token])
 
-        return Player(name, read, self.held_bytes(), stats, self.sparse_tokens)
+        return Player(
+            name, read, self.held_bytes(), stats, self.sparse_tokens, layers=layers
+        )
 
 
 def _sparse(manifest: Manifest, folder: Path) -> Manifest:

@@ -26,6 +26,7 @@ from .methods import Bench, Options, Player
 from .report import Column, Report, Row, cache_state, progress
 
 COLUMNS = [
+    Column("resident %", "resident_share", 0.01, 1),
     Column("read anew %", "missing_share", 0.01, 2),
     Column("MB per token", "bytes_per_token", 1e6, 1),
     Column("reads per token", "reads_per_token"),
@@ -109,7 +110,9 @@ def _wanted(reader: str, windows: Sequence[int]) -> list[tuple[str, Lru, bool]]:
 
 def _row(player: Player, units: int, blocks: list[Stats], disk: list[float]) -> Row:
     row, spent = player.row(), player.stats
+    held = sum(int((slots.cache.slot_of >= 0).sum()) for slots in player.layers)
     row.more |= {
+        "resident_share": held / units,
         "missing_share": spent.misses / units / row.tokens,
         "bytes_per_read": spent.bytes_read / max(spent.reads, 1),
         "reads_per_s": spent.reads / spent.read_s if spent.read_s else None,
