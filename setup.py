@@ -6,8 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "mlx_flash.storage._reader",
-            ["mlx_flash/storage/_reader.c"],
+            ["mlx_flash/storage/_reader.c", "mlx_flash/storage/_reads.c"],
             py_limited_api=True,
+            depends=["mlx_flash/storage/_reads.h"],
             optional=True,
             extra_compile_args=["-O2", "-pthread"],
             extra_link_args=["-pthread"],

@@ -5,21 +5,25 @@ with `generate` and `stream_generate` from here, which also measure what a run c
 """
 
 import importlib
+from pathlib import Path
 
 from ._version import __version__
-from .errors import FlashError
+from .errors import FlashError, NotEnoughMemory
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 # Imported on first use, so that the command line answers --help without loading mlx.
 # No module is called like one of these names: it would hide the function.
 _LAZY = {
     "load": "loading",
     "load_model": "loading",
+    "LoadOptions": "loading",
     "generate": "generation",
     "stream_generate": "generation",
     "convert": "converters.convert",
 }
 
-__all__ = ["FlashError", "__version__", *_LAZY]
+__all__ = ["DEMO_MODEL", "FlashError", "NotEnoughMemory", "__version__", *_LAZY]
 
 
 def __getattr__(name: str):

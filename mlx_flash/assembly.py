@@ -1,32 +1,31 @@
 """Build a model whose FFNs are on flash, without reading any of its weights.
 
 From a flash folder, or in place from a stock mlx-lm checkpoint whose experts can be
-read from its shards as they lie there. FFN modules are exchanged by their type.
+read from its shards as they lie there. The unit kind finds the FFN modules, and makes
+those that take their places.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from .checkpoints.config import make_model, read_config
-from .checkpoints.stock import Stock, load_stock
+from .checkpoints.in_place import describe_in_place
+from .checkpoints.stock import load_stock
 from .errors import FlashError
-from .layers.block import BlockFFN, cut_blocks
-from .layers.expert import ExpertFFN, switch_layers, switch_parts
-from .layers.lookahead import router_guess
-from .layers.neuron import NeuronFFN
-from .layers.predictor import Predictor
-from .layers.projections import pack, packing, projections
+from .layers.base import FlashFFN
+from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
-from .storage.manifest import MANIFEST, Layer, Manifest, Part, Weights, read_manifest
-from .storage.reader import Extent
-from .storage.safetensors import DTYPES
+from .storage.layout import dtype_name
+from .storage.manifest import MANIFEST, Layer, Manifest, read_manifest
+from .storage.source import Extent, bundle_extent
 
 
 @dataclass(frozen=True)
@@ -36,49 +35,58 @@ class Assembled:
     Attributes:
         model, config: As mlx-lm has them, FFNs exchanged for `layers`.
         manifest: The flash folder's, or one made up for a stock checkpoint.
+        kind: Of the units.
         layers: The FFN modules, one for each of the manifest's layers.
-        extents: Where each layer's units lie, or None: in the layer's bundle file.
+        extents: Where each layer's units lie.
         shapes: For the budget.
     """
 
     model: nn.Module
-    config: dict
+    config: dict[str, Any]
     manifest: Manifest
-    layers: list
-    extents: list[list[Extent]] | None
+    kind: UnitKind
+    layers: list[FlashFFN]
+    extents: list[list[Extent]]
     shapes: Shapes
 
     def look_ahead(self) -> None:
         """Have every layer guess what the next one will need, where that is known."""
         modules = dict(self.model.named_modules())
-        entries = self.manifest.layers[1:]
-        pairs = zip(self.layers, self.layers[1:], entries, strict=False)
-        for layer, following, entry in pairs:
-            if isinstance(layer, NeuronFFN):
-                layer.look_ahead(following)
-            elif isinstance(layer, ExpertFFN):
-                block = modules[entry.module.rpartition(".")[0]]
-                guess = router_guess(block, entry.units, self.shapes.width)
-                if guess is not None:
-                    layer.look_ahead(following, guess)
+        for i, entry in enumerate(self.manifest.layers[1:]):
+            layer, following = self.layers[i : i + 2]
+            block = modules[entry.module.rpartition(".")[0]]
+            guess = self.kind.guess_of(layer, block, following)
+            if guess is not None:
+                layer.look_ahead(following, guess)
 
 
-def assemble(folder: Path, predictor: bool) -> Assembled:
+def assemble(folder: Path, predictor: bool = True) -> Assembled:
     """Assemble whatever `folder` holds.
+
+    Args:
+        predictor: Whether neurons are chosen by the predictors that the folder has.
 
     Raises:
         FlashError: If it is damaged, contradicts itself, or has nothing to exchange.
     """
     if (folder / MANIFEST).exists() or not _is_checkpoint(folder):
         return _from_flash(folder, predictor)
-    return _in_place(load_stock(folder))
+    return _in_place(folder)
 
 
 def can_stream(folder: Path) -> bool:
     """Whether a checkpoint with this config.json has experts to stream in place."""
     config = read_config(folder)
     model = make_model(*get_model_classes(config), config, folder)
-    return bool(switch_layers(model))
+    return bool(EXPERT.find(model))
+
+
+def empty_model(manifest: Manifest, config: dict, folder: Path) -> nn.Module:
+    """A flash folder's model with weights that nothing evaluates."""
+    model = make_model(*get_model_classes(config), config, folder)
+    _quantize(model, config.get("quantization"))
+    model.set_dtype(getattr(mx, manifest.dtype))
+    return model
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -89,22 +97,22 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     manifest = read_manifest(folder)
     config = read_config(folder)
     # A model of their own: Kimi K3 keeps what it computed from weights in its first run
-    shapes = find_shapes(_empty_model(manifest, config, folder), config)
-    model = _empty_model(manifest, config, folder)
-    exchange = EXCHANGES[manifest.unit]
-    layers = exchange(model, manifest, predictor, folder)
-    names = [entry.module for entry in manifest.layers]
-    model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
+    shapes = find_shapes(empty_model(manifest, config, folder), config)
+    model = empty_model(manifest, config, folder)
+    layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
-    return Assembled(model, config, manifest, layers, None, shapes)
+    extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
+    kind = kind_of(manifest)
+    return Assembled(model, config, manifest, kind, layers, extents, shapes)
 
 
-def _empty_model(manifest: Manifest, config: dict, folder: Path) -> nn.Module:
-    """The folder's model with weights that nothing evaluates."""
-    model = make_model(*get_model_classes(config), config, folder)
-    _quantize(model, config.get("quantization"))
-    model.set_dtype(getattr(mx, manifest.dtype))
-    return model
+def _in_place(folder: Path) -> Assembled:
+    stock = load_stock(folder)
+    model, config = stock.model, stock.config
+    shapes = find_shapes(model, config)
+    manifest, extents = describe_in_place(stock)
+    layers = _exchange(model, manifest, False, folder)
+    return Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
 
 
 def _quantize(model: nn.Module, quantization: dict | None) -> None:
@@ -120,108 +128,52 @@ def _quantize(model: nn.Module, quantization: dict | None) -> None:
     )
 
 
-def _modules(model: nn.Module, manifest: Manifest, folder: Path) -> list[nn.Module]:
+def _exchange(
+    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
+) -> list[FlashFFN]:
+    """Put an FFN over slots in the place of every FFN that the manifest names."""
+    kind = kind_of(manifest)
     found = dict(model.named_modules())
+    layers = []
     for entry in manifest.layers:
         if entry.module not in found:
             raise FlashError(
                 f"{folder}: the manifest exchanges {entry.module}, which a model of "
                 f"type {manifest.model_type!r} does not have. Convert it again."
             )
-    return [found[entry.module] for entry in manifest.layers]
-
-
-def _exchange_neurons(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[NeuronFFN]:
-    layers = []
-    olds = _modules(model, manifest, folder)
-    for entry, old in zip(manifest.layers, olds, strict=True):
-        want, dims = _neuron_shapes(old, getattr(mx, manifest.dtype))
-        have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
-        if have != want:
-            raise FlashError(
-                f"{folder}: bundles of {entry.module} hold {have}, its config.json "
-                f"and {MANIFEST} ask for {want}. Convert the model again."
-            )
-        facts = entry.predictor if predictor else None
+        module = found[entry.module]
+        _check_parts(kind, module, entry, manifest, folder)
         try:
-            guess = facts and Predictor(dims, entry.units, facts.rank, facts.bits)
+            layers.append(kind.make(module, entry, predictor))
         except (ValueError, TypeError, ZeroDivisionError) as error:
+            assert entry.predictor is not None  # nothing else can be impossible
             raise FlashError(
                 f"{folder / MANIFEST}, {entry.module}: no predictor of rank "
-                f"{facts.rank} and {facts.bits} bits is possible "
+                f"{entry.predictor.rank} and {entry.predictor.bits} bits is possible "
                 f"({str(error).splitlines()[0]})."
             ) from error
-        layers.append(NeuronFFN(old, guess))
+    names = [entry.module for entry in manifest.layers]
+    model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
     return layers
 
 
-def _neuron_shapes(ffn: nn.Module, dtype: mx.Dtype) -> tuple[dict, int]:
-    """(dtype and shape of every part of all neurons, D), or nothing if it has none."""
-    if projections(ffn) is None:
-        return {}, 0
-    ins, out = projections(ffn)
-    neurons, dims = len(ffn[ins[0]].weight), len(ffn[out].weight)
-    # Nothing evaluates these: it is their shapes that are asked for.
-    rows = mx.zeros((neurons, dims), dtype)
-    shapes = {}
-    for name in (*ins, out):
-        for key, array in pack(rows, packing(ffn[name])).items():
-            kind = str(array.dtype).removeprefix("mlx.core.")
-            shapes[f"{name}.{key}"] = (kind, array.shape)
-    return shapes, dims
-
-
-def _exchange_experts(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[ExpertFFN]:
-    layers = []
-    olds = _modules(model, manifest, folder)
-    for entry, old in zip(manifest.layers, olds, strict=True):
-        want = {n: (entry.units, *a.shape[1:]) for n, a in switch_parts(old).items()}
-        have = {p.name: (entry.units, *p.shape) for p in entry.parts}
-        if want != have:
-            some = sorted(want.items() ^ have.items())[0][0]
-            raise FlashError(
-                f"{folder}: bundles of {entry.module} and its config.json disagree "
-                f"about {some}. Convert the model again."
-            )
-        layers.append(ExpertFFN(old))
-    return layers
-
-
-def _exchange_blocks(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[BlockFFN]:
-    layers = []
-    olds = _modules(model, manifest, folder)
-    for entry, old in zip(manifest.layers, olds, strict=True):
-        have = {p.name: (entry.units, *p.shape) for p in entry.parts}
-        if have != _block_shapes(old, entry.units):
-            raise FlashError(
-                f"{folder}: bundles of {entry.module} and its config.json disagree "
-                "about its neurons. Convert the model again."
-            )
-        layers.append(BlockFFN(old))
-    return layers
-
-
-def _block_shapes(ffn: nn.Module, blocks: int) -> dict:
-    """The shape of every part of all blocks, or nothing if it cannot be cut so."""
-    if projections(ffn) is None:
-        return {}
-    try:
-        return {name: a.shape for name, a in cut_blocks(ffn, blocks).items()}
-    except ValueError:  # neurons that are no whole blocks
-        return {}
-
-
-EXCHANGES = {
-    "neuron": _exchange_neurons,
-    "expert": _exchange_experts,
-    "block": _exchange_blocks,
-}
+def _check_parts(
+    kind: UnitKind, module: nn.Module, entry: Layer, manifest: Manifest, folder: Path
+) -> None:
+    """Hold the parts that a manifest describes against the module they belong to."""
+    arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
+    want = {k: (dtype_name(a.dtype), tuple(a.shape)) for k, a in arrays.items()}
+    have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
+    if not kind.same_dtypes:
+        want = {name: ("", shape) for name, (_, shape) in want.items()}
+        have = {name: ("", shape) for name, (_, shape) in have.items()}
+    if have != want:
+        names = want.keys() | have.keys()
+        some = sorted(name for name in names if want.get(name) != have.get(name))
+        raise FlashError(
+            f"{folder}: bundles of {entry.module} and its config.json disagree about "
+            f"its {kind.name}s ({some[0]}). Convert the model again."
+        )
 
 
 def _load_resident(
@@ -242,82 +194,9 @@ def _load_resident(
 
 def _load_file(path: Path) -> dict[str, mx.array]:
     try:
-        return mx.load(str(path))
+        loaded = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FlashError(f"{path} cannot be read: {reason}.") from error
-
-
-def _in_place(stock: Stock) -> Assembled:
-    """Experts straight from the shards of a stock checkpoint: a read for each part."""
-    model, folder = stock.model, stock.folder
-    shapes = find_shapes(model, stock.config)
-    switches = switch_layers(model)
-    if not switches:
-        raise FlashError(
-            f"{folder} has no flash.json, and no mixture-of-experts layers (SwitchGLU "
-            "or SwitchMLP of mlx-lm) that could be streamed as they are. Convert it: "
-            f"mlx-flash convert {folder} -o {folder.name}-flash"
-        )
-    entries, extents, layers = [], [], []
-    for module, switch in switches.items():
-        parts, places = _stock_parts(stock, module, switch)
-        entries.append(
-            Layer(
-                module=module,
-                file=places[0].path.name,
-                sha256="",
-                data_offset=0,
-                units=switch_experts(switch),
-                unit_bytes=sum(p.bytes for p in parts),
-                parts=tuple(parts),
-                order="checkpoint",
-                predictor=None,
-            )
-        )
-        extents.append(places)
-        layers.append(ExpertFFN(switch))
-    model.update_modules(tree_unflatten(list(zip(switches, layers, strict=True))))
-    resident = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-    dtype = stock.dtype()
-    manifest = Manifest(
-        format_version=1,
-        source=folder.name,
-        revision=None,
-        model_type=stock.config["model_type"],
-        unit="expert",
-        activation="switch",
-        dtype=dtype,
-        resident=Weights(file="", sha256="", bytes=resident),
-        predictors=None,
-        calibration=None,
-        layers=tuple(entries),
-    )
-    return Assembled(model, stock.config, manifest, layers, extents, shapes)
-
-
-def switch_experts(switch: nn.Module) -> int:
-    return len(next(iter(switch_parts(switch).values())))
-
-
-def _stock_parts(
-    stock: Stock, module: str, switch: nn.Module
-) -> tuple[list[Part], list[Extent]]:
-    parts, extents = [], []
-    for index, (name, array) in enumerate(switch_parts(switch).items()):
-        place = stock.place(array)
-        dtype = str(array.dtype).removeprefix("mlx.core.")
-        if place is None or place.bytes != array.nbytes or dtype not in DTYPES:
-            raise FlashError(
-                f"{stock.folder}: {module}.{name} does not lie in the shards as mlx-lm "
-                "uses it (experts stored one by one, or transposed). Convert it: "
-                f"mlx-flash convert {stock.folder} -o {stock.folder.name}-flash"
-            )
-        nbytes = array.nbytes // len(array)
-        parts.append(Part(name, dtype, tuple(array.shape[1:]), 0, nbytes))
-        extents.append(Extent(place.file, place.offset, nbytes, ((index, 0, nbytes),)))
-    offset = 0
-    for i, part in enumerate(parts):
-        parts[i] = replace(part, offset=offset)
-        offset += part.bytes
-    return parts, extents
+    assert isinstance(loaded, dict)  # which a safetensors file always is
+    return loaded

@@ -6,3 +6,15 @@ class FlashError(Exception):
 
     The command line prints it without a traceback and ends with exit code 1.
     """
+
+
+class NotEnoughMemory(FlashError):
+    """A budget too small for a model.
+
+    Attributes:
+        least_bytes: The smallest budget that works.
+    """
+
+    def __init__(self, message: str, least_bytes: int):
+        super().__init__(message)
+        self.least_bytes = least_bytes

@@ -1,10 +1,8 @@
-"""Generate with mlx-lm's own loop, and say afterwards what the run cost."""
+"""Generate with mlx-lm's own loop, and note what the run costs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,9 +13,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .checkpoints.config import read_config
 from .errors import FlashError
-from .memory.budget import KV_STEP
-from .memory.stats import Stats
-from .memory.system import peak_process_bytes
+from .memory.footprint import KV_STEP
+from .run_report import Run
 
 
 def stream_generate(
@@ -76,7 +73,7 @@ def generate(model: nn.Module, tokenizer, prompt, verbose=False, **options) -> s
         if verbose:
             print(response.text, end="", flush=True)
     if verbose:
-        print("", summary(model.flash), sep="\n")
+        print("", model.flash.report(), sep="\n")
     return text
 
 
@@ -114,148 +111,3 @@ def context_for(folder: Path, prompt_tokens: int, max_tokens: int) -> int | None
     positions = read_config(folder).get("max_position_embeddings")
     context = prompt_tokens + max_tokens
     return min(context, positions) if positions else context
-
-
-@dataclass
-class Run:
-    """What one generation did, kept up to date while it runs.
-
-    Decoding is measured from the first new token on, so that reading the prompt does
-    not count as a token.
-    """
-
-    before: Stats
-    begin_time: float = field(default_factory=time.perf_counter)
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    last: GenerationResponse | None = None
-    first_stats: Stats | None = None
-    last_stats: Stats | None = None
-    first_time: float = 0.0
-    last_time: float = 0.0
-
-    def note(self, response: GenerationResponse, stats: Stats) -> None:
-        self.last_time, self.last_stats = time.perf_counter(), stats.copy()
-        if self.first_stats is None:
-            self.first_time, self.first_stats = self.last_time, self.last_stats
-        if response.generation_tokens > len(self.tokens):
-            self.tokens.append(response.token)
-        self.text += response.text
-        self.last = response
-
-
-def report(flash) -> dict:
-    """The figures of a model's last run, under the names `generate --json` prints.
-
-    Bytes are bytes, GB is 1e9, times are milliseconds per new token: `io` is waiting
-    for reads, `cache` the bookkeeping of slots, `compute` all the rest. A prompt, with
-    the first new token, is apart from them. What could not be measured (a run of one
-    token has no time per token) is None.
-    """
-    run, budget, manifest = flash.run, flash.budget, flash.manifest
-    stats: dict = {
-        "model_bytes": manifest.model_bytes,
-        "resident_bytes": budget.resident_bytes,
-        "predictor_bytes": budget.predictor_bytes,
-        "slot_bytes": budget.slot_bytes,
-        "memory_budget_bytes": budget.total_bytes,
-        "peak_memory_bytes": mx.get_peak_memory(),
-        "peak_process_bytes": peak_process_bytes(),
-        "layers_from_flash": len(flash.layers),
-        "layers_total": len(manifest.layers),
-        "layers_held_whole": sum(
-            n == layer.units
-            for n, layer in zip(budget.slots, manifest.layers, strict=True)
-        ),
-        "prompt_tokens_per_s": run.last.prompt_tps if run and run.last else None,
-        "time_to_first_token_s": run.first_time - run.begin_time
-        if run and run.last
-        else None,
-        "tokens_per_s": None,
-        "ms_per_token": dict.fromkeys(("io", "cache", "compute", "total")),
-        "bytes_per_token": None,
-        "reads_per_token": None,
-        "read_gb_per_s": None,
-        "read_hidden_share": None,
-        "early_precision": None,
-        "hit_rate": None,
-        "predictor_recall": None,
-    }
-    if run is None or run.last is None:
-        return stats
-    whole = run.last_stats - run.before
-    if any("predictor" in layer for layer in flash.layers):
-        stats["predictor_recall"] = whole.predictor_recall or _recorded_recall(manifest)
-    steps = len(run.tokens) - 1
-    if steps < 1:
-        return stats
-    decode = run.last_stats - run.first_stats
-    total_s = (run.last_time - run.first_time) / steps
-    io, cache = decode.io_s / steps, decode.cache_s / steps
-    stats |= {
-        "tokens_per_s": 1 / total_s,
-        "ms_per_token": {
-            "io": 1e3 * io,
-            "cache": 1e3 * cache,
-            "compute": 1e3 * (total_s - io - cache),
-            "total": 1e3 * total_s,
-        },
-        "bytes_per_token": decode.bytes_read / steps,
-        "reads_per_token": decode.reads / steps,
-        "read_gb_per_s": decode.read_gb_per_s,
-        "read_hidden_share": decode.read_hidden_share,
-        "early_precision": decode.early_precision,
-        "hit_rate": decode.hit_rate,
-    }
-    return stats
-
-
-def _recorded_recall(manifest) -> float | None:
-    """Mean recall on held-out text at conversion, where a run had no prompt sweep."""
-    facts = [layer.predictor for layer in manifest.layers if layer.predictor]
-    return sum(f.recall for f in facts) / len(facts) if facts else None
-
-
-def summary(flash) -> str:
-    """The figures of a model's last run as a few lines for a person."""
-    run, s, unit = flash.run, report(flash), flash.manifest.unit
-    if run is None or run.last is None:
-        return "nothing was generated"
-    lines = [
-        f"prompt      {run.last.prompt_tokens} tokens, "
-        f"{s['prompt_tokens_per_s']:.1f} tokens/s, first token after "
-        f"{s['time_to_first_token_s']:.2f} s"
-    ]
-    if s["tokens_per_s"]:
-        ms, hit = s["ms_per_token"], s["hit_rate"]
-        lines += [
-            f"generation  {len(run.tokens)} tokens, {s['tokens_per_s']:.1f} tokens/s, "
-            f"{ms['total']:.2f} ms per token = {ms['io']:.2f} I/O + "
-            f"{ms['cache']:.2f} cache + {ms['compute']:.2f} compute",
-            f"flash       {s['bytes_per_token'] / 1e6:.3f} MB in "
-            f"{s['reads_per_token']:.0f} reads per token"
-            + (f", {s['read_gb_per_s']:.2f} GB/s" if s["read_gb_per_s"] else "")
-            + (
-                f", {s['read_hidden_share']:.0%} of that time hidden behind compute"
-                if s["read_hidden_share"]
-                else ""
-            )
-            + ("" if hit is None else f", {hit:.0%} of {unit}s were in memory"),
-        ]
-    if s["early_precision"] is not None:
-        lines.append(
-            f"look-ahead  {s['early_precision']:.0%} of the guesses were right"
-        )
-    lines += [
-        f"memory      {s['peak_memory_bytes'] / 1e6:.1f} MB at most, budget "
-        f"{s['memory_budget_bytes'] / 1e6:.1f} MB, model "
-        f"{s['model_bytes'] / 1e6:.1f} MB (the process with Python and libraries "
-        f"{s['peak_process_bytes'] / 1e6:.0f} MB)",
-        f"layers      {s['layers_from_flash']} of {s['layers_total']} FFN layers from "
-        f"flash, {s['layers_held_whole']} of them held whole",
-    ]
-    if s["predictor_recall"]:
-        lines.append(
-            f"predictor   found {s['predictor_recall']:.1%} of the active neurons"
-        )
-    return "\n".join(lines)

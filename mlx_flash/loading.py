@@ -8,41 +8,89 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from .assembly import assemble, can_stream
+from .assembly import Assembled, assemble, can_stream
 from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
 from .errors import FlashError
-from .memory.budget import Budget, make_budget
-from .memory.divide import by_trace
+from .layers.base import CLOSED, FlashFFN
+from .layers.kinds import UnitKind
+from .memory.budget import Budget, Divide, make_budget
+from .memory.fence import Fence
+from .memory.footprint import Footprint
 from .memory.policies import Lrfu, Lru, Window
-from .memory.slots import CLOSED, UnitSlots
+from .memory.slots import UnitSlots
 from .memory.stats import Stats
+from .run_report import Run, RunReport
 from .storage.limits import PAGE_BYTES
 from .storage.manifest import Manifest
-from .storage.reader import open_reader
+from .storage.reader import Reader, open_reader
+from .traces.curves import by_trace
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEFAULT_CONTEXT = 2048
 READ_THREADS = 32  # the queue depth at which Apple's and other SSDs give most
 # Read over such a gap: of 0 to 32 KiB the fastest for 1 KiB bundles, in any order.
 GAP_BYTES = PAGE_BYTES
 
 
-class Flash:
-    """What a loaded model has on flash: `stats`, `budget`, `manifest`, `close()`."""
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
 
-    def __init__(self, folder, manifest, budget, reader, layers, positions):
-        self.folder: Path = folder
-        self.manifest: Manifest = manifest
-        self.budget: Budget = budget
-        self.layers: list = layers
-        self.positions: int | None = positions
+    Attributes:
+        predictor: False computes every neuron of every token: exact, and slow.
+        policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
+            "window" (the paper's: what the last tokens used), or an object of such a
+            class. "auto" is what suits the unit kind.
+        window: Tokens the window policy keeps (the paper: 4).
+        context: Tokens for which the budget reserves KV cache (default: 2048 or the
+            model's positions).
+        overlap: Read what a layer lacks while MLX multiplies what is there.
+        look_ahead: Read also what the next layer will probably need, judged by this
+            layer's input.
+        page_cache: Leave the operating system's cache on for reads.
+        native: True insists on the C reader, False takes the Python one.
+        trace: A file of `mlx-flash trace`: layers get slots by the hits that they
+            would have had on it, instead of the same share each.
+    """
+
+    predictor: bool = True
+    policy: str | Lru = "auto"
+    window: int = 4
+    context: int | None = None
+    overlap: bool = True
+    look_ahead: bool = False
+    page_cache: bool = False
+    native: bool | None = None
+    trace: str | Path | None = None
+
+
+class Flash:
+    """What a loaded model has on flash, as `model.flash`.
+
+    Attributes:
+        folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        budget: How its memory is divided.
+        layers: Its FFNs on flash.
+        positions: How many the model has, None if it has no limit.
+        stats: Counters since it was loaded.
+        run: The last generation, for `report`.
+    """
+
+    def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
+        self.folder = folder
+        self.manifest: Manifest = parts.manifest
+        self.kind: UnitKind = parts.kind
+        self.budget = budget
+        self.layers: list[FlashFFN] = parts.layers
+        self.positions: int | None = parts.config.get("max_position_embeddings")
         self.stats = Stats()
-        self.run = None  # of the last generation, see generation.Run
+        self.run: Run | None = None
         self.closed = False
         self._reader = reader
 
@@ -51,12 +99,16 @@ class Flash:
         """Whether reads go past the operating system's page cache."""
         return self._reader.direct
 
+    def report(self) -> RunReport:
+        """The figures of the last generation; `str` of it is a text for a person."""
+        return RunReport.of(self)
+
     def close(self) -> None:
         """End the reader's threads, close its files, let go of the slots."""
         self.closed = True
         self._reader.close()
         for layer in self.layers:
-            layer.store = None
+            layer.detach()
 
     def check_open(self) -> None:
         """Raise a FlashError if the model was closed."""
@@ -74,7 +126,7 @@ class Loaded(tuple):
         self[0].flash.close()
 
 
-def load(path: str | Path, memory: int | str = "auto", **options) -> Loaded:
+def load(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded:
     """Load a flash folder and its tokenizer.
 
     >>> with mlx_flash.load("opt-6.7b-flash", memory="7GB") as (model, tokenizer):
@@ -83,7 +135,7 @@ def load(path: str | Path, memory: int | str = "auto", **options) -> Loaded:
     Args:
         path: A folder that `mlx-flash convert` wrote, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
-        options: As for `load_model`.
+        options: As `LoadOptions` describes them.
 
     Returns:
         (model, tokenizer), a tuple that is also a context manager.
@@ -119,40 +171,13 @@ def load_tokenizer(folder: Path):
         ) from error
 
 
-def load_model(
-    path: str | Path,
-    memory: int | str = "auto",
-    *,
-    predictor: bool = True,
-    policy: str | Lru = "auto",
-    window: int = 4,
-    context: int | None = None,
-    overlap: bool = True,
-    look_ahead: bool = False,
-    page_cache: bool = False,
-    native: bool | None = None,
-    trace: str | Path | None = None,
-) -> Loaded:
+def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded:
     """Load a flash folder without its tokenizer.
 
     Args:
         path: A folder that `mlx-flash convert` wrote, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
-        predictor: False computes every neuron of every token: exact, and slow.
-        policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
-            "window" (the paper's: what the last tokens used), or an object of such a
-            class. "auto" is lrfu for neurons, which hit 3 to 5 points more with it on
-            the demo model, and lru for the rest.
-        window: Tokens the window policy keeps (the paper: 4).
-        context: Tokens for which the budget reserves KV cache (default: 2048 or the
-            model's positions).
-        overlap: Read what a layer lacks while MLX multiplies what is there.
-        look_ahead: Read also what the next layer will probably need, judged by this
-            layer's input.
-        page_cache: Leave the operating system's cache on for reads.
-        native: True insists on the C reader, False takes the Python one.
-        trace: A file of `mlx-flash trace`: layers get slots by the hits that they
-            would have had on it, instead of the same share each.
+        options: As `LoadOptions` describes them.
 
     Returns:
         (model, config); `model.flash` is a `Flash`.
@@ -160,64 +185,86 @@ def load_model(
     Raises:
         FlashError: If the folder is missing, damaged or newer, or does not fit.
     """
+    wanted = LoadOptions(**options)
     folder = find_model(path, checkpoint=can_stream)
-    parts = assemble(folder, predictor)
-    model, config, manifest = parts.model, parts.config, parts.manifest
-    policy = _policy(policy, window, manifest.unit)
-    positions = config.get("max_position_embeddings")
-    context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    facts = memory, manifest, parts.shapes, context, folder
-    if trace is not None:
-        facts = *facts, by_trace(Path(trace), manifest, policy)
-    budget = make_budget(*facts)
+    parts = assemble(folder, wanted.predictor)
+    policy = _policy(wanted, parts.kind)
+    budget = _budget(memory, parts, folder, policy, wanted)
 
     mx.reset_peak_memory()
-    mx.eval(model.parameters())
+    mx.eval(parts.model.parameters())
     reader = open_reader(
-        READ_THREADS, direct=not page_cache, native=native, max_gap_bytes=GAP_BYTES
+        READ_THREADS,
+        direct=not wanted.page_cache,
+        native=wanted.native,
+        max_gap_bytes=GAP_BYTES,
     )
-    flash = Flash(folder, manifest, budget, reader, parts.layers, positions)
+    flash = Flash(parts, folder, budget, reader)
     try:
-        for i, layer in enumerate(parts.layers):
-            layer.store = UnitSlots(
-                manifest.layers[i],
-                folder,
-                budget.slots[i],
-                policy,
-                reader,
-                flash.stats,
-                parts.extents[i] if parts.extents else None,
-                layer.apart if overlap else 0.0,
-            )
-            if layer.store.holds_all:
-                layer.store.read_all()
+        _attach_slots(flash, parts, policy, wanted.overlap)
     except BaseException:
         flash.close()
         raise
-    if not (reader.direct or page_cache):
+    if not (reader.direct or wanted.page_cache):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
             "page cache, so timings are not those of the disk.",
             file=sys.stderr,
         )
-    if look_ahead:
+    if wanted.look_ahead:
         parts.look_ahead()
     flash.stats.reset()
-    model.flash = flash
-    return Loaded((model, config))
+    parts.model.flash = flash
+    return Loaded((parts.model, parts.config))
 
 
-def _policy(policy, window: int, unit: str):
-    if policy == "auto":
-        policy = "lrfu" if unit == "neuron" else "lru"
+def _budget(
+    memory: int | str,
+    parts: Assembled,
+    folder: Path,
+    policy: Lru,
+    options: LoadOptions,
+) -> Budget:
+    positions = parts.config.get("max_position_embeddings")
+    context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
+    footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    divide: Divide | None = None
+    if options.trace is not None:
+        divide = by_trace(Path(options.trace), parts.manifest, policy)
+    return make_budget(memory, footprint, folder, divide)
+
+
+def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) -> None:
+    """Give every layer its slots, and fill those of layers that are held whole."""
+    fence = Fence()
+    for i, layer in enumerate(parts.layers):
+        slots = UnitSlots(
+            parts.manifest.layers[i],
+            parts.extents[i],
+            flash.budget.slots[i],
+            policy,
+            flash._reader,
+            fence,
+            flash.stats,
+            layer.apart if overlap else 0.0,
+        )
+        layer.attach(slots)
+        if slots.holds_all:
+            slots.read_all()
+
+
+def _policy(options: LoadOptions, kind: UnitKind) -> Lru:
+    policy = kind.policy if options.policy == "auto" else options.policy
     if policy == "lru":
         return Lru()
     if policy == "lrfu":
         return Lrfu()
     if policy == "window":
-        if window < 1:
-            raise FlashError(f"A window of {window} tokens keeps nothing. Try 4.")
-        return Window(window)
+        if options.window < 1:
+            raise FlashError(
+                f"A window of {options.window} tokens keeps nothing. Try 4."
+            )
+        return Window(options.window)
     if isinstance(policy, str):
         raise FlashError(f"No policy is called {policy!r}. Try lru, lrfu or window.")
     return policy

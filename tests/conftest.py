@@ -16,12 +16,14 @@ from mlx_flash.converters.bundles import write_bundles
 from mlx_flash.converters.convert import convert
 from mlx_flash.layers.neuron import NeuronFFN
 from mlx_flash.layers.projections import neuron_rows
+from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
 from mlx_flash.models import opt
 from mlx_flash.models.registry import get_model_classes
 from mlx_flash.storage.reader import open_reader
+from mlx_flash.storage.source import bundle_extent
 
 pytest_plugins = ["fake_hub"]
 
@@ -149,14 +151,15 @@ class Bench:
             reader = open_reader(4, direct=False, native=native)
             self._readers.append(reader)
         policy = policy or Lru()
-        args = self.layer, self.root, n_slots, policy, reader, Stats()
+        extents = [bundle_extent(self.layer, self.root)]
+        args = self.layer, extents, n_slots, policy, reader, Fence(), Stats()
         return UnitSlots(*args, apart=apart)
 
     def ffn(self, n_slots, choose=None, bias=True, **options):
         ffn = NeuronFFN(self.module(bias), choose and Says(choose))
-        ffn.store = self.store(n_slots, **options)
-        if ffn.store.holds_all:
-            ffn.store.read_all()
+        ffn.attach(self.store(n_slots, **options))
+        if ffn.slots.holds_all:
+            ffn.slots.read_all()
         return ffn
 
     def inputs(self, *shape, seed=0):

@@ -20,9 +20,7 @@ from mlx_flash.generation import (
     context_for,
     encode_prompt,
     generate,
-    report,
     stream_generate,
-    summary,
 )
 
 PROMPT = [5, 17, 3, 80, 41, 9]
@@ -78,7 +76,7 @@ def load(folder, memory="400KB", **options):
     loaded = mlx_flash.load(
         folder, memory, context=POSITIONS, page_cache=True, **options
     )
-    assert not any(layer.store.holds_all for layer in loaded[0].flash.layers)
+    assert not any(layer.slots.holds_all for layer in loaded[0].flash.layers)
     loaded[1].eos_token_ids = set()  # answers of a known length
     return loaded
 
@@ -282,7 +280,7 @@ def test_bytes_and_reads_are_what_the_reader_was_asked(
     for _ in stream_generate(model, tokenizer, PROMPT, max_tokens=12):
         stats = model.flash.stats
         counts.append((count.bytes, count.reads, count.units, stats.hits))
-    figures = report(model.flash)
+    figures = model.flash.report().to_dict()
     (b0, r0, m0, h0), *_, (b1, r1, m1, h1) = counts
     assert b1 > b0 > 0 == asked
     assert figures["bytes_per_token"] == (b1 - b0) / 11
@@ -301,7 +299,7 @@ def test_every_figure_is_there_before_and_after(loaded):
     flash = model.flash
     for n in (0, 1, 2, 9):
         tokens = run(model, tokenizer, n=n) if n else []
-        figures = report(flash)
+        figures = flash.report().to_dict()
         assert figures.keys() >= FIGURES
         json.dumps(figures, allow_nan=False)
         assert figures["ms_per_token"].keys() == {"io", "cache", "compute", "total"}
@@ -328,29 +326,29 @@ def test_recall_is_measured_on_the_prompt_or_taken_from_the_conversion(folder):
     model, tokenizer = load(folder)
     run(model, tokenizer)
     stats = model.flash.stats
-    assert report(model.flash)["predictor_recall"] == stats.predictor_recall
+    assert model.flash.report().predictor_recall == stats.predictor_recall
     assert 0.3 < stats.predictor_recall <= 1
     run(model, tokenizer, PROMPT[:2])  # too short for a sweep
     recorded = [layer.predictor.recall for layer in model.flash.manifest.layers]
-    assert report(model.flash)["predictor_recall"] == sum(recorded) / 2
+    assert model.flash.report().predictor_recall == sum(recorded) / 2
     model.flash.close()
 
 
 def test_without_predictor_there_is_no_recall(folder):
     model, tokenizer = load(folder, predictor=False)
     run(model, tokenizer)
-    assert report(model.flash)["predictor_recall"] is None
+    assert model.flash.report().predictor_recall is None
     model.flash.close()
 
 
 def test_a_model_held_whole_reads_nothing(folder):
     with mlx_flash.load(folder, "20MB", context=POSITIONS) as (model, tokenizer):
         generate(model, tokenizer, PROMPT, max_tokens=3)
-    figures = report(model.flash)  # also after closing
+    figures = model.flash.report().to_dict()  # also after closing
     assert figures["layers_held_whole"] == figures["layers_from_flash"] == 2
     assert figures["bytes_per_token"] == 0
     assert figures["hit_rate"] is figures["read_gb_per_s"] is None
-    assert "2 of them held whole" in summary(model.flash)
+    assert "2 of them held whole" in str(model.flash.report())
 
 
 def test_the_second_run_is_counted_on_its_own(loaded):
@@ -358,18 +356,18 @@ def test_the_second_run_is_counted_on_its_own(loaded):
     run(model, tokenizer, n=12)
     before = model.flash.stats.copy()
     run(model, tokenizer, [3], n=2)
-    figures, stats = report(model.flash), model.flash.stats
+    figures, stats = model.flash.report().to_dict(), model.flash.stats
     assert figures["bytes_per_token"] < stats.bytes_read - before.bytes_read
     assert model.flash.run.last.prompt_tokens == 1
 
 
 def test_the_summary_says_what_the_report_says(loaded):
     model, tokenizer = loaded
-    assert summary(model.flash) == "nothing was generated"
+    assert str(model.flash.report()) == "nothing was generated"
     run(model, tokenizer, n=1)
-    assert "generation" not in summary(model.flash)
+    assert "generation" not in str(model.flash.report())
     run(model, tokenizer, n=5)
-    text, figures = summary(model.flash), report(model.flash)
+    text, figures = str(model.flash.report()), model.flash.report().to_dict()
     assert "6 tokens" in text and "5 tokens" in text
     assert f"{figures['tokens_per_s']:.1f} tokens/s" in text
     assert "budget 0.4 MB" in text
@@ -379,7 +377,7 @@ def test_the_summary_says_what_the_report_says(loaded):
 
 def test_verbose_prints_the_text_and_the_summary(loaded, capsys):
     text = generate(*loaded, PROMPT, max_tokens=4, verbose=True)
-    assert capsys.readouterr().out == f"{text}\n{summary(loaded[0].flash)}\n"
+    assert capsys.readouterr().out == f"{text}\n{str(loaded[0].flash.report())}\n"
 
 
 # The end
@@ -392,8 +390,8 @@ def test_a_closed_model_says_so(folder):
         generate(model, tokenizer, PROMPT)
     with pytest.raises(FlashError, match="This model was closed"):
         mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=3)
-    assert report(model.flash)["tokens_per_s"] > 0
-    assert "3 tokens" in summary(model.flash)
+    assert model.flash.report().tokens_per_s > 0
+    assert "3 tokens" in str(model.flash.report())
 
 
 def test_an_answer_left_half_way_can_be_started_again(loaded):

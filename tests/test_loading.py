@@ -21,7 +21,7 @@ from mlx_flash.loading import load_model
 from mlx_flash.memory.policies import Lru, Window
 from mlx_flash.memory_size import parse_memory
 from mlx_flash.storage.manifest import read_manifest
-from mlx_flash.storage.reader import _reader
+from mlx_flash.storage.native_reader import _reader
 
 TOLERANCE = 1e-4  # float32; measured 4e-7
 CONTEXT = 64
@@ -95,7 +95,7 @@ def resident(wide):
 def test_the_least_memory_works_and_less_does_not(wide, resident):
     amount = least(wide[1], context=CONTEXT)
     model = load(wide[1], memory=amount)
-    assert not any(layer.store.holds_all for layer in model.flash.layers)
+    assert not any(layer.slots.holds_all for layer in model.flash.layers)
     tokens = random_tokens(1, 9)
     assert_close(model(tokens), resident(tokens))
     with pytest.raises(FlashError, match=f"at least --memory {amount}"):
@@ -103,7 +103,7 @@ def test_the_least_memory_works_and_less_does_not(wide, resident):
 
 
 def test_the_shares_tested_here_are_different_numbers_of_slots(wide):
-    counts = [[x.store.n_slots for x in load(wide[1], s).flash.layers] for s in SHARES]
+    counts = [[x.slots.n_slots for x in load(wide[1], s).flash.layers] for s in SHARES]
     counts = [n for n, _ in counts]
     assert counts == sorted(set(counts))
     assert counts[0] < 512 // 16 and counts[-1] == 512

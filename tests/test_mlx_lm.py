@@ -58,7 +58,7 @@ class Case:
             self.stock, get_model_classes=get_model_classes
         )
         self.model = stream(self.folder, slots)
-        assert not any(layer.store.holds_all for layer in self.model.flash.layers)
+        assert not any(layer.slots.holds_all for layer in self.model.flash.layers)
         self.tokenizer = load_tokenizer(self.folder)
 
     def same(self, run):
@@ -132,7 +132,7 @@ def test_a_long_prompt_reads_a_byte_at_most_once_per_chunk(case):
     model, stats = case.model, case.model.flash.stats
     tokens = mx.array(np.random.default_rng(0).integers(3, 90, (1, 512)))
     layers = case.model.flash.manifest.layers
-    held = sum(layer.store.n_slots for layer in model.flash.layers)
+    held = sum(layer.slots.n_slots for layer in model.flash.layers)
     before = stats.copy()
     cache = make_prompt_cache(model)
     for chunk in mx.split(tokens, 2, axis=1):

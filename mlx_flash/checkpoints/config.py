@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
 
 from ..errors import FlashError
 from ..models.registry import OWN
@@ -31,7 +35,12 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def make_model(model_class: type, args_class: type, config: dict, folder: Path):
+def make_model(
+    model_class: type[Any],
+    args_class: type[BaseModelArgs],
+    config: dict,
+    folder: Path,
+) -> nn.Module:
     """The model, without weights, that the config found in `folder` describes.
 
     Raises:

@@ -40,7 +40,7 @@ def find_model(
     if Path(name).expanduser() == folder:
         return folder
     # From here on the commit is named, so that all files are of one revision.
-    commit = folder.name
+    name, commit = str(name), folder.name
     if (folder / "flash.json").exists():
         return _download(name, commit, FLASH_FILES)
     if not (checkpoint(folder) if callable(checkpoint) else checkpoint):
@@ -71,7 +71,7 @@ def find_config(name: str | Path, revision: str | None = None) -> Path:
             f"{name} does not exist. Give a model's folder or a hub name such as "
             "facebook/opt-6.7b."
         )
-    return _download(name, revision, CONFIG_FILES)
+    return _download(str(name), revision, CONFIG_FILES)
 
 
 def weight_sizes(name: str, commit: str) -> dict[str, int]:

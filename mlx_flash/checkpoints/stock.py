@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from ..errors import FlashError
 from ..models.registry import get_model_classes
+from ..storage.layout import dtype_name
 from ..storage.safetensors import read_header
 from .config import read_config
 
@@ -35,34 +36,27 @@ class Stock:
     Attributes:
         model, config: From `mlx_lm.utils.load_model(lazy=True)`.
         raw: The tensors as the files name them.
-        files: The shards.
+        places: Where each of these lies.
     """
 
     folder: Path
     model: nn.Module
     config: dict
     raw: dict[str, mx.array]
-    files: tuple[Path, ...]
+    places: dict[str, Place]
 
     def place(self, array: mx.array) -> Place | None:
         """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
-        name = next((n for n, a in self.raw.items() if a is array), None)
-        return self._places().get(name)
+        for name, raw in self.raw.items():
+            if raw is array:
+                return self.places.get(name)
+        return None
 
     def dtype(self) -> str:
         """The dtype of the largest unquantised weight: what the model computes in."""
         floats = [a for a in self.raw.values() if mx.issubdtype(a.dtype, mx.floating)]
         largest = max(floats, key=lambda a: a.size)
-        return str(largest.dtype).removeprefix("mlx.core.")
-
-    def _places(self) -> dict[str, Place]:
-        places = {}
-        for file in self.files:
-            header, start = read_header(file)
-            for name, entry in header.items():
-                first, last = entry["data_offsets"]
-                places[name] = Place(file, start + first, last - first)
-        return places
+        return dtype_name(largest.dtype)
 
 
 def load_stock(folder: Path) -> Stock:
@@ -75,21 +69,19 @@ def load_stock(folder: Path) -> Stock:
     from mlx_lm.utils import load_model
 
     read_config(folder)
-    files = tuple(sorted(folder.glob("model*.safetensors")))
-    for file in files:
-        read_header(file)  # MLX itself would read past the end of a cut file
+    # Before MLX loads them, which would read past the end of a cut file.
+    places = _places(folder)
     raw: dict[str, mx.array] = {}
 
     def watched(config: dict) -> tuple[type, type]:
         model_class, args_class = get_model_classes(config)
+        inherited = getattr(model_class, "sanitize", None)
 
-        class Watched(model_class):
-            def sanitize(self, weights):
-                raw.update(weights)
-                inherited = getattr(super(), "sanitize", None)
-                return inherited(weights) if inherited else weights
+        def sanitize(self, weights):
+            raw.update(weights)
+            return inherited(self, weights) if inherited else weights
 
-        return Watched, args_class
+        return type("Watched", (model_class,), {"sanitize": sanitize}), args_class
 
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=watched)
@@ -101,4 +93,15 @@ def load_stock(folder: Path) -> Stock:
             f"mlx-lm cannot load {folder}: {reason or type(error).__name__}. "
             "Check config.json and the checkpoint's shards, or update mlx-lm."
         ) from error
-    return Stock(folder, model, config, raw, files)
+    return Stock(folder, model, config, raw, places)
+
+
+def _places(folder: Path) -> dict[str, Place]:
+    """Every tensor's place, from the headers of the shards."""
+    places = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        header, start = read_header(file)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            places[name] = Place(file, start + first, last - first)
+    return places

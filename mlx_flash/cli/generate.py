@@ -132,8 +132,7 @@ def generate(
     with loaded as (network, _):
         code = _stream(network, tokenizer, tokens, max_tokens, sampler, as_json)
         run = network.flash.run
-        figures = generation.report(network.flash)
-        lines = generation.summary(network.flash)
+        report = network.flash.report()
     if as_json:
         text = {
             "text": run.text,
@@ -141,11 +140,11 @@ def generate(
             "prompt_tokens": len(tokens),
             "generation_tokens": len(run.tokens),
             "finish_reason": "interrupted" if code else run.last.finish_reason,
-            "stats": figures,
+            "stats": report.to_dict(),
         }
         click.echo(json.dumps(text))
     elif not quiet:
-        click.echo(lines, err=True)
+        click.echo(report, err=True)
     sys.exit(code)
 
 

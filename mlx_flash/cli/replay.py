@@ -29,8 +29,8 @@ def replay(trace, as_json, plot):
       mlx-flash trace "Once upon a time" -o story.npz
       mlx-flash replay story.npz --plot story.png
     """
-    from ..traces.recording import read_trace
     from ..traces.replay import SHARES, compare, table
+    from ..traces.trace import read_trace
 
     recorded = read_trace(trace)
     rates = compare(recorded)

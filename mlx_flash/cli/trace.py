@@ -67,7 +67,7 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     from ..checkpoints.hub import find_model
     from ..generation import context_for, encode_prompt
     from ..loading import load_model, load_tokenizer
-    from ..traces.recording import PIECE_TOKENS, record_prompt, record_text
+    from ..tracing import PIECE_TOKENS, record_prompt, record_text
 
     text = _read(text) if text else None
     max_tokens = max_tokens or (1024 if text else 100)

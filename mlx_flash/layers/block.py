@@ -15,15 +15,15 @@ import numpy as np
 
 from ..errors import FlashError
 from ..memory.slot_cache import Wave
-from ..memory.slots import CLOSED, UnitSlots
-from .projections import HALVES, SlotFFN, count_neurons, packing, projections
+from .projections import HALVES, count_neurons, known_projections, packing
+from .slot_ffn import SlotFFN
 
 BLOCK_BYTES = 2_000_000  # long enough to read at full speed, short enough to share
 
 
 def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
     """What goes to flash: the projections' weights; their biases stay resident."""
-    ins, out = projections(ffn)
+    ins, out = known_projections(ffn)
     return {
         f"{name}.{key}": array
         for name in (*ins, out)
@@ -39,7 +39,7 @@ def cut_blocks(ffn: nn.Module, n: int) -> dict[str, mx.array]:
     before all up rows. The way out is cut by columns: a float column is stored as a
     row, [n, b, D]; a packed one stays in its packing, [n, D, b'].
     """
-    ins, out = projections(ffn)
+    ins, out = known_projections(ffn)
     parts = {}
     for key, array in ffn_arrays(ffn).items():
         name, width = key.split(".")[0], array.shape[-1]
@@ -60,7 +60,7 @@ def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
     Raises:
         FlashError: If N is no multiple of the quantisation's group size.
     """
-    out = ffn[projections(ffn)[1]]
+    out = ffn[known_projections(ffn)[1]]
     neurons = count_neurons(out)
     group = (packing(out) or {"group_size": 1})["group_size"]
     total = sum(array.nbytes for array in ffn_arrays(ffn).values())
@@ -84,34 +84,29 @@ class BlockFFN(SlotFFN):
 
     def __init__(self, ffn: nn.Module):
         super().__init__(ffn, columns=True)
-        self.store: UnitSlots | None = None  # given by load, taken by close
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.store is None:
-            raise FlashError(CLOSED)
-        tokens = x.reshape(-1, x.shape[-1])
-        store, y = self.store, None
-        if store.holds_all:
-            y = store.in_use = self.compute(tokens, store.parts, None)
-        else:
-            everything = np.arange(store.units, dtype=np.int32)
-            for wave in store.fetch(everything, tokens=len(tokens)):
-                for run in _runs(wave):
-                    part = self._run(tokens, run)
-                    y = part if y is None else y.astype(mx.float32) + part
-                store.in_use = y
-        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
+    def stream(self, x: mx.array) -> mx.array:
+        slots = self.slots
+        width = self.neurons // slots.units
 
-    def _run(self, x: mx.array, run: slice) -> mx.array:
-        store = self.store
-        b = self.neurons // store.units
-        units = store.cache.unit_of[run].astype(np.int32)
-        neurons = mx.array((units[:, None] * b + np.arange(b)).reshape(-1))
-        return self.compute(x, store.parts, run, neurons)
+        def multiply(total: mx.array | None, wave: Wave) -> mx.array:
+            for run, units in _runs(wave):
+                neurons = mx.array((units[:, None] * width + np.arange(width)).ravel())
+                part = self.compute(x, slots.parts, run, neurons)
+                total = part if total is None else total.astype(mx.float32) + part
+            assert total is not None  # a wave has units
+            return total
+
+        y = slots.run(np.arange(slots.units), multiply, len(x))
+        assert y is not None  # a layer has units
+        return y
 
 
-def _runs(wave: Wave) -> Iterator[slice]:
-    """The neighbouring slots of a wave, together."""
-    slots = np.sort(wave.slots)
-    for run in np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1):
-        yield slice(int(run[0]), int(run[-1]) + 1)
+def _runs(wave: Wave) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slots of a wave that lie side by side, and the units in them."""
+    order = np.argsort(wave.slots)
+    slots = wave.slots[order]
+    breaks = np.flatnonzero(np.diff(slots) > 1) + 1
+    units = np.split(wave.units[order], breaks)
+    for run, of_run in zip(np.split(slots, breaks), units, strict=True):
+        yield slice(int(run[0]), int(run[-1]) + 1), of_run

@@ -1,8 +1,9 @@
 """Mixture-of-experts layers whose experts are on flash.
 
-mlx-lm's own `SwitchGLU` or `SwitchMLP` does the multiplying: its weights are exchanged
-for slots, and it is given slot numbers where it was given expert numbers. Activations,
-biases, quantisation and sorting stay its business, and so the result is its result.
+mlx-lm's own `SwitchGLU` or `SwitchMLP` does the multiplying: for each call its weights
+are exchanged for slots, and it is given slot numbers instead of expert numbers.
+Activations, biases, quantisation and sorting stay its business, and so the result is
+its result.
 Shapes: T tokens, K experts of each token, D model width.
 """
 
@@ -18,9 +19,8 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
-from ..errors import FlashError
-from ..memory.slots import CLOSED, UnitSlots
-from .lookahead import Guess
+from ..memory.slot_cache import Wave
+from .base import FlashFFN, chosen_units, hide, with_children
 
 SWITCHES = (SwitchGLU, SwitchMLP)
 LINEARS = (SwitchLinear, QuantizedSwitchLinear)
@@ -52,94 +52,101 @@ def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
     return parts
 
 
-class ExpertFFN(nn.Module):
+class ExpertFFN(FlashFFN):
     """A switch layer that has its experts brought when the router chose them."""
 
     apart = 1.0  # experts in memory are always multiplied while others are read
 
     def __init__(self, switch: nn.Module):
         super().__init__()
-        self._switch = switch  # the underscore: its arrays are slots, not parameters
+        self.dims = _input_dims(switch)
+        self.experts = len(next(iter(switch_parts(switch).values())))
+        children = {}
         for name, child in switch.children().items():
-            if not isinstance(child, LINEARS):
+            if isinstance(child, LINEARS):
+                arrays = [k for k, v in child.items() if isinstance(v, mx.array)]
+                children[name] = with_children(child, dict.fromkeys(arrays))
+            else:
                 self[name] = child  # Muse Spark keeps a norm beside the projections
-        self._store: UnitSlots | None = None
-        self._next: tuple[ExpertFFN, Guess] | None = None
-
-    def look_ahead(self, layer: ExpertFFN, guess: Guess) -> None:
-        """Read early what `layer`, the next one, will choose by the `guess` of it."""
-        self._next = layer, guess
-
-    @property
-    def store(self) -> UnitSlots | None:
-        return self._store
-
-    @store.setter
-    def store(self, store: UnitSlots | None) -> None:
-        self._store = store
-        if store is None:
-            self._switch = None  # it holds the slots
-            return
-        for name, array in (store.parts if store else {}).items():
-            linear, key = name.rsplit(".", 1)
-            self._switch[linear][key] = array
+        self._linears = tuple(children)
+        hide(self, "_switch", with_children(switch, children))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        store = self.store
-        if store is None:
-            raise FlashError(CLOSED)
-        if store.holds_all:
-            y = self._switch(x, indices)
-        else:
-            guess = self._guess(x, indices)
-            # The one point where the host waits for MLX: it must know what to read.
-            mx.eval([indices] if guess is None else [indices, guess])
-            y = self._stream(x, np.asarray(indices), guess)
-        store.in_use = y
-        return y
-
-    def _guess(self, x: mx.array, indices: mx.array) -> mx.array | None:
-        """What the next layer would choose for a few tokens, were its input ours."""
-        if self._next is None or indices.size >= SORT_PAIRS:
-            return None
-        layer, guess = self._next
-        if layer.store is None or layer.store.holds_all:
-            return None
-        return guess(x, indices.shape[-1])
+        """The outputs [..., K, D] of the experts `indices` [..., K] of x [..., D]."""
+        slots = self.slots
+        if slots.holds_all:
+            return self._bound()(x, indices)
+        guess = None
+        if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
+            guess = self.guess_next(x, indices.shape[-1])
+        # The one point where the host waits for MLX: it must know what to read.
+        mx.eval(indices, guess)
+        return self._stream(x, indices, guess)
 
     def _stream(
-        self, x: mx.array, chosen: np.ndarray, guess: mx.array | None
+        self, x: mx.array, indices: mx.array, guess: mx.array | None
     ) -> mx.array:
-        store, K = self.store, chosen.shape[-1]
-        needed = np.unique(chosen).astype(np.int32)
+        chosen = np.asarray(indices)
+        needed, K = chosen_units(indices), chosen.shape[-1]
         pairs = chosen.reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        done, outputs = [], []
-        last = np.unique(chosen.reshape(-1, K)[-1])  # the next token's, probably
-        for wave in store.fetch(needed, len(pairs) // K, last):
-            if guess is not None:  # queued behind what this layer waits for
-                self._next[0].store.read_early(np.unique(np.asarray(guess)))
-                guess = None
+        done: list[np.ndarray] = []
+
+        def multiply(outputs: list[mx.array] | None, wave: Wave) -> list[mx.array]:
             if len(wave.units) == len(needed):
-                return self._switch(x, mx.array(store.cache.slot_of[chosen]))
+                return [self._bound()(x, mx.array(wave.slots_of(chosen)))]
             mine = np.flatnonzero(np.isin(pairs, wave.units))
-            slots = store.cache.slot_of[pairs[mine]]
-            store.in_use = self._pairs(rows, mine, K, slots, len(pairs))
             done.append(mine)
-            outputs.append(store.in_use)
+            slots = wave.slots_of(pairs[mine])
+            part = self._pairs(rows, mine // K, slots, len(pairs))
+            return [*(outputs or []), part]
+
+        outputs = self.slots.run(
+            needed,
+            multiply,
+            tokens=len(pairs) // K,
+            keep=np.unique(pairs[-K:]),  # the next token needs some of the last one's
+            meanwhile=lambda: self.read_next(guess),
+        )
+        assert outputs is not None  # a token has experts
+        if not done:
+            return outputs[0]
         order = np.argsort(np.concatenate(done))
         y = mx.concatenate(outputs)[mx.array(order)]
         return y.reshape(*chosen.shape, -1)
 
-    def _pairs(self, rows, mine, K: int, slots, total: int) -> mx.array:
+    def _pairs(
+        self, rows: mx.array, tokens: np.ndarray, slots: np.ndarray, total: int
+    ) -> mx.array:
         """The outputs [P, D] of P pairs of a token and an expert's slot.
 
         Where mlx-lm would have sorted all pairs, a short wave is filled up so that it
         is sorted too: on a GPU the two kernels round differently.
         """
-        count = len(mine)
+        count = len(tokens)
         if total >= SORT_PAIRS > count:
-            mine = np.resize(mine, SORT_PAIRS)
+            tokens = np.resize(tokens, SORT_PAIRS)
             slots = np.resize(slots, SORT_PAIRS)
-        y = self._switch(rows[mx.array(mine // K)], mx.array(slots[:, None]))
+        y = self._bound()(rows[mx.array(tokens)], mx.array(slots[:, None]))
         return y[:count, 0]
+
+    def _bound(self) -> nn.Module:
+        """mlx-lm's own module with the slots as its weights, for one call."""
+        arrays: dict[str, dict[str, mx.array]] = {name: {} for name in self._linears}
+        for part, array in self.slots.parts.items():
+            name, key = part.rsplit(".", 1)
+            arrays[name][key] = array
+        children = {
+            name: with_children(self._switch[name], of_linear)
+            for name, of_linear in arrays.items()
+        }
+        return with_children(self._switch, children)
+
+
+def _input_dims(switch: nn.Module) -> int:
+    """D, which the first linear layer of a switch has as its input width."""
+    linear = next(c for c in switch.children().values() if isinstance(c, LINEARS))
+    width = linear.weight.shape[-1]
+    if isinstance(linear, QuantizedSwitchLinear):
+        return width * 32 // linear.bits
+    return width

@@ -14,15 +14,17 @@ import mlx.nn as nn
 
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
-from .block import block_parts, cut_blocks, ffn_arrays
+from .base import FlashFFN, Guess
+from .block import BlockFFN, block_parts, cut_blocks, ffn_arrays
 from .dense import dense_ffns
-from .expert import switch_layers, switch_parts
-from .projections import neuron_rows, pack, packing, projections
+from .expert import ExpertFFN, switch_layers, switch_parts
+from .lookahead import router_guess
+from .neuron import NeuronFFN
+from .predictor import Predictor
+from .projections import known_projections, neuron_rows, pack, packing, projections
 
 # The least that a layer of neurons works with is one slot for so many of them.
 NEURONS_PER_SLOT = 64
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class UnitKind:
@@ -32,11 +34,13 @@ class UnitKind:
         name: As the manifest and the figures call it.
         policy: What stays in memory unless somebody chooses: "lru" or "lrfu".
         activation: What the manifest says of the non-linearity where nothing is known.
+        same_dtypes: Whether bundles have the model's dtype, whatever they came from.
     """
 
     name: str
     policy = "lru"
     activation = "module"
+    same_dtypes = False
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The FFN modules that can go to flash, by path, in the order of the layers."""
@@ -50,9 +54,36 @@ class UnitKind:
         """The same arrays cut into units, [n, …] each: the parts of a bundle."""
         raise NotImplementedError
 
-    def shapes(self, module: nn.Module, units: int) -> Shapes:
-        """The shapes of all parts of `units` units, {} if it cannot be cut so."""
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
+        """Lazy arrays [units, …] like the parts that a manifest must describe.
+
+        {} if the module cannot be cut into so many units. `dtype` is the model's.
+        """
         raise NotImplementedError
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> FlashFFN:
+        """The module that takes the place of a model's own.
+
+        Args:
+            layer: Of the manifest.
+            predictor: Whether to use the layer's predictor if it has one.
+
+        Raises:
+            ValueError: If the layer's predictor is impossible.
+        """
+        raise NotImplementedError
+
+    def guess_of(
+        self, layer: FlashFFN, block: nn.Module, following: FlashFFN
+    ) -> Guess | None:
+        """How `layer` can guess what `following` will need, None if it cannot.
+
+        Args:
+            block: The module that `following` lies in.
+        """
+        return None
 
     def least_slots(self, units: int) -> int:
         """The fewest slots that a layer of so many units works with."""
@@ -87,6 +118,7 @@ class Neurons(UnitKind):
     name = "neuron"
     # On the demo model it hits 3 to 5 points more than LRU does.
     policy = "lrfu"
+    same_dtypes = True
 
     def arrays(self, module: nn.Module) -> dict[str, mx.array]:
         return {f"{name}.weight": module[name].weight for name in neuron_rows(module)}
@@ -95,19 +127,35 @@ class Neurons(UnitKind):
         rows = neuron_rows(module).items()
         return {f"{name}.weight": weight for name, weight in rows}
 
-    def shapes(self, module: nn.Module, units: int) -> Shapes:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         """Bundles may be packed along D, where the module's own weights are not."""
         if (names := projections(module)) is None:
             return {}
         ins, out = names
         neurons, dims = len(module[ins[0]].weight), len(module[out].weight)
+        if units != neurons:
+            return {}
         # Nothing evaluates these: it is their shapes that are asked for.
-        rows = mx.zeros((neurons, dims), mx.float32)
+        rows = mx.zeros((neurons, dims), dtype)
         return {
-            f"{name}.{key}": array.shape
+            f"{name}.{key}": array
             for name in (*ins, out)
             for key, array in pack(rows, packing(module[name])).items()
         }
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> NeuronFFN:
+        if layer.predictor is None or not predictor:
+            return NeuronFFN(module)
+        dims = len(module[known_projections(module)[1]].weight)
+        facts = layer.predictor
+        return NeuronFFN(module, Predictor(dims, layer.units, facts.rank, facts.bits))
+
+    def guess_of(self, layer, block, following) -> Guess | None:
+        if "predictor" not in following:
+            return None
+        return lambda x, _: following.predictor(x)
 
     def least_slots(self, units: int) -> int:
         return max(units // NEURONS_PER_SLOT, 1)
@@ -135,8 +183,17 @@ class Experts(UnitKind):
     def split(self, module: nn.Module) -> dict[str, mx.array]:
         return switch_parts(module)
 
-    def shapes(self, module: nn.Module, units: int) -> Shapes:
-        return {n: (units, *a.shape[1:]) for n, a in switch_parts(module).items()}
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
+        parts = switch_parts(module)
+        return parts if all(len(a) == units for a in parts.values()) else {}
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> ExpertFFN:
+        return ExpertFFN(module)
+
+    def guess_of(self, layer, block, following) -> Guess | None:
+        return router_guess(block, following.experts, layer.dims)
 
     def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
         rows = max(p.shape[0] for x in layers for p in x.parts if p.shape)
@@ -154,13 +211,18 @@ class Blocks(UnitKind):
     def split(self, module: nn.Module) -> dict[str, mx.array]:
         return block_parts(module)
 
-    def shapes(self, module: nn.Module, units: int) -> Shapes:
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
         if projections(module) is None:
             return {}
         try:
-            return {name: a.shape for name, a in cut_blocks(module, units).items()}
+            return cut_blocks(module, units)
         except ValueError:  # neurons that are no whole blocks
             return {}
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> BlockFFN:
+        return BlockFFN(module)
 
     def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
         rows = max(x.units * prod(x.parts[0].shape[:-1]) for x in layers)

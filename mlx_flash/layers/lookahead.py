@@ -9,12 +9,10 @@ Shapes: T tokens, K experts of each token, E experts, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
-Guess = Callable[[mx.array, int], mx.array]
+from .base import Guess
 
 
 def router_guess(block: nn.Module, experts: int, dims: int) -> Guess | None:

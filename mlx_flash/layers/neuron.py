@@ -9,11 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import FlashError
 from ..memory.slot_cache import Wave
-from ..memory.slots import CLOSED, UnitSlots
+from .base import chosen_units
 from .predictor import Predictor
-from .projections import SlotFFN
+from .slot_ffn import SlotFFN
 
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.
@@ -23,10 +22,10 @@ SWEEP_TOKENS = 4
 class NeuronFFN(SlotFFN):
     """An FFN module over the neurons that are needed, its hidden zeros left out.
 
-    Which are needed says the predictor, token by token: what a token gets does not
-    depend on its neighbours or on what the slots happen to hold. Without a predictor,
-    for `sweep_tokens` or more at once, and in a layer that is resident as a whole,
-    every neuron is computed.
+    The predictor says which ones, token by token: what a token gets does not depend on
+    its neighbours or on what the slots happen to hold. Without a predictor, for
+    `sweep_tokens` or more at once, and in a layer that is resident as a whole, every
+    neuron is computed.
     """
 
     # Below half of the slots what is wanted is gathered; above, `_cover` multiplies all
@@ -37,81 +36,88 @@ class NeuronFFN(SlotFFN):
         super().__init__(ffn)
         if predictor is not None:
             self.predictor = predictor
-        self.store: UnitSlots | None = None  # given by load, taken by close
         self.sweep_tokens = SWEEP_TOKENS
-        self._next: NeuronFFN | None = None
 
-    def look_ahead(self, layer: NeuronFFN) -> None:
-        """Read early what `layer`, the next one, will need, judged by our own input."""
-        self._next = layer
-
-    def __call__(self, x: mx.array) -> mx.array:
-        tokens = x.reshape(-1, x.shape[-1])
-        if self.store is None:
-            raise FlashError(CLOSED)
-        if self.store.holds_all:
-            y = self.compute(tokens, self.store.parts, None)
-        else:
-            y = self._stream(tokens)
-        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
-
-    def _stream(self, x: mx.array) -> mx.array:
-        """Sum over waves of neurons; more than one wave is summed in float32."""
-        store, T = self.store, x.shape[0]
+    def stream(self, x: mx.array) -> mx.array:
         chosen = self.predictor(x) if "predictor" in self else None
-        swept, keep = chosen is None or T >= self.sweep_tokens, None
-        guess = None if swept else self._guess(x)
-        if swept:
-            needed = np.arange(store.units, dtype=np.int32)
-            if chosen is not None:  # the next token needs what the last one does
-                keep = np.flatnonzero(np.asarray(chosen[-1]))
-        else:
-            # The one point where the host waits for MLX: it must know what to read.
-            mx.eval([chosen] if guess is None else [chosen, guess])
-            needed = np.flatnonzero(np.asarray(chosen.any(axis=0))).astype(np.int32)
-        y = None
-        for wave in store.fetch(needed, T, keep):
-            if guess is not None:  # queued behind what this layer waits for
-                early, guess = np.flatnonzero(np.asarray(guess.any(axis=0))), None
-                self._next.store.read_early(early)
-            slots, units, valid = self._cover(wave)
+        if chosen is None or len(x) >= self.sweep_tokens:
+            return self.sweep(x, chosen)
+        return self.decode(x, chosen)
 
-            def through(h, units=units, valid=valid):
-                if swept and chosen is not None:
-                    self._compare(h, chosen[:, units], valid)
-                if not swept and T > 1:
-                    mine = chosen[:, units]
-                    valid = mine if valid is None else valid & mine
-                return h if valid is None else mx.where(valid, h, 0)
+    def sweep(self, x: mx.array, chosen: mx.array | None) -> mx.array:
+        """Every neuron of the layer, in the order it has on flash.
 
-            part = self.compute(x, store.parts, slots, units, through)
-            y = part if y is None else y.astype(mx.float32) + part
-            store.in_use = y
+        Args:
+            chosen: bool [T, N], what a predictor would have chosen, or None. Recall is
+                counted by it, since the truth is known here; and what the last token
+                needs stays in memory, because the next one will need much of it.
+        """
+        slots = self.slots
+        keep = None if chosen is None else np.flatnonzero(np.asarray(chosen[-1]))
+
+        def multiply(total: mx.array | None, wave: Wave) -> mx.array:
+            rows, units, wanted = self._cover(wave)
+
+            def through(h: mx.array) -> mx.array:
+                if chosen is not None:
+                    self._count_recall(h, chosen[:, units], wanted)
+                return h if wanted is None else mx.where(wanted, h, 0)
+
+            y = self.compute(x, self.slots.parts, rows, units, through)
+            return _add(total, y)
+
+        y = slots.run(np.arange(slots.units), multiply, len(x), keep)
+        assert y is not None  # a layer has units
+        return y
+
+    def decode(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """Each token's own neurons; `chosen` is bool [T, N]."""
+        guess = self.guess_next(x)
+        # The one point where the host waits for MLX: it must know what to read.
+        mx.eval(chosen, guess)
+        needed = chosen_units(chosen)
+
+        def multiply(total: mx.array | None, wave: Wave) -> mx.array:
+            rows, units, wanted = self._cover(wave)
+            if len(x) > 1:
+                mine = chosen[:, units]
+                wanted = mine if wanted is None else wanted & mine
+            masked = wanted
+
+            def through(h: mx.array) -> mx.array:
+                return h if masked is None else mx.where(masked, h, 0)
+
+            y = self.compute(x, self.slots.parts, rows, units, through)
+            return _add(total, y)
+
+        y = self.slots.run(
+            needed, multiply, len(x), meanwhile=lambda: self.read_next(guess)
+        )
         return mx.zeros_like(x) if y is None else y
 
-    def _guess(self, x: mx.array) -> mx.array | None:
-        """What the next layer would choose, were its input this layer's."""
-        following = self._next
-        if following is None or following.store is None or following.store.holds_all:
-            return None
-        return following.predictor(x) if "predictor" in following else None
-
-    def _cover(self, wave: Wave):
-        """(slots, units, which count) to multiply for a wave.
+    def _cover(self, wave: Wave) -> tuple[mx.array | None, mx.array, mx.array | None]:
+        """(slots, their units, which of them count) to multiply for a wave.
 
         Gathering copies rows. When most slots are wanted, all are multiplied where
-        they lie and the others' results are dropped.
+        they lie and the results of the others are dropped.
         """
-        store = self.store
-        if 2 * len(wave.slots) <= store.n_slots:
+        slots = self.slots
+        if 2 * len(wave.slots) <= slots.n_slots:
             return mx.array(wave.slots), mx.array(wave.units), None
-        wanted = np.zeros(store.n_slots, bool)
+        wanted = np.zeros(slots.n_slots, bool)
         wanted[wave.slots] = True
-        units = mx.array(np.maximum(store.cache.unit_of, 0))
+        units = mx.array(np.maximum(slots.cache.unit_of, 0))
         return None, units, None if wanted.all() else mx.array(wanted)
 
-    def _compare(self, h: mx.array, chosen: mx.array, valid) -> None:
-        active = h != 0 if valid is None else (h != 0) & valid
-        stats = self.store.stats
+    def _count_recall(
+        self, h: mx.array, chosen: mx.array, wanted: mx.array | None
+    ) -> None:
+        active = h != 0 if wanted is None else (h != 0) & wanted
+        stats = self.slots.stats
         stats.swept_active += int(active.sum())
         stats.swept_predicted += int((active & chosen).sum())
+
+
+def _add(total: mx.array | None, part: mx.array) -> mx.array:
+    """The sum over waves; of more than one, in float32."""
+    return part if total is None else total.astype(mx.float32) + part

@@ -6,24 +6,18 @@ on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from ..errors import FlashError
+from ..errors import NotEnoughMemory
 from ..memory_size import parse_memory, say_memory
-from ..storage.manifest import Layer, Manifest
-from ..storage.safetensors import DTYPES
+from ..storage.manifest import Manifest
 from . import system
-from .footprint import Shapes
-from .slots import spare_bytes
+from .footprint import GATHERED, MAX_PREFILL, MIN_PREFILL, PREFILL_SHARE, Footprint
 
-KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
-MAX_PREFILL = 512
-MIN_PREFILL = 8
-PREFILL_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
-LEAST_SHARE = 64  # the least is one slot for every 64 neurons, or one expert
+# (bytes of a slot of each layer, room for all slots, the least slots) → slots
+Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,60 +39,40 @@ class Budget:
 
 def make_budget(
     memory: int | str,
-    manifest: Manifest,
-    shapes: Shapes,
-    context: int,
+    footprint: Footprint,
     folder: Path,
-    divide: Callable | None = None,
+    divide: Divide | None = None,
 ) -> Budget:
-    """Divide `memory` for a run of at most `context` tokens.
+    """Divide `memory` for a run of at most `footprint.context` tokens.
 
     Args:
         memory: Bytes, "7GB", "50%" (of the model's own bytes) or "auto": what the
             machine has free with a tenth kept back, at most what the model can use.
-        divide: Gives slots to layers, as `division.divide` after its curves. None
-            gives every layer the same share.
+        folder: The model's, for the error.
+        divide: Gives slots to layers, as `divide.divide` after its curves. None gives
+            every layer the same share.
 
     Raises:
-        FlashError: If even the least number of slots does not fit, with the numbers.
+        NotEnoughMemory: If even the least number of slots does not fit.
     """
-    wanted = parse_memory(memory)
-    kv_bytes = _kv_bytes(shapes, context)
-    fixed = manifest.resident.bytes + manifest.predictor_bytes + kv_bytes
-    per_token = _workspace_per_token(shapes, manifest, context)
-    logits = _logits_bytes(shapes)
+    manifest, least = footprint.manifest, footprint.least_slots
     layers = manifest.layers
-    pages = _page_bytes(manifest)
-    if wanted is None:
-        everything = most_bytes(manifest, shapes, context)
-        total = min(everything, system.usable_memory_bytes())
-    elif isinstance(wanted, float):
-        total = int(wanted * manifest.model_bytes)
-    else:
-        total = wanted
+    total = _total(memory, footprint)
+    per_token = footprint.per_token_bytes
     prefill = min(max(int(PREFILL_SHARE * total / per_token), MIN_PREFILL), MAX_PREFILL)
-    workspace = logits + prefill * per_token
-    room = total - fixed - workspace - pages
-    whole_room = room
-    if room < manifest.ffn_bytes:
-        # Gathered rows are a copy of at most half of one layer's slots.
-        room /= 1 + 0.5 / len(layers)
-    share = min(room / manifest.ffn_bytes, 1.0)
+    workspace = footprint.logits_bytes + prefill * per_token
+    room: float = total - footprint.fixed_bytes - workspace - footprint.page_bytes
+    share_room = room
+    if room < manifest.ffn_bytes:  # then rows of one layer may be gathered
+        share_room = room / (1 + GATHERED / len(layers))
+    share = min(share_room / manifest.ffn_bytes, 1.0)
     slots = tuple(int(share * layer.units) for layer in layers)
-    least = tuple(_least_slots(layer, manifest.unit) for layer in layers)
     if any(n < m for n, m in zip(slots, least, strict=True)):
-        need = least_bytes(manifest, shapes, context)
-        raise FlashError(
-            f"{folder} needs at least --memory {say_memory(need)} for {context:,} "
-            f"tokens of context, {total / 1e6:,.1f} MB were given: "
-            f"{manifest.resident.bytes / 1e6:,.1f} MB of resident weights, "
-            f"{manifest.predictor_bytes / 1e6:,.1f} MB of predictors, "
-            f"{kv_bytes / 1e6:,.1f} MB of KV cache, the rest workspace and slots."
-        )
+        raise _too_little(total, footprint, folder)
     slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
     if divide is not None and share < 1:
-        slots = _divided(divide, manifest, whole_room, least) or slots
-    slot_bytes = pages + sum(
+        slots = _divided(divide, manifest, room, least) or slots
+    slot_bytes = footprint.page_bytes + sum(
         n * sum(p.bytes for p in layer.parts)
         for n, layer in zip(slots, layers, strict=True)
     )
@@ -106,94 +80,62 @@ def make_budget(
         total_bytes=total,
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
-        kv_bytes=kv_bytes,
-        workspace_bytes=total - fixed - slot_bytes,
+        kv_bytes=footprint.kv_bytes,
+        workspace_bytes=total - footprint.fixed_bytes - slot_bytes,
         slot_bytes=slot_bytes,
         slots=slots,
         prefill_tokens=prefill,
     )
 
 
-def least_bytes(manifest: Manifest, shapes: Shapes, context: int) -> float:
-    """The smallest budget that works for `context` tokens."""
-    layers = manifest.layers
-    least = (_least_slots(layer, manifest.unit) for layer in layers)
-    # One unit more of each layer makes up for rounding down in `make_budget`.
-    share = max((m + 1) / x.units for m, x in zip(least, layers, strict=True))
-    need = manifest.resident.bytes + manifest.predictor_bytes
-    need += _kv_bytes(shapes, context) + _page_bytes(manifest) + _logits_bytes(shapes)
-    need += share * manifest.ffn_bytes * (1 + 0.5 / len(layers))
-    per_token = _workspace_per_token(shapes, manifest, context)
-    return max(need + MIN_PREFILL * per_token, need / (1 - PREFILL_SHARE))
+def _total(memory: int | str, footprint: Footprint) -> int:
+    wanted = parse_memory(memory)
+    if wanted is None:
+        return min(footprint.most_bytes, system.usable_memory_bytes())
+    if isinstance(wanted, float):
+        return int(wanted * footprint.manifest.model_bytes)
+    return wanted
 
 
-def most_bytes(manifest: Manifest, shapes: Shapes, context: int) -> int:
-    """The budget beyond which more memory changes nothing."""
-    everything = manifest.model_bytes + manifest.predictor_bytes
-    everything += _kv_bytes(shapes, context) + _page_bytes(manifest)
-    per_token = _workspace_per_token(shapes, manifest, context)
-    return everything + _logits_bytes(shapes) + MAX_PREFILL * per_token
+def _too_little(total: int, footprint: Footprint, folder: Path) -> NotEnoughMemory:
+    manifest, need = footprint.manifest, footprint.least_bytes
+    return NotEnoughMemory(
+        f"{folder} needs at least --memory {say_memory(need)} for "
+        f"{footprint.context:,} tokens of context, {total / 1e6:,.1f} MB were given: "
+        f"{manifest.resident.bytes / 1e6:,.1f} MB of resident weights, "
+        f"{manifest.predictor_bytes / 1e6:,.1f} MB of predictors, "
+        f"{footprint.kv_bytes / 1e6:,.1f} MB of KV cache, the rest workspace and "
+        "slots.",
+        least_bytes=need,
+    )
 
 
-def _kv_bytes(shapes: Shapes, context: int) -> int:
-    tokens = -(-context // KV_STEP) * KV_STEP
-    return int(shapes.kv_bytes_fixed + tokens * shapes.kv_bytes_per_token)
-
-
-def _logits_bytes(shapes: Shapes) -> int:
-    return 4 * shapes.vocabulary * 4
-
-
-def _page_bytes(manifest: Manifest) -> int:
-    """What slots take to begin on pages."""
-    return sum(spare_bytes(p.bytes) for layer in manifest.layers for p in layer.parts)
-
-
-def _least_slots(layer: Layer, unit: str) -> int:
-    return max(layer.units // LEAST_SHARE, 1) if unit == "neuron" else 1
-
-
-def _spread_rest(slots, manifest: Manifest, room: float) -> tuple[int, ...]:
+def _spread_rest(
+    slots: Sequence[int], manifest: Manifest, room: float
+) -> tuple[int, ...]:
     """Give what rounding down left over to the first layers, a slot each."""
-    slots = list(slots)
+    spread = list(slots)
     rest = room - sum(
-        n * x.unit_bytes for n, x in zip(slots, manifest.layers, strict=True)
+        n * x.unit_bytes for n, x in zip(spread, manifest.layers, strict=True)
     )
     for i, layer in enumerate(manifest.layers):
-        if slots[i] < layer.units and rest >= layer.unit_bytes:
-            slots[i] += 1
+        if spread[i] < layer.units and rest >= layer.unit_bytes:
+            spread[i] += 1
             rest -= layer.unit_bytes
-    return tuple(slots)
+    return tuple(spread)
 
 
-def _divided(divide, manifest: Manifest, room: float, least) -> tuple[int, ...] | None:
-    """Slots by `divide`, with room kept for half of the largest layer, gathered."""
+def _divided(
+    divide: Divide, manifest: Manifest, room: float, least: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Slots by `divide`, with room kept to gather rows of the largest layer."""
     sizes = [sum(p.bytes for p in layer.parts) for layer in manifest.layers]
     for_slots = room
     for _ in range(8):  # the largest layer may be another one after a first try
         slots = divide(sizes, for_slots, least)
         taken = [n * size for n, size in zip(slots, sizes, strict=True)]
-        excess = sum(taken) + max(taken) / 2 - room
+        excess = sum(taken) + GATHERED * max(taken) - room
         if excess <= 0:
             return slots
         for_slots -= excess
     return None
-
-
-def _workspace_per_token(shapes: Shapes, manifest: Manifest, context: int) -> int:
-    """Bytes that one token of a prompt chunk occupies while a layer is computed.
-
-    Hidden values of all neurons with scores and masks, or of the token's experts; a
-    dozen vectors of the model's width; and attention scores (which only MLX's CPU
-    backend keeps).
-    """
-    size = DTYPES[manifest.dtype][1]
-    if manifest.unit == "neuron":
-        hidden = max(layer.units for layer in manifest.layers) * (3 * size + 3)
-    elif manifest.unit == "block":
-        rows = max(x.units * prod(x.parts[0].shape[:-1]) for x in manifest.layers)
-        hidden = rows * 4 * size
-    else:
-        rows = max(p.shape[0] for x in manifest.layers for p in x.parts if p.shape)
-        hidden = shapes.experts_per_token * rows * 5 * size
-    return hidden + 12 * shapes.width * size + shapes.heads * context * 4

@@ -58,16 +58,15 @@ class Lrfu(Lru):
     # and 8 to 64 were within a point of it.
     HALF_LIFE = 16
 
-    def __init__(self, half_life: int = HALF_LIFE):
+    def __init__(self, half_life: int = HALF_LIFE, units: int = 0):
         if half_life < 1:
             raise ValueError(f"a half-life of {half_life} tokens remembers nothing")
         self.half_life = half_life
+        self._sums = np.zeros(units)
+        self._since = 0
 
     def for_layer(self, units: int) -> Lrfu:
-        policy = Lrfu(self.half_life)
-        policy._sums = np.zeros(units)
-        policy._since = 0
-        return policy
+        return Lrfu(self.half_life, units)
 
     def use(self, cache: SlotCache, units: np.ndarray) -> None:
         """Instead of all old uses shrinking, new ones count for more."""

@@ -1,8 +1,10 @@
 """Which unit is in which slot: one layer's bookkeeping, with no memory of its own.
 
-A slot is never moved and never cleared: a unit that fell out of use stays valid until
-its slot is wanted for another one. (The paper moves rows to keep the used ones
-together; here the multiplication names the slots it wants, so nothing has to move.)
+A slot is EMPTY, READING (it was given to a unit whose bytes are under way) or VALID
+(`valid`), and only `arrived` makes it VALID. It is never moved and never cleared: a
+unit that fell out of use stays valid until its slot is wanted for another one. (The
+paper moves rows to keep the used ones together; here the multiplication names the slots
+that it wants, so nothing has to move.)
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from .policies import EMPTY, Lru
 class Wave:
     """Units that are in memory together once `missing` were read into their slots.
 
-    `units[i]` is in slot `slots[i]`; `missing` and `missing_slots` are the pairs that
-    have to be read first. With `ahead`, the next wave takes none of these slots: it may
-    be read while this one is multiplied.
+    Attributes:
+        units, slots: `units[i]` is in slot `slots[i]`; units are sorted.
+        missing, missing_slots: The pairs that have to be read first.
+        ahead: The next wave takes none of these slots: it may be read while this one
+            is multiplied.
     """
 
     units: np.ndarray
@@ -29,6 +33,10 @@ class Wave:
     missing: np.ndarray
     missing_slots: np.ndarray
     ahead: bool = False
+
+    def slots_of(self, units: np.ndarray) -> np.ndarray:
+        """The slots of units of this wave, in any order and as often as wanted."""
+        return self.slots[np.searchsorted(self.units, units)]
 
 
 class SlotCache:
@@ -47,10 +55,12 @@ class SlotCache:
     def __init__(self, units: int, slots: int, policy: Lru, apart: float = 0.0):
         if not 1 <= slots <= units:
             raise ValueError(f"{slots} slots for {units} units")
-        self.policy, self.apart = policy.for_layer(units), apart
+        self.policy = policy.for_layer(units)
+        self.apart = apart
         # Indices of the machine's own width: NumPy converts any other on every use.
         self.slot_of = np.full(units, EMPTY, np.intp)
         self.unit_of = np.full(slots, EMPTY, np.intp)
+        self.valid = np.zeros(slots, bool)
         # One more than slots, so that marking slot EMPTY marks nothing.
         self._marks = np.full(slots + 1, -1, np.int64)
         self.last_used = self._marks[:-1]
@@ -61,9 +71,9 @@ class SlotCache:
     ) -> Iterator[Wave]:
         """Bring `units` (sorted, unique) into slots, in as many waves as they need.
 
-        A wave's units count as present from the moment it is yielded: whoever fails to
-        read them must `forget` their slots. When a wave is asked for, all waves but the
-        last one must have been multiplied (that one too, if it was not `ahead`).
+        When a wave is asked for, the missing units of all waves before it must have
+        `arrived`, and all waves but the last one must have been multiplied (that one
+        too, if it was not `ahead`).
 
         Args:
             units: int array of unit ids.
@@ -91,7 +101,9 @@ class SlotCache:
             taken = slots[absent] = self._assign(missing)
             yield Wave(units, slots, missing, taken)
 
-    def _sweep(self, units: np.ndarray, slots: np.ndarray, keep) -> Iterator[Wave]:
+    def _sweep(
+        self, units: np.ndarray, slots: np.ndarray, keep: np.ndarray | None
+    ) -> Iterator[Wave]:
         """What is present, then what is missing, half of the slots at a time.
 
         While one half is multiplied the other is read. Units to keep stay where they
@@ -127,23 +139,44 @@ class SlotCache:
         all slots: what the next step really needs is often older.
 
         Returns:
-            The units to read, and the slots they count as being in from now on.
+            The units to read, and the slots that they are read into.
         """
         slots = self.slot_of[units]
         self._marks[slots] = self.now
         missing = units[slots == EMPTY][: len(self.unit_of) // 2]
         return missing, self._assign(missing)
 
+    def arrived(self, slots: np.ndarray) -> None:
+        """The bytes of the units that `slots` were given to are there."""
+        self.valid[slots] = True
+
     def forget(self, slots: np.ndarray) -> None:
-        """Take back what `slots` are said to hold."""
+        """Make slots EMPTY."""
+        self.valid[slots] = False
         self.slot_of[self.unit_of[slots]] = EMPTY
         self.unit_of[slots] = EMPTY
         self.last_used[slots] = -1
 
+    def recover(self) -> np.ndarray:
+        """Go on after a step that stopped anywhere, with what surely arrived.
+
+        Every other slot becomes EMPTY. Nothing may be under way any more.
+
+        Returns:
+            The slots that are EMPTY now: what they hold is no unit.
+        """
+        lost = np.flatnonzero(~self.valid)
+        held = np.flatnonzero(self.valid)
+        self.unit_of[lost] = EMPTY
+        self.last_used[lost] = -1
+        self.slot_of[:] = EMPTY
+        self.slot_of[self.unit_of[held]] = held
+        return lost
+
     def _assign(
         self, units: np.ndarray, blocked: np.ndarray | None = None
     ) -> np.ndarray:
-        """Slots for `units`: the longest unused of those that are not `blocked`."""
+        """Give `units` the longest unused of the slots that are not `blocked`."""
         count = len(units)
         if count == 0:
             return units
@@ -159,6 +192,7 @@ class SlotCache:
             slots = free[slots]
         # Sorted, so that neighbouring units tend to land in neighbouring slots.
         slots.sort()
+        self.valid[slots] = False  # first: whatever stops us now, they hold nothing
         old = self.unit_of[slots]
         self.slot_of[old[old != EMPTY]] = EMPTY
         self.slot_of[units] = slots

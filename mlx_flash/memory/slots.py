@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..storage import manifest as format
 from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
+from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
+from .fence import Fence
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
 
-CLOSED = "This model was closed. Load it again to use it."
+Total = TypeVar("Total")
+# Told of every step: the units it asks for, its tokens, the units it wants kept.
+Listener = Callable[[np.ndarray, int, np.ndarray | None], None]
 
 
 def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
@@ -55,55 +60,54 @@ def spare_bytes(part_bytes: int) -> int:
     return LARGE_PAGE_BYTES if part_bytes % PAGE_BYTES == 0 else 0
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change; None where there is no file."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return None
-    return facts.st_size, facts.st_mtime_ns
+@dataclass(frozen=True)
+class Early:
+    """Units that are read on a guess, for the next step of their layer."""
+
+    units: np.ndarray
+    slots: np.ndarray
+    ticket: Ticket
 
 
 class UnitSlots:
-    """The slots of one FFN: asks the cache what is missing and has it read.
+    """The slots of one FFN.
+
+    A step (`run`) owns everything between asking for units and having multiplied them:
+    waves, reads, waiting, and that no slot is read into before it was used. Wherever an
+    exception stops it, the next step finds out what arrived and goes on from there.
 
     Attributes:
         parts: The MLX array of each part, by name, `[n_slots, *shape]`.
         cache: The bookkeeping.
-        in_use: What was last computed from the slots. It is evaluated before a slot is
-            overwritten: MLX is lazy, and would otherwise read the new bytes.
-        listener: Called with the units and tokens of every `fetch`, or None.
+        listener: Told of every step, or None.
     """
 
     def __init__(
         self,
-        layer: format.Layer,
-        folder: Path,
+        layer: Layer,
+        extents: Sequence[Extent],
         n_slots: int,
         policy: Lru,
         reader: Reader,
+        fence: Fence,
         stats: Stats,
-        extents: list[Extent] | None = None,
         apart: float = 0.0,
     ):
         self.cache = SlotCache(layer.units, n_slots, policy, apart)
         self.parts: dict[str, mx.array] = {}
-        self.in_use: mx.array | None = None
-        self.listener: Callable | None = None  # given what `fetch` is given
+        self.listener: Listener | None = None
         self.stats = stats
-        self._reader = reader
-        self._early: tuple[np.ndarray, np.ndarray, Ticket] | None = None
-        views = []
+        self._views: list[np.ndarray] = []
         for part in layer.parts:
             array, view = allocate((n_slots, *part.shape), getattr(mx, part.dtype))
             self.parts[part.name] = array
-            views.append(view)
-        if extents is None:  # all parts of a unit side by side in the layer's file
-            parts = tuple((i, p.offset, p.bytes) for i, p in enumerate(layer.parts))
-            path = folder / layer.file
-            extents = [Extent(path, layer.data_offset, layer.unit_bytes, parts)]
-        self._source = reader.add_source(extents, views, layer.units)
+            self._views.append(view)
+        self._reader = reader
+        self._fence = fence
+        self._source = reader.add_source(extents, self._views, layer.units)
         self._files = {extent.path: _identity(extent.path) for extent in extents}
+        self._early: Early | None = None
+        self._in_step = False  # still True when a step begins: the last one stopped
 
     @property
     def units(self) -> int:
@@ -119,93 +123,119 @@ class UnitSlots:
         return self.n_slots == self.units
 
     def read_all(self) -> None:
-        """Fill a store that has room for every unit, unit i in slot i."""
-        for wave in self.fetch(np.arange(self.units, dtype=np.int32)):
-            assert np.array_equal(wave.units, wave.slots)
+        """Fill slots that have room for every unit, unit i in slot i."""
+        self.run(np.arange(self.units), lambda total, wave: None)
+        if not np.array_equal(self.cache.unit_of, np.arange(self.units)):
+            raise RuntimeError("units are not in the slots of their numbers")
 
-    def fetch(
-        self, units: np.ndarray, tokens: int = 1, keep: np.ndarray | None = None
-    ) -> Iterator[Wave]:
-        """Yield waves of `units` (sorted, unique), each read and ready to multiply.
-
-        The caller sets `in_use` to what it computed from a wave before it asks for
-        the next one, which is being read meanwhile where the slots allow it.
+    def run(
+        self,
+        units: np.ndarray,
+        multiply: Callable[[Total | None, Wave], Total],
+        tokens: int = 1,
+        keep: np.ndarray | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Total | None:
+        """Bring `units` in waves, and fold `multiply` over the waves.
 
         Args:
-            units, tokens, keep: As `SlotCache.waves` takes them.
+            units: int array of unit ids, sorted, unique.
+            multiply: (total so far, None at first; a wave whose units are there) → the
+                new total: an array or a list of arrays that holds everything computed
+                from slots so far. The next wave is read meanwhile where slots allow it.
+            tokens, keep: As `SlotCache.waves` takes them.
+            meanwhile: Called once, when the first wave is there.
+
+        Returns:
+            The last total; None if no unit was asked for.
 
         Raises:
-            FlashError: If a read fails. The slots it was meant for count as empty.
+            FlashError: If a read fails, or a file changed since the model was loaded.
         """
         if self.listener is not None:
             self.listener(units, tokens, keep)
+        self._begin_step()
         self._finish_early(units)
         waves = self.cache.waves(units, tokens, keep)
-        wave, ticket = self._begin(waves)
-        try:
-            while wave is not None:
-                now, due, wave, ticket = wave, ticket, None, None
-                self._finish(now, due)
-                if now.ahead:
-                    wave, ticket = self._begin(waves)
-                    yield now
-                    if self.in_use is not None:
-                        mx.async_eval(self.in_use)
-                else:
-                    yield now
-                    wave, ticket = self._begin(waves)
-        finally:
-            if ticket is not None:  # nobody will ask for it any more
-                self._finish(wave, ticket)
+        total: Total | None = None
+        wave, ticket = self._submit_next(waves, total)
+        while wave is not None:
+            self._await(wave, ticket)
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
+            if wave.ahead:
+                following = self._submit_next(waves, total)
+                total = multiply(total, wave)
+                mx.async_eval(total)
+            else:
+                total = multiply(total, wave)
+                following = self._submit_next(waves, total)
+            wave, ticket = following
+        self._fence.hold(total)
+        self._in_step = False
+        return total
 
     def read_early(self, units: np.ndarray) -> None:
-        """Begin to read what the next `fetch` will probably ask for.
+        """Begin to read what the next step will probably ask for.
 
         A wrong guess costs reads and slots, never correctness; so does a failed read,
-        which is left to `fetch` to meet again.
+        which is left to `run` to meet again.
 
         Args:
             units: int array of unit ids, sorted, unique.
         """
-        if self._early is not None or self.holds_all:
+        if self._early is not None or self._in_step or self.holds_all:
             return
-        self._finish_use()
+        self._in_step = True
+        self._fence.settle()
         begin = time.perf_counter()
         missing, slots = self.cache.early(units.astype(np.intp, copy=False))
         self.stats.cache_s += time.perf_counter() - begin
         if len(missing):
-            try:
-                ticket = self._reader.submit(self._source, missing, slots)
-            except BaseException:
-                self.cache.forget(slots)
-                raise
-            self._early = missing, slots, ticket
+            ticket = self._reader.submit(self._source, missing, slots)
+            self._early = Early(missing, slots, ticket)
+        self._in_step = False
+
+    def _begin_step(self) -> None:
+        """Resolve whatever an exception left of the last step."""
+        if self._in_step:
+            self._reader.drain()
+            self._fence.settle()
+            mx.synchronize()  # nobody holds what the last step had begun to compute
+            self._early = None
+            self._clear(self.cache.recover())
+        self._in_step = True
 
     def _finish_early(self, units: np.ndarray) -> None:
         """Wait for what `read_early` began, and count what of it `units` needs."""
         if self._early is None:
             return
-        (missing, slots, ticket), self._early = self._early, None
-        begin, stats = time.perf_counter(), self.stats
+        early, stats = self._early, self.stats
+        begin = time.perf_counter()
         try:
-            result = self._reader.wait(ticket)
+            result = self._reader.wait(early.ticket)
+            self._check_files()
         except FlashError:  # met again, and reported, if the units are needed
-            self.cache.forget(slots)
+            self.cache.forget(early.slots)
+            self._clear(early.slots)
+            self._early = None
             return
-        except BaseException:
-            self.cache.forget(slots)
-            raise
-        right = int(np.isin(missing, units, assume_unique=True).sum())
+        self.cache.arrived(early.slots)
+        self._early = None
+        right = int(np.isin(early.units, units, assume_unique=True).sum())
         stats.io_s += time.perf_counter() - begin
         stats.count(result)
-        stats.early += len(missing)
+        stats.early += len(early.units)
         stats.early_right += right
         # They had to be read: `waves` will find them in memory all the same.
         stats.hits -= right
         stats.misses += right
 
-    def _begin(self, waves: Iterator[Wave]) -> tuple[Wave | None, Ticket | None]:
-        """The next wave, its reads under way."""
+    def _submit_next(
+        self, waves: Iterator[Wave], total: object
+    ) -> tuple[Wave | None, Ticket | None]:
+        """The next wave, its reads under way; `total` was computed from slots."""
         stats = self.stats
         begin = time.perf_counter()
         wave = next(waves, None)
@@ -214,42 +244,51 @@ class UnitSlots:
             return None, None
         stats.hits += len(wave.units) - len(wave.missing)
         stats.misses += len(wave.missing)
-        try:
-            self._finish_use()
-            if not len(wave.missing):
-                return wave, None
-            self._check_files()
-            begin = time.perf_counter()
-            ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
-            stats.io_s += time.perf_counter() - begin
-            return wave, ticket
-        except BaseException:
-            self.cache.forget(wave.missing_slots)
-            raise
+        mx.eval(total)  # also before a wave of hits: it would pile up in memory
+        if not len(wave.missing):
+            return wave, None
+        self._fence.settle()
+        begin = time.perf_counter()
+        ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
+        stats.io_s += time.perf_counter() - begin
+        return wave, ticket
 
-    def _finish(self, wave: Wave, ticket: Ticket | None) -> None:
-        """Wait for a wave's reads."""
+    def _await(self, wave: Wave, ticket: Ticket | None) -> None:
+        """Wait for a wave's reads. Nothing else makes a slot VALID."""
         if ticket is None:
             return
         begin = time.perf_counter()
-        try:
-            result = self._reader.wait(ticket)
-        except BaseException:
-            self.cache.forget(wave.missing_slots)
-            raise
+        result = self._reader.wait(ticket)
+        self._check_files()
+        self.cache.arrived(wave.missing_slots)
         self.stats.io_s += time.perf_counter() - begin
         self.stats.count(result)
 
-    def _finish_use(self) -> None:
-        """Evaluate `in_use`, also before a wave of hits: its result takes the place."""
-        if self.in_use is not None:
-            mx.eval(self.in_use)
-            self.in_use = None
+    def _clear(self, slots: np.ndarray) -> None:
+        """Zero slots that hold no unit: parts of one might be infinite or no number.
+
+        A layer may multiply all slots and drop what it did not want, and 0 times NaN
+        is NaN.
+        """
+        for view in self._views:
+            view[slots] = 0
 
     def _check_files(self) -> None:
-        """A file that is written anew under a running model would mix two models."""
+        """Refuse what was read from a file that was written anew: it is another model.
+
+        Asked after a read: whatever was written before it shows in the file's time.
+        """
         for path, before in self._files.items():
             if _identity(path) != before:
                 raise FlashError(
                     f"{path} changed while its model was in use. Load the model again."
                 )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Which file lies at a path, and in which state; None where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

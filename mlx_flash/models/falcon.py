@@ -39,7 +39,7 @@ class ModelArgs(BaseModelArgs):
     num_attention_heads: int = 71
     num_kv_heads: int | None = None
     num_ln_in_parallel_attn: int | None = None
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int = 0  # missing or null: four times hidden_size
     activation: str = "gelu"
     layer_norm_epsilon: float = 1e-5
     max_position_embeddings: int = 2048
@@ -71,7 +71,7 @@ class ModelArgs(BaseModelArgs):
             )
         self._set_kv_heads()
         self._set_norms()
-        if self.ffn_hidden_size is None:
+        if not self.ffn_hidden_size:
             self.ffn_hidden_size = 4 * self.hidden_size
         if self.rope_parameters:  # how transformers 5 writes the two above
             self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
@@ -125,6 +125,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         D = args.hidden_size
+        assert args.num_kv_heads is not None  # ModelArgs sets it
         self.n_heads = args.num_attention_heads
         self.n_kv_heads = args.num_kv_heads
         self.head_dim = D // self.n_heads
@@ -150,7 +151,10 @@ class Attention(nn.Module):
         groups = fused.reshape(B, L, self.n_kv_heads, -1, self.head_dim)
         queries = groups[..., :-2, :].reshape(B, L, self.n_heads, self.head_dim)
         keys, values = groups[..., -2, :], groups[..., -1, :]
-        return tuple(y.transpose(0, 2, 1, 3) for y in (queries, keys, values))
+        queries, keys, values = (
+            y.transpose(0, 2, 1, 3) for y in (queries, keys, values)
+        )
+        return queries, keys, values
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
@@ -162,7 +166,12 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+            queries,
+            keys,
+            values,
+            cache=cache,
+            scale=self.scale,
+            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
         )
         return self.dense(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 

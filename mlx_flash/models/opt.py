@@ -39,13 +39,13 @@ class ModelArgs(BaseModelArgs):
     activation_function: str = "relu"
     do_layer_norm_before: bool = True
     _remove_final_layer_norm: bool = False
-    word_embed_proj_dim: int | None = None
+    word_embed_proj_dim: int = 0  # missing or null: hidden_size
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        if self.word_embed_proj_dim is None:
+        if not self.word_embed_proj_dim:
             self.word_embed_proj_dim = self.hidden_size
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
@@ -87,7 +87,12 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+            queries,
+            keys,
+            values,
+            cache=cache,
+            scale=self.scale,
+            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
         )
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 
@@ -149,7 +154,8 @@ class Decoder(nn.Module):
         # as wide as the table. Other batched caches bound nothing and are always read.
         width = cache.size() if isinstance(cache, BatchKVCache) else self.max_positions
         if width + L > self.max_positions:
-            self._check_end(_row_ends(cache, L).max().item())
+            ends: Any = _row_ends(cache, L).max().item()  # its hint allows complex
+            self._check_end(ends)
         positions = offset[:, None] + mx.arange(L)
         # Padding lies before 0 or, on the right, perhaps beyond the table. It is masked
         # later, but must not read out of bounds: 0 * NaN would reach real tokens.

@@ -103,7 +103,12 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+            queries,
+            keys,
+            values,
+            cache=cache,
+            scale=self.scale,
+            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
         )
         return self.dense(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 

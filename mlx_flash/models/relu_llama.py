@@ -80,7 +80,7 @@ def _is_threshold(value) -> bool:
     return type(value) in (int, float) and 0 <= value < float("inf")
 
 
-def make_activation(name: str, threshold: float | None = None) -> Callable:
+def make_activation(name: str, threshold: float = 0.0) -> Callable:
     """The function (gate, up) → hidden of one of the activations."""
 
     def fatrelu(gate: mx.array, up: mx.array) -> mx.array:
@@ -97,7 +97,7 @@ def make_activation(name: str, threshold: float | None = None) -> Callable:
 class MLP(llama.MLP):
     def __init__(self, args: ModelArgs):
         super().__init__(args)
-        self.activation = make_activation(args.activation, args.hidden_act_param)
+        self.activation = make_activation(args.activation, args.hidden_act_param or 0.0)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))

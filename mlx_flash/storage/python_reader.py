@@ -1,8 +1,10 @@
-"""The reader in Python: a thread pool that plans and reads as `_reader.c` does.
+"""The reader in Python, for where the C extension was not built: the same bytes.
 
-Change both together: a test compares their reads. Words: a piece is a run of bytes
-with one destination, a job is one read.
+A thread reads one unit at a time, or a piece of a long one. Units are not merged, which
+the C reader does: Python would spend on planning what merging saves.
 """
+
+from __future__ import annotations
 
 import errno
 import mmap
@@ -10,89 +12,107 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
-from .reader import Reader, Source, _address
-
-MERGE_IOVECS = 512  # IOV_MAX is 1024 on macOS and Linux
-SHORT_READ = -1  # beside the errnos: the file ends too early
+from .base_reader import SHORT_READ, Reader
+from .limits import CHUNK_BYTES, PAGE_BYTES
+from .source import Source, address
 
 
 @dataclass(slots=True)
 class Job:
+    """One read: `size` bytes at `offset` of an extent's file.
+
+    `pieces` are (offset in the read, destination), in order, with padding between them.
+    """
+
     extent: int
-    fd: int
-    align: int
-    start: int  # of the read, aligned
-    end: int
-    pieces: list[tuple[int, int, memoryview]]  # (file offset, bytes, destination)
-    iovecs: int
-    straight: bool  # lands in the slots; otherwise goes through a bounce buffer
+    offset: int
+    size: int
+    pieces: list[tuple[int, np.ndarray]]
+
+
+@dataclass(eq=False)
+class Batch:
+    """A batch in flight. `running` counts threads, under the reader's lock."""
+
+    source: Source
+    jobs: deque[Job]
+    submitted: float
+    running: int = 0
+    bytes_read: int = 0
+    reads: int = 0
+    ended: float = 0.0
+    failure: tuple[int, int, int, int, int] | None = None
 
 
 @dataclass
-class Batch:
-    submitted: float
-    jobs: deque[Job]
-    bytes_read: int
-    reads: int
-    workers: list[Future] = field(default_factory=list)
-    failures: list[tuple] = field(default_factory=list)
-    ended: float = 0.0
+class Flights:
+    """What the threads of one reader share."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    batches: set[Batch] = field(default_factory=set)
+    buffers: threading.local = field(default_factory=threading.local)
 
 
-class PoolReader(Reader):
+class PythonReader(Reader):
+    """A pool of Python threads. Python lets go of its lock while a thread reads."""
+
     native = False
 
-    def __init__(self, threads: int, direct: bool, max_gap_bytes: int):
+    def __init__(self, threads: int, direct: bool):
         super().__init__(direct)
         self._threads = threads
-        self._max_gap = max_gap_bytes
         self._pool = ThreadPoolExecutor(threads, "mlx-flash-reader")
-        self._buffers = threading.local()
+        self._flights = Flights()
         self._pid = os.getpid()
-        self._flights: set[Future] = set()
-        self._close_with(_leave, self._pool, self._flights)
+        self._stop_with(_abandon, self._pool, self._flights)
 
-    def close(self):
-        if self._close.alive and self._pid == os.getpid():
+    def close(self) -> None:
+        if self._stop.alive and self._pid == os.getpid():
             self._pool.shutdown(wait=True)
         super().close()
 
-    def _register(self, source):
-        rows = [memoryview(array.reshape(-1)) for array in source.slots]
-        return source, rows, [_address(array) for array in source.slots]
+    def _register(self, source: Source) -> Source:
+        return source
 
-    def _submit(self, registered, units, slots):
+    def _submit(self, registered: Source, units: np.ndarray, slots: np.ndarray):
         self._check_process()
         submitted = time.perf_counter()
-        _check_ids(registered[0], units, slots)
-        jobs = plan(*registered, units, slots, self._max_gap)
-        bytes_read = sum(job.end - job.start for job in jobs)
-        batch = Batch(submitted, deque(jobs), bytes_read, len(jobs), ended=submitted)
-        batch.workers = [
-            self._pool.submit(_work, batch, self._buffers)
-            for _ in range(min(self._threads, len(jobs)))
-        ]
-        for worker in batch.workers:
-            self._flights.add(worker)
-            worker.add_done_callback(self._flights.discard)
+        _check_ids(registered, units, slots)
+        jobs = deque(_jobs(registered, units, slots))
+        batch = Batch(registered, jobs, submitted, ended=submitted)
+        with self._flights.changed:
+            self._flights.batches.add(batch)
+        for _ in range(min(self._threads, len(jobs))):
+            self._pool.submit(_work, batch, self._flights)
         return batch
 
-    def _wait(self, batch):
+    def _wait(self, handle: Batch) -> tuple:
         self._check_process()
-        wait(batch.workers)
-        for worker in batch.workers:
-            worker.result()
-        failure = batch.failures[0] if batch.failures else (0, 0, 0, 0, 0)
-        seconds = batch.ended - batch.submitted
-        return batch.bytes_read, batch.reads, seconds, *failure
+        with self._flights.changed:
+            self._flights.changed.wait_for(lambda: not (handle.jobs or handle.running))
+            self._flights.batches.discard(handle)
+        seconds = handle.ended - handle.submitted
+        failure = handle.failure or (0, 0, 0, 0, 0)
+        return handle.bytes_read, handle.reads, seconds, *failure
 
-    def _check_process(self):
+    def _drain(self) -> None:
+        self._check_process()
+        flights = self._flights
+        with flights.changed:
+            for batch in flights.batches:
+                batch.jobs.clear()
+            flights.changed.wait_for(
+                lambda: not any(b.running for b in flights.batches)
+            )
+            flights.batches.clear()
+
+    def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise ValueError(
                 "the reader was opened before a fork; "
@@ -100,127 +120,112 @@ class PoolReader(Reader):
             )
 
 
-def _leave(pool: ThreadPoolExecutor, flights: set[Future]) -> list[Future]:
-    """End a reader, and return what is still reading if nobody closed it before.
+def _abandon(pool: ThreadPoolExecutor, flights: Flights) -> None:
+    """End a reader that nobody closed, without waiting for its threads.
 
     Garbage collection may run this in any thread, also in one that holds a lock which
-    the pool's threads need to end: waiting for them here has been seen to hang.
+    the pool's threads need: waiting for them here has been seen to hang.
     """
+    for batch in flights.batches.copy():
+        batch.jobs.clear()
     pool.shutdown(wait=False)
-    return [flight for flight in flights.copy() if not flight.done()]
 
 
-def plan(
-    source: Source,
-    rows: list[memoryview],
-    addresses: list[int],
-    units: np.ndarray,
-    slots: np.ndarray,
-    max_gap: int,
-) -> list[Job]:
-    """Sort by unit, merge neighbours into one read, split what is large."""
+def _jobs(source: Source, units: np.ndarray, slots: np.ndarray) -> Iterator[Job]:
+    """The reads of a batch in file order; long units are cut for several threads."""
     order = np.argsort(units, kind="stable")
     picks = list(zip(units[order].tolist(), slots[order].tolist(), strict=True))
-    jobs: list[Job] = []
-    for k, (extent, (fd, align)) in enumerate(
-        zip(source.extents, source.files, strict=True)
-    ):
-        job = None  # reads of different extents are never merged
+    for number, extent in enumerate(source.extents):
+        _, first, _ = extent.parts[0]
+        _, last, last_size = extent.parts[-1]
+        whole = last + last_size - first
         for unit, slot in picks:
-            gap = max_gap
-            for index, part_offset, size in extent.parts:
-                where = extent.offset + unit * extent.stride + part_offset
-                for offset, at, n in _chunks(where, slot * size, size):
-                    start = offset - offset % align
-                    end = offset + n + -(offset + n) % align
-                    address = addresses[index] + at
-                    straight = align == 1 or not (offset | n | address) % PAGE_BYTES
-                    piece = offset, n, rows[index][at : at + n]
-                    if job:
-                        last = job.pieces[-1]
-                        skipped = offset - last[0] - last[1]
-                        iovecs = job.iovecs + (2 if skipped > 0 else 1)
-                    # skipped < 0: the same unit a second time, for another slot
-                    if (
-                        job
-                        and skipped >= 0
-                        and start - job.end <= gap
-                        and end - job.start <= MERGE_BYTES
-                        and iovecs <= MERGE_IOVECS
-                    ):
-                        job.pieces.append(piece)
-                        job.end, job.iovecs = end, iovecs
-                        job.straight &= straight
-                    else:
-                        job = Job(k, fd, align, start, end, [piece], 1, straight)
-                        jobs.append(job)
-                # Padding inside a unit costs less than a second read.
-                gap = max(max_gap, PAGE_BYTES)
-    return jobs
+            begin = extent.offset + unit * extent.stride
+            rows = [(at, source.slots[index][slot]) for index, at, _ in extent.parts]
+            if whole <= CHUNK_BYTES:
+                pieces = [(at - first, row) for at, row in rows]
+                yield Job(number, begin + first, whole, pieces)
+                continue
+            for at, row in rows:
+                for cut in range(0, len(row), CHUNK_BYTES):
+                    piece = row[cut : cut + CHUNK_BYTES]
+                    yield Job(number, begin + at + cut, len(piece), [(0, piece)])
 
 
-def _chunks(offset: int, at: int, size: int):
-    while size > CHUNK_BYTES:  # cut where no page is read twice
-        end = offset + CHUNK_BYTES
-        cut = end - end % PAGE_BYTES - offset
-        yield offset, at, cut
-        offset, at, size = offset + cut, at + cut, size - cut
-    yield offset, at, size
-
-
-def _work(batch: Batch, local: threading.local) -> None:
+def _work(batch: Batch, flights: Flights) -> None:
+    """Read jobs of a batch until none is left; runs in a thread of the pool."""
     while True:
-        try:
+        with flights.changed:
+            if not batch.jobs:
+                return
             job = batch.jobs.popleft()
-        except IndexError:
-            return
-        if not hasattr(local, "buffer"):  # page-aligned, as direct I/O wants it
-            size = CHUNK_BYTES + 2 * PAGE_BYTES
-            local.buffer = memoryview(mmap.mmap(-1, size))
-        got = [0]
+            batch.running += 1
+        asked = got = error = 0
+        start = job.offset
         try:
-            error = _read(job, local.buffer, got)
+            start, asked, got = _read(batch.source, job, flights.buffers)
+            error = 0 if got >= job.offset + job.size - start else SHORT_READ
         except OSError as failed:
             error = failed.errno or errno.EIO
-        if error:  # the batch is lost: leave the rest unread
-            asked = job.end - job.start
-            batch.failures.append((error, job.extent, job.start, asked, got[0]))
-            batch.jobs.clear()
-        batch.ended = time.perf_counter()
+            asked = asked or job.size
+        finally:
+            with flights.changed:
+                batch.running -= 1
+                batch.reads += 1
+                batch.bytes_read += asked
+                batch.ended = time.perf_counter()
+                if error:  # the batch is lost: leave the rest unread
+                    batch.failure = error, job.extent, start, asked, got
+                    batch.jobs.clear()
+                if not (batch.jobs or batch.running):
+                    flights.changed.notify_all()
 
 
-def _read(job: Job, buffer: memoryview, got: list[int]) -> int:
-    """Return 0 or SHORT_READ; `got` is how far it came. Python retries EINTR."""
-    offset, size, _ = job.pieces[-1]
-    need = offset + size - job.start
-    while got[0] < need:
-        # Direct I/O that stopped inside a page goes on from the page's start; at the
-        # end of the file it may stop there, as long as it has what is wanted.
-        skip = got[0] - got[0] % job.align
-        done = skip + os.preadv(job.fd, _views(job, buffer, skip), job.start + skip)
-        if done <= got[0]:
-            return SHORT_READ
-        got[0] = done
-    if not job.straight:
-        for offset, size, destination in job.pieces:
-            destination[:] = buffer[offset - job.start :][:size]
-    return 0
+def _read(source: Source, job: Job, buffers: threading.local) -> tuple[int, int, int]:
+    """Read one job: (offset and bytes asked of the file, bytes it gave)."""
+    fd, align = source.descriptors[job.extent]
+    if _straight(job, align):
+        views = [row.data for _, row in job.pieces]
+        if os.preadv(fd, views, job.offset) == job.size:
+            return job.offset, job.size, job.size
+    # Direct I/O wants whole pages at both ends, and padding has no place in the slots:
+    # such reads go through a buffer of the thread. It also ends what came short.
+    if not hasattr(buffers, "array"):
+        pages = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE_BYTES)
+        buffers.array = np.frombuffer(pages, np.uint8)
+    start = job.offset - job.offset % align
+    end = job.offset + job.size
+    asked = end + -end % align - start
+    got = _fill(fd, buffers.array[:asked], start, align)
+    for at, row in job.pieces:
+        begin = job.offset + at - start
+        row[:] = buffers.array[begin : begin + len(row)]
+    return start, asked, got
 
 
-def _views(job: Job, buffer: memoryview, skip: int) -> list[memoryview]:
-    if not job.straight:
-        return [buffer[skip : job.end - job.start]]
-    at = job.start + skip  # what is before it has been read
-    views = []
-    for offset, size, destination in job.pieces:
-        if offset + size <= at:
-            continue
-        if offset > at:  # a gap: all of them into the same scratch
-            views.append(buffer[: offset - at])
-            at = offset
-        views.append(destination[at - offset :])
-        at = offset + size
-    return views
+def _straight(job: Job, align: int) -> bool:
+    """Whether a read can land where its pieces belong."""
+    end = 0
+    for at, row in job.pieces:
+        if at != end:
+            return False
+        if align > 1 and (job.offset + at | len(row) | address(row)) % PAGE_BYTES:
+            return False
+        end = at + len(row)
+    return True
+
+
+def _fill(fd: int, array: np.ndarray, offset: int, align: int) -> int:
+    """Read until an array is full or the file ends; Python retries EINTR."""
+    got = 0
+    while got < len(array):
+        # Direct I/O that stopped inside of a page goes on from the page's start.
+        skip = got - got % align
+        done = skip + os.preadv(fd, [array[skip:].data], offset + skip)
+        if done <= got:
+            break
+        got = done
+    return got
 
 
 def _check_ids(source: Source, units: np.ndarray, slots: np.ndarray) -> None:

@@ -13,14 +13,17 @@ import numpy as np
 
 from ..memory.policies import Lrfu, Lru, Window
 from ..memory.slot_cache import SlotCache
-from .recording import Trace
+from .trace import Trace
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 WINDOWS = (1, 4)
 OPTIMUM = "optimum"
 
+Step = tuple[np.ndarray, int, np.ndarray]  # as `Trace.steps` gives them
+Counts = list[tuple[int, int]]  # (hits, asked) of each layer
 
-def replay(trace: Trace, policy: Lru | None, slots: Sequence[int]) -> list[tuple]:
+
+def replay(trace: Trace, policy: Lru | None, slots: Sequence[int]) -> Counts:
     """(hits, asked) of each layer after its warm steps.
 
     Args:
@@ -40,7 +43,7 @@ def replay(trace: Trace, policy: Lru | None, slots: Sequence[int]) -> list[tuple
     return counts
 
 
-def hit_rate(counts: list[tuple]) -> float:
+def hit_rate(counts: Counts) -> float:
     """Over all layers, as the engine reports it."""
     hits, asked = np.sum(counts, axis=0)
     return float(hits / asked) if asked else 0.0
@@ -78,13 +81,13 @@ def table(shares: Sequence[float], rates: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def _engine(steps: list, cache: SlotCache) -> list[int]:
+def _engine(steps: list[Step], cache: SlotCache) -> list[int]:
     return [
         sum(len(w.units) - len(w.missing) for w in cache.waves(*step)) for step in steps
     ]
 
 
-def _optimum(steps: list, units: int, n_slots: int) -> list[int]:
+def _optimum(steps: list[Step], units: int, n_slots: int) -> list[int]:
     """Hits of each step if what is wanted soonest is kept.
 
     A step's units must be together in memory, as for the engine. A step of more units

@@ -124,7 +124,7 @@ def test_closing_gives_the_slots_back(folders):
     _, flash = folders
     model = stream(flash, read_manifest(flash).layers[0].units)
     mx.eval(model(mx.array([[1, 2, 3]])))
-    stores = [layer.store for layer in model.flash.layers]
+    stores = [layer.slots for layer in model.flash.layers]
     slots = sum(a.nbytes for store in stores for a in store.parts.values())
     held = mx.get_active_memory()
     del stores
@@ -175,5 +175,5 @@ def test_bundles_of_another_shape_are_seen(folders):
     config = json.loads((flash / "config.json").read_text())
     config["intermediate_size"] *= 2
     (flash / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FlashError, match="disagree about its neurons"):
+    with pytest.raises(FlashError, match="disagree about its blocks"):
         mlx_flash.load_model(flash, "1GB")

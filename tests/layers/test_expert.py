@@ -36,11 +36,13 @@ from mlx_flash.layers import expert as experts
 from mlx_flash.layers.expert import SORT_PAIRS, ExpertFFN, switch_layers, switch_parts
 from mlx_flash.layers.lookahead import router_guess
 from mlx_flash.loading import load_tokenizer
+from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
 from mlx_flash.storage.manifest import read_manifest
 from mlx_flash.storage.reader import open_reader
+from mlx_flash.storage.source import bundle_extent
 
 # ------------------------------------------------------------- one switch layer
 
@@ -93,7 +95,9 @@ def make_store(tmp_path):
         readers.append(open_reader(2, direct=False))
 
         def store(slots):
-            made = UnitSlots(layer, tmp_path, slots, Lru(), readers[-1], Stats())
+            extents = [bundle_extent(layer, tmp_path)]
+            reader = readers[-1]
+            made = UnitSlots(layer, extents, slots, Lru(), reader, Fence(), Stats())
             if made.holds_all:
                 made.read_all()
             return made
@@ -112,10 +116,10 @@ def check_capacities(switch, make_store, dtype, capacities):
     store = make_store(switch)
     for capacity in capacities:
         ffn = ExpertFFN(switch)
-        ffn.store = store(capacity)
+        ffn.attach(store(capacity))
         for x, chosen, y in expected:
             assert mx.array_equal(ffn(x, chosen), y), f"{capacity=} {x.shape=}"
-        reads = ffn.store.stats.misses
+        reads = ffn.slots.stats.misses
         assert reads == UNITS if capacity == UNITS else reads > UNITS
 
 
@@ -151,9 +155,9 @@ def test_a_result_that_was_not_evaluated_outlives_its_slots(slots, make_store):
     wanted = [(x, i, switch(x, i)) for x, i in calls(mx.float32) if i.size == TOP_K]
     mx.eval(wanted)
     ffn = ExpertFFN(switch)
-    ffn.store = make_store(switch)(slots)
+    ffn.attach(make_store(switch)(slots))
     results = [ffn(x, chosen) for x, chosen, _ in wanted]
-    assert ffn.store.stats.misses > slots  # slots were read anew in between
+    assert ffn.slots.stats.misses > slots  # slots were read anew in between
     for result, (_, _, y) in zip(results, wanted, strict=True):
         assert mx.array_equal(result, y)
 
@@ -209,7 +213,7 @@ def test_short_waves_of_a_sorted_prompt_are_sorted_too(make_store):
 
     switch.__class__ = Spy
     ffn = ExpertFFN(switch)
-    ffn.store = make_store(switch)(1)
+    ffn.attach(make_store(switch)(1))
     (long, chosen), (one, its) = list(calls(mx.float32))[:2]
     mx.eval(ffn(long, chosen))
     assert chosen.size >= SORT_PAIRS and len(sizes) >= UNITS - 1
@@ -487,7 +491,7 @@ def test_a_layer_that_is_held_whole_reads_nothing(stock, streamed, monkeypatch):
         raise AssertionError("a whole layer was fetched")
 
     monkeypatch.setattr(experts, "np", NoHost())
-    monkeypatch.setattr(UnitSlots, "fetch", no_fetch)
+    monkeypatch.setattr(UnitSlots, "run", no_fetch)
     assert_same(run(model, 1), expected)
     assert model.flash.stats.bytes_read == 0
 
@@ -496,7 +500,7 @@ def test_one_layer_whole_and_one_not(stock, streamed):
     folder = stock("qwen3_moe")
     model = streamed(folder, 8, 7)
     assert_same(run(model, 2), run(mlx_load_model(folder)[0], 2))
-    first, second = (layer.store for layer in model.flash.layers)
+    first, second = (layer.slots for layer in model.flash.layers)
     assert first.holds_all and not second.holds_all
     assert model.flash.stats.misses > 0
 
@@ -553,7 +557,7 @@ def test_shards_are_read_where_each_tensor_lies(tmp_path, streamed):
 
 
 def extents(layer):
-    store = layer.store
+    store = layer.slots
     return store._reader._sources[store._source][0].extents
 
 

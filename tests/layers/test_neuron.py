@@ -66,8 +66,7 @@ def test_exactly_the_chosen_neurons_are_computed(bench, masks, data):
         n_slots, lambda x: mx.array(current[-1]), policy=policy, native=False
     )
     asked = []
-    fetch = ffn.store.fetch
-    ffn.store.fetch = lambda units, *rest: asked.append(units) or fetch(units, *rest)
+    ffn.slots.listener = lambda units, tokens, keep: asked.append(units)
     results = []
     for i, mask in enumerate(masks):
         current.append(mask)
@@ -132,7 +131,7 @@ def test_many_tokens_sweep_all_neurons_and_judge_the_predictor(bench, n_slots):
     ffn = bench.ffn(n_slots, some)
     x = bench.inputs(SWEEP_TOKENS)
     assert_close(ffn(x), bench.expected(x))
-    stats = ffn.store.stats
+    stats = ffn.slots.stats
     active = np.array(x @ bench.up.T + bench.up_bias > 0)
     assert stats.swept_active == active.sum()
     assert stats.swept_predicted == (active & np.array(some(x))).sum()
@@ -159,7 +158,7 @@ def test_several_tokens_at_once_age_a_window_by_as_many(bench):
     ffn = bench.ffn(12, lambda x: mx.arange(24)[None] == len(x), policy=Window(2))
     ffn(bench.inputs(1))  # uses neuron 1
     ffn(bench.inputs(3))  # uses neuron 3, for three tokens
-    assert ffn.store.cache.unit_of.max() == 3 and 1 not in ffn.store.cache.unit_of
+    assert ffn.slots.cache.unit_of.max() == 3 and 1 not in ffn.slots.cache.unit_of
 
 
 @pytest.mark.parametrize("T", [1, 2])
@@ -167,13 +166,13 @@ def test_several_tokens_at_once_age_a_window_by_as_many(bench):
 def test_what_a_layer_before_guessed_changes_nothing(bench, n_slots, T):
     first = bench.ffn(n_slots, some)
     second = bench.ffn(n_slots, some, apart=0.5)
-    first.look_ahead(second)
+    first.look_ahead(second, lambda x, _: some(x))
     for seed in range(4):
         x = bench.inputs(T, seed=seed)
         second_x = bench.inputs(T, seed=seed + 1)  # not what the first one judged by
         assert_close(first(x), bench.expected(x, some(x)))
         assert_close(second(second_x), bench.expected(second_x, some(second_x)))
-    assert second.store.stats.early >= second.store.stats.early_right > 0
+    assert second.slots.stats.early >= second.slots.stats.early_right > 0
 
 
 def test_slots_are_no_parameters(bench):

@@ -6,7 +6,8 @@ import pytest
 
 from mlx_flash.layers.block import cut_blocks
 from mlx_flash.layers.dense import dense_ffns, is_sum
-from mlx_flash.layers.projections import SlotFFN, projections
+from mlx_flash.layers.projections import projections
+from mlx_flash.layers.slot_ffn import SlotFFN
 
 D, N, BLOCKS = 64, 128, 4
 

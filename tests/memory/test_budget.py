@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_flash.errors import FlashError
+from mlx_flash.layers.kinds import NEURON
 from mlx_flash.memory import budget as budget_module
 from mlx_flash.memory.budget import make_budget
-from mlx_flash.memory.footprint import Shapes
+from mlx_flash.memory.footprint import Footprint, Shapes
 from mlx_flash.memory_size import parse_memory, say_memory
 from mlx_flash.storage import manifest as format
 
@@ -53,6 +54,10 @@ def opt_like(dims, units, layers, vocab, dtype="float16"):
     return manifest, shapes
 
 
+def footprint(model, context):
+    return Footprint(*model, NEURON, context)
+
+
 MODELS = {
     "tiny": opt_like(32, 96, 2, 97, "float32"),
     "demo": opt_like(256, 2048, 4, 2048),
@@ -63,7 +68,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 
 def make(name, memory, context=2048):
-    return make_budget(memory, *MODELS[name], context, FOLDER)
+    return make_budget(memory, footprint(MODELS[name], context), FOLDER)
 
 
 def least(name, context=2048):
@@ -96,9 +101,9 @@ def test_the_least_that_is_named_works_and_less_does_not(name):
 def test_the_least_works_for_a_model_of_any_size(dims, units, layers, vocab, context):
     model = opt_like(dims, units, layers, vocab)
     with pytest.raises(FlashError) as error:
-        make_budget(1, *model, context, FOLDER)
+        make_budget(1, footprint(model, context), FOLDER)
     amount = re.search(r"--memory (\S+) ", str(error.value))[1]
-    budget = make_budget(amount, *model, context, FOLDER)
+    budget = make_budget(amount, footprint(model, context), FOLDER)
     assert min(budget.slots) >= max(units // 64, 1)
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from mlx_flash.errors import FlashError
 from mlx_flash.memory import slots as slots_module
 from mlx_flash.memory.policies import Lru, Window
-from mlx_flash.memory.slot_cache import EMPTY
 from mlx_flash.memory.slots import allocate
 from mlx_flash.storage.limits import LARGE_PAGE_BYTES
-from mlx_flash.storage.reader import ReadResult, _reader
+from mlx_flash.storage.native_reader import _reader
+from mlx_flash.storage.reader import ReadResult
 
 NATIVE = [
     pytest.param(
@@ -37,11 +37,14 @@ class FakeReader:
         self.rows = [np.array(bench.up), np.array(bench.down).T.copy()]
         self.fails = False
         self.batches = []
-        self.waited = 0
+        self.waited = self.drained = 0
 
     def add_source(self, extents, views, units):
         self.views = views
         return 0
+
+    def drain(self):
+        self.drained += 1
 
     def submit(self, source, units, slots):
         self.batches.append((units.tolist(), slots.tolist()))
@@ -69,10 +72,34 @@ def ids(*units):
 def fetch_all(store, units):
     """Every wave evaluated on the spot: {unit: (up row, down row)}."""
     rows = {}
-    for wave in store.fetch(units):
+
+    def note(total, wave):
         up, down = (np.array(store.parts[p][mx.array(wave.slots)]) for p in PARTS)
-        rows |= {u: (up[i], down[i]) for i, u in enumerate(wave.units.tolist())}
+        rows.update({u: (up[i], down[i]) for i, u in enumerate(wave.units.tolist())})
+
+    store.run(units, note)
     return rows
+
+
+def waves_of(store, units):
+    """The waves of a step whose results nobody wants."""
+    waves = []
+    store.run(units, lambda total, wave: waves.append(wave))
+    return waves
+
+
+def lazy_rows(store):
+    """What multiplies nothing and evaluates nothing: the up rows of every wave."""
+
+    def multiply(total, wave):
+        rows = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
+        return [*(total or []), rows]
+
+    return multiply
+
+
+class Stop(Exception):
+    """Raised in the middle of a step."""
 
 
 PARTS = ("fc1.weight", "fc2.weight")
@@ -132,10 +159,14 @@ def test_lazy_results_survive_later_waves(bench, steps, data):
         early = data.draw(guesses, "read early")
         if early is not None:
             store.read_early(ids(*early))
-        for wave in store.fetch(ids(*asked)):
-            rows = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
-            store.in_use = rows
-            lazy.append((wave.units, rows))
+        waves = []
+
+        def multiply(total, wave, store=store, waves=waves):
+            waves.append(wave)
+            return lazy_rows(store)(total, wave)
+
+        rows = store.run(ids(*asked), multiply)
+        lazy += [(wave.units, r) for wave, r in zip(waves, rows, strict=True)]
     up = np.array(bench.up)
     for units, rows in reversed(lazy):
         np.testing.assert_array_equal(np.array(rows), up[units])
@@ -145,9 +176,7 @@ def test_a_lazy_result_survives_a_step_of_hits_before_the_overwriting_one(bench)
     store = bench.store(2, reader=FakeReader(bench))
     lazy = []
     for asked in (ids(0, 1), ids(0, 1), ids(2, 3)):
-        (wave,) = store.fetch(asked)
-        store.in_use = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
-        lazy.append(store.in_use)
+        lazy += store.run(asked, lazy_rows(store))
     up = np.array(bench.up)
     for rows, asked in zip(lazy, ([0, 1], [0, 1], [2, 3]), strict=True):
         np.testing.assert_array_equal(np.array(rows), up[asked])
@@ -159,8 +188,8 @@ def test_a_failed_read_is_forgotten_and_done_again(bench):
     fetch_all(store, ids(0, 1))
     reader.fails = True
     with pytest.raises(FlashError, match="disk failed"):
-        list(store.fetch(ids(1, 2, 3)))
-    assert set(store.cache.unit_of.tolist()) == {1, EMPTY}
+        waves_of(store, ids(1, 2, 3))
+    assert store.cache.unit_of[store.cache.valid].tolist() == [1]
     reader.fails = False
     reader.batches.clear()
     rows = fetch_all(store, ids(1, 2, 3))
@@ -172,9 +201,12 @@ def test_the_next_wave_is_read_while_one_is_multiplied(bench):
     reader = FakeReader(bench)
     store = bench.store(4, reader=reader)
     begun = []
-    for wave in store.fetch(ids(*range(8))):
-        store.in_use = store.parts["fc1.weight"][mx.array(wave.slots)] * 1
+
+    def multiply(total, wave):
         begun.append(len(reader.batches))
+        return lazy_rows(store)(total, wave)
+
+    store.run(ids(*range(8)), multiply)
     assert begun == [2, 3, 4, 4]
 
 
@@ -182,26 +214,33 @@ def test_what_nobody_asks_for_any_more_is_waited_for(bench):
     """Else it would land in slots that were given to others meanwhile."""
     reader = FakeReader(bench)
     store = bench.store(4, reader=reader)
-    waves = store.fetch(ids(*range(8)))
-    next(waves)
+
+    def stop(total, wave):
+        raise Stop
+
+    with pytest.raises(Stop):
+        store.run(ids(*range(8)), stop)
     assert len(reader.batches) == 2 and reader.waited == 1
-    waves.close()
-    assert reader.waited == 2
+    assert reader.drained == 0
     check_rows(bench, fetch_all(store, ids(0, 1, 2, 3)))
+    assert reader.drained == 1
+    assert reader.batches[2][0] == [2, 3]  # the first wave had come
 
 
 def test_what_is_there_is_multiplied_while_the_rest_is_read(bench):
     reader = FakeReader(bench)
     store = bench.store(8, reader=reader, apart=0.5)
     fetch_all(store, ids(0, 1, 2))
-    waves = store.fetch(ids(1, 2, 3, 4))
-    first = next(waves)
-    assert first.units.tolist() == [1, 2] and reader.batches[-1][0] == [3, 4]
-    assert reader.waited == 1
-    (second,) = waves
-    assert second.units.tolist() == [3, 4] and reader.waited == 2
+    seen = []
+
+    def multiply(total, wave):
+        assert reader.batches[-1][0] == [3, 4]
+        seen.append((wave.units.tolist(), reader.waited))
+
+    store.run(ids(1, 2, 3, 4), multiply)
+    assert seen == [([1, 2], 1), ([3, 4], 2)]
     # more than half of the slots: one wave
-    assert len(list(store.fetch(ids(0, 1, 2, 3, 5)))) == 1
+    assert len(waves_of(store, ids(0, 1, 2, 3, 5))) == 1
 
 
 def test_a_guess_is_read_before_it_is_asked_for(bench):
@@ -235,9 +274,12 @@ def test_a_guess_that_cannot_be_read_is_left_to_whoever_needs_it(bench):
     store.read_early(ids(1, 2))
     reader.fails = True
     with pytest.raises(FlashError):
-        list(store.fetch(ids(1)))
+        waves_of(store, ids(1))
     store.read_early(ids(3))
-    assert not list(store.fetch(ids()))[0].units.size
+    assert not waves_of(store, ids())[0].units.size
+    store.read_early(ids(5))
+    assert not waves_of(store, ids())[0].units.size
+    assert not store.cache.valid.any()
     reader.fails = False
     check_rows(bench, fetch_all(store, ids(1, 2, 3)))
 
@@ -245,26 +287,27 @@ def test_a_guess_that_cannot_be_read_is_left_to_whoever_needs_it(bench):
 def test_a_failed_second_wave_leaves_the_first_sound(bench):
     reader = FakeReader(bench)
     store = bench.store(2, reader=reader)
-    waves = store.fetch(ids(0, 1, 2, 3))
-    next(waves)
-    reader.fails = True
+
+    def multiply(total, wave):
+        reader.fails = True
+
     with pytest.raises(FlashError):
-        next(waves)
+        store.run(ids(0, 1, 2, 3), multiply)
     reader.fails = False
+    assert store.cache.unit_of[store.cache.valid].tolist() == [0]
     check_rows(bench, fetch_all(store, ids(0, 1)))
 
 
 def test_an_interruption_while_waiting_for_mlx_forgets_the_wave(bench, monkeypatch):
     """The units count as present before they are read; Ctrl-C may come in between."""
     store = bench.store(2, reader=FakeReader(bench))
-    store.in_use = mx.zeros((1,))
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(slots_module.mx, "eval", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(store.fetch(ids(0, 1)))
+        waves_of(store, ids(0, 1))
     monkeypatch.undo()
     check_rows(bench, fetch_all(store, ids(0, 1)))
 
@@ -273,7 +316,7 @@ def test_counters_agree_with_what_the_reader_was_asked(bench):
     reader = FakeReader(bench)
     store = bench.store(4, reader=reader)
     for asked in ([0, 1, 2], [1, 2, 3], [0, 3], [4, 5, 6, 7, 8, 9], []):
-        list(store.fetch(ids(*asked)))
+        waves_of(store, ids(*asked))
     stats = store.stats
     # 0, 1 and 2; then 3 only; then nothing; then six in waves of half the slots
     assert [units for units, _ in reader.batches] == [
@@ -305,9 +348,8 @@ def test_a_store_for_less_does_not_hold_all(bench):
 
 def test_a_file_that_changes_under_a_running_model_is_refused(bench):
     store = bench.store(5)
-    for _ in store.fetch(np.arange(5, dtype=np.int32)):
-        pass
+    waves_of(store, np.arange(5))
     when = os.stat(bench.path)
     os.utime(bench.path, ns=(when.st_atime_ns, when.st_mtime_ns + 1))
     with pytest.raises(FlashError, match="changed while its model was in use"):
-        next(store.fetch(np.arange(5, 9, dtype=np.int32)))
+        waves_of(store, np.arange(5, 9))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import mlx.core as mx
 import pytest
 import stock_checkpoints as moe
 from click.testing import CliRunner
@@ -187,6 +188,30 @@ def test_a_config_without_dtype_is_settled_by_a_header(hub, tmp_path):  # noqa: 
     assert "dtype" not in config and "torch_dtype" not in config
     hub.files = files_of(src)
     assert make_plan(NAME, "1GB", context=16).dtype == "float32"
+
+
+def checkpoint_of_two_dtypes(folder, share):
+    """A llama's largest tensor, and others up to a share of all values, in float32."""
+    moe.write_checkpoint(folder, moe.LLAMA, dtype=mx.float16)
+    path = str(folder / "model.safetensors")
+    weights = mx.load(path)
+    total = sum(array.size for array in weights.values())
+    chosen = 0
+    for name in sorted(weights, key=lambda n: weights[n].size, reverse=True):
+        if not chosen or chosen + weights[name].size <= share * total:
+            chosen += weights[name].size
+            weights[name] = weights[name].astype(mx.float32)
+    mx.save_safetensors(path, weights)
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.0, 0.45])
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_dtype_is_that_of_most_values(hub, tmp_path, share, remote):  # noqa: F811
+    """Neither the largest tensor decides, nor bytes, of which float32 has more."""
+    src = checkpoint_of_two_dtypes(tmp_path / "model", share)
+    hub.files = files_of(src)
+    assert outline(NAME if remote else src).manifest.dtype == "float16"
 
 
 def test_nothing_says_the_dtype(tmp_path):

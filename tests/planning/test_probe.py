@@ -61,7 +61,7 @@ def test_no_byte_is_dealt_twice():
 def test_short_blocks_of_a_deal_are_never_neighbours():
     for deal in probe.deals([(0, n) for n in range(200)], 1, seed=1):
         gaps = np.diff(np.sort(deal.blocks[0]))
-        if deal.block_bytes < probe.MERGED_BYTES:
+        if deal.block_bytes < probe.MERGE_BYTES:
             assert (gaps >= 2).all()
 
 

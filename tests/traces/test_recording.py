@@ -15,10 +15,12 @@ from mlx_flash import cli
 from mlx_flash import loading as loader
 from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.errors import FlashError
-from mlx_flash.generation import report, stream_generate
+from mlx_flash.generation import stream_generate
 from mlx_flash.memory.policies import Lrfu, Lru, Window
-from mlx_flash.traces.recording import Trace, read_trace, record, record_prompt
+from mlx_flash.traces.recording import record
 from mlx_flash.traces.replay import compare, even_slots, hit_rate, replay
+from mlx_flash.traces.trace import Trace, read_trace
+from mlx_flash.tracing import record_prompt
 
 PROMPT = [2, 84, 266, 9, 31, 40]
 POLICIES = {"lru": Lru(), "window": Window(4), "lrfu": Lrfu()}
@@ -97,7 +99,7 @@ def test_replay_counts_what_the_demo_model_counts(story, with_slots, policy, slo
     with demo(policy=policy) as (model, tokenizer):
         for _ in stream_generate(model, tokenizer, PROMPT, max_tokens=24):
             pass
-        counted = report(model.flash)["hit_rate"]
+        counted = model.flash.report().hit_rate
     replayed = hit_rate(replay(story, POLICIES[policy], (slots,) * 4))
     assert 0.05 < counted < 0.95
     assert abs(replayed - counted) < 0.01
@@ -196,9 +198,9 @@ def test_with_room_for_all_only_first_uses_miss(trace):
 def test_recording_ends_with_its_block():
     with mlx_flash.load(DEMO_MODEL, memory="50%", context=64) as (model, _):
         with pytest.raises(RuntimeError), record(model.flash):
-            assert all(layer.store.listener for layer in model.flash.layers)
+            assert all(layer.slots.listener for layer in model.flash.layers)
             raise RuntimeError
-        assert not any(layer.store.listener for layer in model.flash.layers)
+        assert not any(layer.slots.listener for layer in model.flash.layers)
 
 
 def test_a_layer_held_whole_has_no_trace():

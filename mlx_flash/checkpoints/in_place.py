@@ -1,0 +1,92 @@
+"""Describe a stock checkpoint whose experts can be read from its shards as they lie.
+
+mlx-lm's own files hold the experts of a layer in one tensor for each part, so that an
+expert is a run of bytes at a fixed stride: one read for each part.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import FlashError
+from ..layers.kinds import EXPERT
+from ..storage.layout import lay_out
+from ..storage.manifest import Layer, Manifest, Weights
+from ..storage.safetensors import DTYPES
+from ..storage.source import Extent
+from .stock import Stock
+
+
+def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
+    """The manifest that the checkpoint would have, and where each layer's experts lie.
+
+    Raises:
+        FlashError: If the model has no experts, or its files hold them otherwise.
+    """
+    switches = EXPERT.find(stock.model)
+    folder = stock.folder
+    if not switches:
+        raise FlashError(
+            f"{folder} has no flash.json, and no mixture-of-experts layers (SwitchGLU "
+            "or SwitchMLP of mlx-lm) that could be streamed as they are. Convert it: "
+            f"mlx-flash convert {folder} -o {folder.name}-flash"
+        )
+    layers, extents, on_flash = [], [], 0
+    for module, switch in switches.items():
+        extents.append(_extents(stock, module, switch))
+        arrays = EXPERT.arrays(switch)
+        parts = lay_out(arrays)
+        on_flash += sum(array.nbytes for array in arrays.values())
+        layers.append(
+            Layer(
+                module=module,
+                file=extents[-1][0].path.name,
+                sha256="",
+                data_offset=0,
+                units=len(next(iter(arrays.values()))),
+                unit_bytes=sum(part.bytes for part in parts),
+                parts=parts,
+                order="checkpoint",
+                predictor=None,
+            )
+        )
+    total = sum(array.nbytes for _, array in tree_flatten(stock.model.parameters()))
+    manifest = Manifest(
+        format_version=1,
+        source=folder.name,
+        revision=None,
+        model_type=stock.config["model_type"],
+        unit=EXPERT.name,
+        activation=EXPERT.activation,
+        dtype=stock.dtype(),
+        resident=Weights(file="", sha256="", bytes=total - on_flash),
+        predictors=None,
+        calibration=None,
+        layers=tuple(layers),
+    )
+    return manifest, extents
+
+
+def _extents(stock: Stock, module: str, switch: nn.Module) -> list[Extent]:
+    """Where the parts of a layer's experts lie."""
+    extents = []
+    arrays = EXPERT.arrays(switch)
+    for index, (part, (name, array)) in enumerate(
+        zip(lay_out(arrays), arrays.items(), strict=True)
+    ):
+        place = stock.place(array)
+        if place is None or not _as_used(place.bytes, array, part.dtype):
+            raise FlashError(
+                f"{stock.folder}: {module}.{name} does not lie in the shards as mlx-lm "
+                "uses it (experts stored one by one, or transposed). Convert it: "
+                f"mlx-flash convert {stock.folder} -o {stock.folder.name}-flash"
+            )
+        whole = ((index, 0, part.bytes),)
+        extents.append(Extent(place.file, place.offset, part.bytes, whole))
+    return extents
+
+
+def _as_used(nbytes: int, array: mx.array, dtype: str) -> bool:
+    return nbytes == array.nbytes and dtype in DTYPES

@@ -1,0 +1,115 @@
+"""How a checkpoint stores its weights, found before any of them is read.
+
+Names and dtypes are in the headers of its safetensors files, the quantisation is in
+config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import mlx.nn as nn
+
+from ..errors import FlashError
+from ..storage.safetensors import DTYPES, read_header
+
+Tensors = dict[str, tuple[str, int]]  # (safetensors code of the dtype, values) by name
+
+FLOATS = {code: name for name, (code, _) in DTYPES.items() if "float" in name}
+# How mlx-lm packs what other tools have quantised; of these it keeps the packing.
+FOREIGN = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+}
+
+
+def header_tensors(folder: Path) -> Tensors:
+    """Every tensor that the headers in a folder name."""
+    found: Tensors = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        header, _ = read_header(file)
+        found |= {
+            k: (entry["dtype"], prod(entry["shape"])) for k, entry in header.items()
+        }
+    return found
+
+
+def indexed_names(folder: Path) -> set[str]:
+    """The names of the tensors, from the index beside the shards; empty without one."""
+    try:
+        raw = json.loads((folder / "model.safetensors.index.json").read_text())
+        return set(raw["weight_map"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def named_dtype(config: dict) -> str | None:
+    """The float dtype that config.json names for the weights."""
+    text = config.get("text_config") or {}
+    for key in ("dtype", "torch_dtype"):
+        for named in (config.get(key), text.get(key)):
+            if named in FLOATS.values():
+                return named
+    return None
+
+
+def main_dtype(tensors: Tensors) -> str | None:
+    """The float dtype of the most values; None if no tensor has one."""
+    values: Counter[str] = Counter()
+    for code, count in tensors.values():
+        if code in FLOATS:
+            values[FLOATS[code]] += count
+    return max(values, key=values.__getitem__) if values else None
+
+
+def quantization(config: dict, name: str) -> dict | None:
+    """How the weights are quantised, as mlx-lm would find it.
+
+    Raises:
+        FlashError: If mlx-lm would pack them anew, which gives unknown sizes.
+    """
+    text = config.get("text_config") or {}
+    if found := config.get("quantization"):
+        return found
+    found = config.get("quantization_config") or text.get("quantization_config")
+    if not found or {"group_size", "bits"} <= found.keys():
+        return found
+    method = found.get("quant_method")
+    if method in FOREIGN:
+        return FOREIGN[method]
+    raise FlashError(
+        f"{name} is quantised in a way ({method}) whose sizes cannot be told before "
+        "loading. Plan with a version in mlx-lm's own quantisation, or unquantised."
+    )
+
+
+def quantize(model: nn.Module, packing: dict, names: set[str]) -> None:
+    """Pack the modules for which the checkpoint has scales.
+
+    Args:
+        packing: From `quantization`.
+        names: The checkpoint's tensors. If none of them is a scale, because they are
+            not known, everything that can be packed is.
+    """
+    named = any(name.endswith(".scales") for name in names)
+    group = packing.get("group_size", 64)
+
+    def wanted(path: str, module: nn.Module):
+        if path in packing:
+            return packing[path]
+        if not hasattr(module, "to_quantized") or "weight" not in module:
+            return False
+        if named:
+            return f"{path}.scales" in names
+        return module.weight.shape[-1] % group == 0
+
+    nn.quantize(
+        model,
+        group_size=group,
+        bits=packing.get("bits", 4),
+        mode=packing.get("mode", "affine"),
+        class_predicate=wanted,
+    )

@@ -1,0 +1,123 @@
+"""What every FFN on flash has in common: its slots, and the layer after it.
+
+Shapes: T tokens, n units of a layer, K units of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import FlashError
+from ..memory.slots import UnitSlots
+
+CLOSED = "This model was closed. Load it again to use it."
+
+# x, and how many units each token takes where the kind has such a number → a choice:
+# bool [T, n], or unit ids of any shape.
+Guess = Callable[[mx.array, int], mx.array]
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """The next layer, and how to guess from this layer's input what it will need."""
+
+    layer: FlashFFN
+    guess: Guess
+
+
+class FlashFFN(nn.Module):
+    """An FFN module whose weights are in slots, not in the module.
+
+    It stands in a model where the ordinary FFN stood. The slots are attached after the
+    model was built and detached when it is closed.
+
+    Attributes:
+        apart: For `SlotCache`: up to which share of the slots a step is cut in two.
+    """
+
+    apart = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slots: UnitSlots | None = None
+        self._ahead: LookAhead | None = None
+
+    @property
+    def slots(self) -> UnitSlots:
+        """The slots that are attached.
+
+        Raises:
+            FlashError: If the model was closed.
+        """
+        if self._slots is None:
+            raise FlashError(CLOSED)
+        return self._slots
+
+    def attach(self, slots: UnitSlots) -> None:
+        """Multiply from `slots` from now on."""
+        self._slots = slots
+
+    def detach(self) -> None:
+        """Let go of the slots. Calls then raise a FlashError."""
+        self._slots = None
+
+    def look_ahead(self, layer: FlashFFN, guess: Guess) -> None:
+        """Begin to read what `layer`, the next one, will need by the `guess` of it."""
+        self._ahead = LookAhead(layer, guess)
+
+    def guess_next(self, x: mx.array, per_token: int = 0) -> mx.array | None:
+        """The choice that the next layer would make if its input were x; lazy."""
+        if self._ahead is None:
+            return None
+        slots = self._ahead.layer._slots
+        if slots is None or slots.holds_all:
+            return None
+        return self._ahead.guess(x, per_token)
+
+    def read_next(self, guess: mx.array | None) -> None:
+        """Begin to read what an evaluated guess names."""
+        if guess is None or self._ahead is None:
+            return
+        slots = self._ahead.layer.slots
+        units = chosen_units(guess)
+        slots.read_early(units[units < slots.units])
+
+
+def chosen_units(choice: mx.array) -> np.ndarray:
+    """The unit ids, sorted and unique, that an evaluated choice names.
+
+    Args:
+        choice: bool [T, n], or ids of any shape.
+    """
+    named = np.asarray(choice)
+    if named.dtype == bool:
+        return np.flatnonzero(named.any(axis=0))
+    return np.unique(named).astype(np.intp)
+
+
+def hide(module: nn.Module, name: str, value: nn.Module) -> None:
+    """Give a module an attribute that is no child of it.
+
+    MLX finds children in every attribute that is a module, also private ones, and would
+    save, cast or quantise them.
+    """
+    object.__setattr__(module, name, value)
+
+
+def with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of a module that has other children or arrays.
+
+    The copy is made for one call and dropped: what it multiplies with is held by
+    nobody afterwards. It takes about a microsecond.
+    """
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    dict.update(copy, module)
+    dict.update(copy, children)
+    return copy

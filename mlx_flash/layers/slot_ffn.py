@@ -1,0 +1,178 @@
+"""A dense FFN computed from slots: what neurons and blocks have in common.
+
+The model's own FFN module does the computing, activation and gating included. Only its
+linear layers are exchanged, for projections over whichever neurons are in memory, so
+any FFN that is a sum over its neurons works as it stands in mlx-lm.
+Shapes: T tokens, D model width, N neurons, K of them now, n units now, b neurons of a
+unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import FlashFFN, hide, with_children
+from .projections import (
+    HALVES,
+    count_neurons,
+    known_projections,
+    packing,
+    rows_per_neuron,
+)
+
+Arrays = Mapping[str, mx.array]
+Through = Callable[[mx.array], mx.array]
+
+
+class Into(nn.Module):
+    """A projection into some of the neurons: [T, D] → [T, K]. It holds its bias alone.
+
+    The weight it is given is [n, D] or [n, b, D], a row for each neuron; packed weights
+    are packed along D. One with `halves` has a gate and an up row for each neuron,
+    [n, 2, b, D], and gives [T, 2K] as the whole of it would: gates first. Where gates
+    and ups come in pairs, they are [n, 2b, D] and give [T, 2K].
+    """
+
+    def __init__(self, linear: nn.Module, rows: int, halves: bool):
+        super().__init__()
+        self.packing, self.rows, self.halves = packing(linear), rows, halves
+        if "bias" in linear:
+            self.bias = linear.bias
+
+    def __call__(
+        self, x: mx.array, arrays: Arrays, neurons: mx.array | None
+    ) -> mx.array:
+        """Project x by `arrays`; `neurons` says whose biases, None for all in order."""
+        a = {k: v.reshape(-1, v.shape[-1]) for k, v in arrays.items()}
+        if self.packing is None:
+            y = x @ a["weight"].T
+        else:
+            y = mx.quantized_matmul(
+                x, a["weight"], a["scales"], a.get("biases"), True, **self.packing
+            )
+        if self.halves:
+            n, T = len(arrays["weight"]), len(x)
+            y = y.reshape(T, n, 2, -1).swapaxes(1, 2).reshape(T, -1)
+        return y + self._bias(neurons) if "bias" in self else y
+
+    def _bias(self, neurons: mx.array | None) -> mx.array:
+        if neurons is None:
+            return self.bias
+        if self.halves:
+            return self.bias.reshape(2, -1)[:, neurons].reshape(-1)
+        return self.bias.reshape(-1, self.rows)[neurons].reshape(-1)
+
+
+class OutOf(nn.Module):
+    """The projection out of them: [T, K] → [T, D]. It holds its bias, and adds none.
+
+    A float or re-quantised weight is [n, D] or [n, b, D], a row for each neuron. With
+    `columns` it is [n, D, b'], the checkpoint's own packing along the neurons.
+    """
+
+    def __init__(self, linear: nn.Module, columns: bool = False):
+        super().__init__()
+        self.packing, self.columns = packing(linear), columns
+        if "bias" in linear:
+            self.bias = linear.bias  # added once by the FFN, not once a wave
+
+    def __call__(
+        self, h: mx.array, arrays: Arrays, through: Through | None
+    ) -> mx.array:
+        """Project what `through` makes of the hidden values h."""
+        if through is not None:
+            h = through(h)
+        if self.columns and self.packing:
+            n = len(arrays["weight"])
+            h = h.reshape(len(h), n, -1).swapaxes(0, 1)
+            y = self._packed(h, arrays, transpose=True)
+            return y.astype(mx.float32).sum(axis=0)
+        a = {k: v.reshape(-1, v.shape[-1]) for k, v in arrays.items()}
+        if self.packing is None:
+            return h @ a["weight"]
+        return self._packed(h, a, transpose=False)
+
+    def _packed(self, h: mx.array, a: Arrays, transpose: bool) -> mx.array:
+        return mx.quantized_matmul(
+            h, a["weight"], a["scales"], a.get("biases"), transpose, **self.packing
+        )
+
+
+class SlotFFN(FlashFFN):
+    """An FFN module with its projections exchanged for ones over slots.
+
+    Biases and whatever the activation has stay parameters, under their own names.
+    """
+
+    def __init__(self, ffn: nn.Module, columns: bool = False):
+        super().__init__()
+        ins, out = known_projections(ffn)
+        self._names = (*ins, out)
+        self.neurons = count_neurons(ffn[out])
+        for name, child in ffn.children().items():
+            if name not in self._names:
+                self[name] = child  # an activation, whose scalars are parameters
+        for name in ins:
+            rows = rows_per_neuron(ffn, name, out)
+            self[name] = Into(ffn[name], rows or 1, halves=name in HALVES)
+        self[out] = OutOf(ffn[out], columns)
+        hide(self, "_ffn", with_children(ffn, dict.fromkeys(self._names)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.slots.holds_all:
+            y = self.compute(tokens, self.slots.parts)
+        else:
+            y = self.stream(tokens)
+        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
+
+    def add_bias(self, y: mx.array) -> mx.array:
+        """y [T, D] with the bias of the last projection, if it has one."""
+        out = self[self._names[-1]]
+        return y + out.bias if "bias" in out else y
+
+    def stream(self, x: mx.array) -> mx.array:
+        """The FFN of x [T, D] without its last bias, units brought as they are needed.
+
+        What more than one wave adds up to is summed in float32.
+        """
+        raise NotImplementedError
+
+    def compute(
+        self,
+        x: mx.array,
+        parts: Arrays,
+        rows: mx.array | slice | None = None,
+        neurons: mx.array | None = None,
+        through: Through | None = None,
+    ) -> mx.array:
+        """The FFN of x [T, D] over some of the slots, without its last bias.
+
+        Args:
+            parts: The slots of each part.
+            rows: Which slots, as MLX arrays are indexed; None for all.
+            neurons: Whose they are; None where all are in order.
+            through: Given the hidden values [T, K], says what goes on in their place.
+        """
+        *ins, out = self._names
+        bound = {}
+        for name in ins:
+            arrays = _arrays(parts, name, rows)
+            bound[name] = partial(self[name], arrays=arrays, neurons=neurons)
+        arrays = _arrays(parts, out, rows)
+        bound[out] = partial(self[out], arrays=arrays, through=through)
+        return with_children(self._ffn, bound)(x)
+
+
+def _arrays(parts: Arrays, name: str, rows: mx.array | slice | None) -> Arrays:
+    """The rows of one projection's parts, by their names inside of it."""
+    start = f"{name}."
+    return {
+        key.removeprefix(start): array if rows is None else array[rows]
+        for key, array in parts.items()
+        if key.startswith(start)
+    }

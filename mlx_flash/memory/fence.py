@@ -1,0 +1,44 @@
+"""What was computed from slots last, and is perhaps not evaluated yet.
+
+MLX is lazy: an array may be computed long after the call that made it. A slot must not
+be read into before everything that multiplies from it was computed, whoever asked for
+it. One fence serves all layers of a model and holds one result at a time, so that the
+results of the other layers can go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+
+class Fence:
+    """Holds the last result that was computed from slots of a model."""
+
+    def __init__(self) -> None:
+        self._held: Any = None
+
+    def hold(self, result: Any) -> None:
+        """Start to compute `result` (arrays, a list of them, or None) and keep it.
+
+        The one before is waited for first: until then somebody may hold what was made
+        of it, a KV cache for example.
+        """
+        mx.async_eval(result)
+        self.settle()
+        self._held = result
+
+    def settle(self) -> None:
+        """Wait until what is held was computed, and let go of it.
+
+        Raises:
+            RuntimeError: If MLX fails to compute it. It is let go of all the same:
+                it would fail for ever.
+        """
+        try:
+            mx.eval(self._held)
+        except RuntimeError:
+            self._held = None
+            raise
+        self._held = None

@@ -1,0 +1,90 @@
+/* What _reader.c (Python's side) and _reads.c (planning and reading) share.
+
+   Words: a piece is a run of bytes with one destination, a job is one read. */
+
+#ifndef MLX_FLASH_READS_H
+#define MLX_FLASH_READS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* preadv */
+#endif
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define PAGE 4096            /* what direct I/O wants aligned */
+#define MERGE_BYTES (1 << 18) /* the longest read that merging makes */
+#define CHUNK_BYTES (1 << 20) /* longer parts are split, so that threads share them */
+#define MERGE_IOVECS 512     /* IOV_MAX is 1024 on macOS and Linux */
+#define SHORT_READ (-1)      /* beside the errnos: the file ends too early */
+
+/* Extents and parts are filled in by reader.py, packed, hence 64 bits throughout. */
+typedef struct { int64_t rows, offset, bytes; } Part; /* rows: address of slot 0 */
+typedef struct {
+    int64_t fd, align, offset, stride; /* align: PAGE for direct I/O, else 1 */
+    int64_t n_parts; /* by offset, not overlapping */
+} Extent;
+
+typedef struct Source {
+    struct Source *next;
+    int64_t n_units, n_slots, n_extents, pieces_per_unit;
+    Extent *extents;
+    Part *parts; /* of all extents */
+    uint32_t *stamps, stamp; /* per slot: the last batch that used it */
+} Source;
+
+typedef struct { int64_t unit, slot; } Pick;
+typedef struct { int64_t offset, bytes; uint8_t *dst; } Piece;
+typedef struct {
+    const Extent *extent;
+    int64_t start, end;   /* of the read, aligned */
+    int32_t first, count; /* its pieces */
+    int32_t iovecs;
+    int32_t straight; /* lands in the slots; otherwise goes through a bounce buffer */
+} Job;
+
+typedef struct Batch { /* one block of memory, with the arrays that it points to */
+    struct Batch *next;
+    const Source *source;
+    Pick *picks;
+    Piece *pieces;
+    Job *jobs;
+    int64_t n_jobs, bytes;
+    atomic_llong claimed;
+    /* Under the reader's lock: */
+    int users, done, abandoned, error; /* error: an errno or SHORT_READ */
+    int64_t failed, got;               /* the job that failed, how far it came */
+    double submitted, ended;
+} Batch;
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t work, done;
+    Batch *head, *tail; /* in submit order; only the head is being claimed */
+    Source *sources;
+    int stop, joined, n_threads, idle; /* idle: asleep, and not being woken */
+    int64_t in_flight; /* batches that have not ended */
+    int64_t max_gap;
+    pid_t pid; /* threads do not survive a fork: a child must not wait for them */
+    pthread_t *threads;
+} Reader;
+
+/* Sorts out the reads of a batch of n picks, which are sorted by unit. */
+void plan_reads(Batch *b, int64_t n, int64_t max_gap);
+
+/* Puts a planned batch into the queue; 0 if the reader was stopped. */
+int queue_batch(Reader *r, Batch *b);
+
+/* Sleeps until a batch has ended. */
+void await_batch(Reader *r, Batch *b);
+
+/* Sleeps until every batch has ended, also those that nobody waits for. */
+void await_all(Reader *r);
+
+/* What a thread of the pool runs; arg is a Reader. */
+void *read_batches(void *arg);
+
+double monotonic_s(void);
+
+#endif

@@ -1,0 +1,50 @@
+"""The reader in C (`_reader.c`): threads that never touch Python."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from .base_reader import Reader
+from .source import Source, address
+
+try:
+    from . import _reader  # type: ignore[attr-defined]  # built by setup.py
+except ImportError:  # it is optional: there was no compiler
+    _reader = None
+
+
+class NativeReader(Reader):
+    """Neighbours are merged into one read, and large parts are shared by threads."""
+
+    native = True
+
+    def __init__(self, threads: int, direct: bool, max_gap_bytes: int):
+        super().__init__(direct)
+        self._reader = _reader.create(threads, max_gap_bytes)
+        self._stop_with(_reader.close, self._reader)
+
+    def _register(self, source: Source) -> Any:
+        extents, parts = b"", b""
+        for extent, (fd, align) in zip(source.extents, source.descriptors, strict=True):
+            facts = fd, align, extent.offset, extent.stride, len(extent.parts)
+            extents += struct.pack("=5q", *facts)
+            for index, offset, size in extent.parts:
+                rows = address(source.slots[index])
+                parts += struct.pack("=Q2q", rows, offset, size)
+        return _reader.add_source(
+            self._reader, extents, parts, source.n_units, source.n_slots
+        )
+
+    def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:
+        return _reader.submit(
+            self._reader, registered, address(units), address(slots), units.size
+        )
+
+    def _wait(self, handle: Any) -> tuple:
+        return _reader.wait(handle)
+
+    def _drain(self) -> None:
+        _reader.drain(self._reader)

@@ -1,0 +1,174 @@
+"""Where a layer's units lie in files, and the arrays that they are read into."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FlashError
+from .direct_io import open_uncached
+from .limits import PAGE_BYTES
+from .manifest import Layer
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of one file in which units follow each other at a fixed stride.
+
+    Attributes:
+        path: The file.
+        offset: Of unit 0, in bytes.
+        stride: Bytes from one unit to the next.
+        parts: (slot array, offset in the unit, bytes) of each part.
+    """
+
+    path: Path
+    offset: int
+    stride: int
+    parts: tuple[tuple[int, int, int], ...]
+
+
+def bundle_extent(layer: Layer, folder: Path) -> Extent:
+    """A layer of a flash folder: all parts of a unit lie side by side in its file."""
+    parts = tuple((i, part.offset, part.bytes) for i, part in enumerate(layer.parts))
+    path = folder / layer.file
+    return Extent(path, layer.data_offset, layer.unit_bytes, parts)
+
+
+class OpenFiles:
+    """The descriptors of one reader. The last one who holds this closes them.
+
+    Every read in flight holds it, so that no descriptor is closed, and its number given
+    to another file, under a thread that still reads.
+
+    Attributes:
+        direct: False once a file refused direct I/O.
+    """
+
+    def __init__(self, direct: bool):
+        self.direct = direct
+        self._descriptors: dict[str, tuple[int, int]] = {}
+
+    def open(self, path: Path) -> tuple[int, int]:
+        """(descriptor, alignment of reads in bytes), opened at most once."""
+        name = os.path.abspath(path)
+        if name not in self._descriptors:
+            fd, direct = open_uncached(name, self.direct)
+            self._descriptors[name] = fd, PAGE_BYTES if direct else 1
+            self.direct &= direct
+        return self._descriptors[name]
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1][0])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layer as a reader keeps it: checked, files open, parts in file order.
+
+    Attributes:
+        descriptors: (file descriptor, alignment) of each extent.
+        slots: The arrays, which must live for as long as reads may write to them.
+        files: Keeps the descriptors open.
+    """
+
+    extents: tuple[Extent, ...]
+    descriptors: tuple[tuple[int, int], ...]
+    slots: tuple[np.ndarray, ...]
+    n_units: int
+    n_slots: int
+    files: OpenFiles
+
+
+def make_source(
+    extents: Sequence[Extent],
+    slots: Sequence[np.ndarray],
+    n_units: int,
+    files: OpenFiles,
+) -> Source:
+    """Check that every read of a layer is possible.
+
+    Args:
+        extents: Where the units lie. Together they fill each slot array once.
+        slots: One uint8 array [n_slots, part bytes] per part, C-contiguous.
+        n_units: How many units each extent holds.
+        files: Opens the extents' files.
+
+    Raises:
+        FlashError: A file is missing, unreadable or too short.
+        ValueError: The extents or the arrays contradict each other.
+    """
+    arrays = tuple(slots)
+    n_slots = _check_slots(arrays)
+    checked = tuple(_check_extents(extents, arrays, n_units))
+    descriptors = tuple(_open(extent, n_units, files) for extent in checked)
+    return Source(checked, descriptors, arrays, n_units, n_slots, files)
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array's first byte lies in memory."""
+    return array.__array_interface__["data"][0]
+
+
+def _open(extent: Extent, n_units: int, files: OpenFiles) -> tuple[int, int]:
+    try:
+        descriptor = files.open(extent.path)
+        have = os.fstat(descriptor[0]).st_size
+    except OSError as error:
+        raise FlashError(
+            f"{extent.path} cannot be read: {error.strerror}. "
+            "Check the path, or convert the model again: mlx-flash convert"
+        ) from error
+    _, last, size = extent.parts[-1]
+    need = extent.offset + (n_units - 1) * extent.stride + last + size
+    if have < need:
+        raise FlashError(
+            f"{extent.path} has {have:,} of {need:,} bytes. "
+            "Convert or download it again: mlx-flash convert"
+        )
+    return descriptor
+
+
+def _check_slots(slots: tuple[np.ndarray, ...]) -> int:
+    for i, array in enumerate(slots):
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+            raise ValueError(f"slots {i} are not a NumPy array of uint8")
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(f"slots {i} have the shape {array.shape}, not 2-D")
+        if not (array.flags.c_contiguous and array.flags.writeable):
+            raise ValueError(f"slots {i} are not C-contiguous and writable")
+        if len(array) != len(slots[0]):
+            raise ValueError(f"slots {i} have {len(array)} rows, not {len(slots[0])}")
+    return len(slots[0]) if slots else 0
+
+
+def _check_extents(
+    extents: Sequence[Extent], slots: tuple[np.ndarray, ...], n_units: int
+) -> Iterator[Extent]:
+    """The extents with their parts in file order."""
+    if n_units < 1:
+        raise ValueError(f"{n_units} units")
+    filled = sorted(part[0] for extent in extents for part in extent.parts)
+    if filled != list(range(len(slots))) or not filled:
+        raise ValueError(f"the parts fill slots {filled}, there are {len(slots)}")
+    for extent in extents:
+        parts = sorted(extent.parts, key=lambda part: part[1])
+        end = 0
+        for index, offset, size in parts:
+            row = slots[index].shape[1]
+            if size != row:
+                raise ValueError(f"a part of {size} bytes for slots of {row}")
+            if offset < end:
+                raise ValueError(f"the part at {offset} starts before byte {end}")
+            end = offset + size
+        if not parts or extent.offset < 0 or end > extent.stride:
+            raise ValueError(f"parts of {end} bytes do not fit: {extent}")
+        yield Extent(extent.path, extent.offset, extent.stride, tuple(parts))

@@ -1,0 +1,49 @@
+"""Hits of each layer over its slots, counted on a trace, to divide memory by.
+
+The engine's own cache and policy replay the trace at several numbers of slots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from ..errors import FlashError
+from ..memory.divide import Curve, divide
+from ..memory.policies import Lru
+from ..storage.manifest import Manifest
+from .replay import replay
+from .trace import Trace, read_trace
+
+# Most of a curve bends where little is in memory.
+SHARES = (0.015, 0.03, 0.05, 0.08, 0.12, 0.17, 0.23, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+def hit_curves(trace: Trace, policy: Lru) -> list[Curve]:
+    """The curve of each layer, by replaying the trace at several budgets."""
+    slots = [sorted({0, *(max(int(s * n), 1) for s in SHARES), n}) for n in trace.units]
+    hits: list[list[int]] = [[0] for _ in trace.units]
+    for i in range(1, max(len(sizes) for sizes in slots)):
+        # Layers of fewer units have fewer sizes: their last one is counted again.
+        now = [sizes[min(i, len(sizes) - 1)] for sizes in slots]
+        for layer, (found, _) in enumerate(replay(trace, policy, now)):
+            if i < len(slots[layer]):
+                hits[layer].append(max(found, hits[layer][-1]))
+    return [Curve(tuple(sizes), tuple(h)) for sizes, h in zip(slots, hits, strict=True)]
+
+
+def by_trace(path: Path, manifest: Manifest, policy: Lru) -> partial:
+    """`divide` by the curves of a trace file, for `make_budget`.
+
+    Raises:
+        FlashError: If the file is no trace, or of a model with other layers.
+    """
+    trace = read_trace(path)
+    have = tuple(layer.units for layer in manifest.layers)
+    if (trace.unit, trace.units) != (manifest.unit, have):
+        raise FlashError(
+            f"{path} is a trace of {trace.model} ({len(trace.units)} layers of "
+            f"{trace.unit}s), not of this model ({len(have)} layers of "
+            f"{manifest.unit}s). Record one of it: mlx-flash trace PROMPT -o FILE"
+        )
+    return partial(divide, hit_curves(trace, policy))

@@ -1,0 +1,46 @@
+"""Run a model to record a trace: on a prompt that it continues, or along a text."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from .errors import FlashError
+from .generation import stream_generate
+from .traces.recording import record
+from .traces.trace import Trace
+
+PIECE_TOKENS = 128  # of a text read token by token
+
+
+def record_prompt(model, tokenizer, prompt, max_tokens: int, **options) -> Trace:
+    """The trace of continuing a prompt; its figures count from the first new token."""
+    with record(model.flash) as recorder:
+        steps = stream_generate(
+            model, tokenizer, prompt, max_tokens=max_tokens, **options
+        )
+        for i, _ in enumerate(steps):
+            if i == 0:
+                recorder.mark_warm()
+        return recorder.trace()
+
+
+def record_text(model, tokenizer, text: str, tokens: int) -> Trace:
+    """The trace of reading a text token by token, in pieces of PIECE_TOKENS.
+
+    Each piece begins as the tokenizer begins a text, with an empty KV cache.
+
+    Raises:
+        FlashError: If the text has no token.
+    """
+    start = tokenizer.encode("", add_special_tokens=True)[:1]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:tokens]
+    if not ids:
+        raise FlashError("The text is empty. Give some to read.")
+    body = PIECE_TOKENS - len(start)
+    with record(model.flash) as recorder:
+        for begin in range(0, len(ids), body):
+            cache = make_prompt_cache(model)
+            for token in start + ids[begin : begin + body]:
+                mx.eval(model(mx.array([[token]]), cache=cache))
+        return recorder.trace()
