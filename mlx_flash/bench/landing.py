@@ -19,6 +19,7 @@ from ..memory.stats import Stats
 from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader
+from ..storage.source import bundle_extent
 
 CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at once
 
@@ -32,8 +33,7 @@ class KeepNothing(Lru):
 
 def bring(slots: UnitSlots, units: np.ndarray) -> None:
     """Bring units (sorted, unique) into a layer's slots, and multiply nothing."""
-    for _ in slots.fetch(units):
-        pass
+    slots.run(units, lambda total, wave: None)
 
 
 class Landing:
@@ -97,7 +97,7 @@ class WholeFiles:
             landing.read(source, np.arange(1))
 
 
-def unbundled(path: Path, layer: Layer) -> list[Extent]:
+def unbundled(layer: Layer, folder: Path) -> list[Extent]:
     """A layer's file taken as if its parts lay apart: up rows, then down columns.
 
     Offsets, lengths and alignment are those that such a file would have, so reads cost
@@ -106,7 +106,7 @@ def unbundled(path: Path, layer: Layer) -> list[Extent]:
     """
     return [
         Extent(
-            path,
+            folder / layer.file,
             layer.data_offset + layer.units * part.offset,
             part.bytes,
             ((i, 0, part.bytes),),
@@ -115,7 +115,6 @@ def unbundled(path: Path, layer: Layer) -> list[Extent]:
     ]
 
 
-def bundled(path: Path, layer: Layer) -> list[Extent]:
+def bundled(layer: Layer, folder: Path) -> list[Extent]:
     """A layer's file as it is: one read brings all parts of a unit."""
-    parts = tuple((i, part.offset, part.bytes) for i, part in enumerate(layer.parts))
-    return [Extent(path, layer.data_offset, layer.unit_bytes, parts)]
+    return [bundle_extent(layer, folder)]

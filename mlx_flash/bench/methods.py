@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import FlashError
 from ..layers.kinds import NEURON, kind_of
 from ..loading import READ_THREADS
+from ..memory.fence import Fence
 from ..memory.policies import Lru, Window
 from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
@@ -157,9 +158,7 @@ class Bench:
         most = max(len(chosen) for tokens in self.selections for chosen in tokens)
         part_bytes = [part.bytes for part in self.layers[0].parts]
         landing = Landing(self.reader, part_bytes, most, stats)
-        sources = [
-            landing.add(unbundled(self.file(x), x), x.units) for x in self.layers
-        ]
+        sources = [landing.add(unbundled(x, self.folder), x.units) for x in self.layers]
 
         def read(token: int) -> None:
             for source, tokens in zip(sources, self.selections, strict=True):
@@ -172,20 +171,20 @@ class Bench:
         self,
         name: str,
         policy: Lru,
-        layout: Callable[[Path, Layer], list[Extent]] = bundled,
+        layout: Callable[[Layer, Path], list[Extent]] = bundled,
         reader: Reader | None = None,
     ) -> Player:
         """What is selected and not in slots, through a reader of its own if given."""
-        stats = Stats()
+        stats, fence = Stats(), Fence()
         layers = [
             UnitSlots(
                 x,
-                self.folder,
+                layout(x, self.folder),
                 n,
                 policy,
                 reader or self.reader,
+                fence,
                 stats,
-                layout(self.file(x), x),
             )
             for n, x in zip(self.slots, self.layers, strict=True)
         ]

@@ -10,9 +10,9 @@ each.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from ..converters.placement import order_by_coactivation
 from ..loading import READ_THREADS, load
+from ..memory.fence import Fence
 from ..memory.policies import Lrfu, Lru
 from ..memory.slot_cache import SlotCache
 from ..memory.slots import UnitSlots
@@ -28,7 +29,8 @@ from ..storage.limits import PAGE_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import open_reader
 from ..storage.safetensors import read_header
-from ..traces.recording import Trace, record_text
+from ..traces.trace import Trace
+from ..tracing import record_text
 from .landing import bring, bundled
 from .methods import Player
 from .report import Column, Report, Row, cache_state, progress
@@ -46,7 +48,7 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """`tokens` are played, in `rounds` blocks; `place_tokens` others are placed by."""
 
@@ -79,9 +81,12 @@ def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> 
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=".")))
         players = []
         for name, orders in placements(learned, slots, policy).items():
-            files = [place / f"{name}_{i}.safetensors" for i in range(len(orders))]
-            for layer, order, path in zip(manifest.layers, orders, files, strict=True):
-                permuted_copy(layer, folder, order, path)
+            copies = [
+                permuted_copy(layer, folder, order, place / f"{name}_{i}.safetensors")
+                for i, (layer, order) in enumerate(
+                    zip(manifest.layers, orders, strict=True)
+                )
+            ]
             # The step's neurons by the places they have in the copy.
             moved = [
                 [np.sort(np.argsort(order)[units]) for units in layer_steps]
@@ -90,10 +95,10 @@ def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> 
             for pages in GAPS:
                 reader = open_reader(READ_THREADS, max_gap_bytes=pages * PAGE_BYTES)
                 stack.enter_context(reader)
-                stats = Stats()
+                stats, fence = Stats(), Fence()
                 layers = [
-                    UnitSlots(x, place, slots, policy, reader, stats, bundled(path, x))
-                    for x, path in zip(manifest.layers, files, strict=True)
+                    UnitSlots(x, bundled(x, place), slots, policy, reader, fence, stats)
+                    for x in copies
                 ]
                 title = f"{name}, {pages * PAGE_BYTES // 1024} KiB"
                 players.append(_player(title, layers, moved, stats))
@@ -137,8 +142,8 @@ def missing_bits(trace: Trace, layer: int, slots: int, policy: Lru) -> np.ndarra
     return np.packbits(read, axis=1)
 
 
-def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> None:
-    """Write the layer's file with its bundles in another order."""
+def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> Layer:
+    """Write the layer's file with its bundles in another order; describes the copy."""
     source = folder / layer.file
     content = source.read_bytes()
     _, start = read_header(source)
@@ -146,6 +151,7 @@ def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> 
     bundles = np.frombuffer(content[start:end], np.uint8)
     bundles = bundles.reshape(layer.units, layer.unit_bytes)
     path.write_bytes(content[:start] + bundles[order].tobytes() + content[end:])
+    return dataclasses.replace(layer, file=path.name)
 
 
 def _player(

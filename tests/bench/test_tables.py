@@ -154,9 +154,8 @@ def test_a_disk_too_small_is_refused_before_writing(tmp_path):
 
 def test_layouts_cover_a_layer_once(folder):
     layer = read_manifest(folder).layers[0]
-    path = folder / layer.file
-    (whole,) = bundled(path, layer)
-    up, down = unbundled(path, layer)
+    (whole,) = bundled(layer, folder)
+    up, down = unbundled(layer, folder)
     assert (whole.offset, whole.stride) == (layer.data_offset, layer.unit_bytes)
     assert up.offset == layer.data_offset
     assert down.offset == up.offset + layer.units * up.stride

@@ -31,6 +31,7 @@ from ...layers import block
 from ...layers.kinds import EXPERT
 from ...loading import load_model
 from ...memory.budget import make_budget
+from ...memory.footprint import Footprint
 from ...models.registry import get_model_classes
 from ..synthetic import arrays, make_model
 from .configs import DENSE, make_config
@@ -151,10 +152,11 @@ def compare(folder: Path, expected: list[np.ndarray]) -> tuple[str, str, float]:
 def few_slots(folder: Path) -> int:
     """The least memory in bytes with which a quarter of each layer's units fits."""
     parts = assemble(folder, predictor=False)
+    footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context=128)
 
     def enough(memory: int) -> bool:
         try:
-            budget = make_budget(memory, parts.manifest, parts.shapes, 128, folder)
+            budget = make_budget(memory, footprint, folder)
         except FlashError:
             return False
         layers = parts.manifest.layers
