@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -89,7 +89,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
         bos = tokenizer.bos_token
         special = bos is None or not prompt.startswith(bos)
         prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    tokens = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+    tokens = [int(token) for token in np.asarray(prompt).ravel()]
     if not tokens:
         raise FlashError("The prompt is empty. Give the text to continue.")
     return tokens

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..arrays import parameters
 from ..converters.resident import write_weights
 from ..layers.predictor import Predictor, possible_bits
 from ..loading import load_model
@@ -31,7 +32,6 @@ from ..storage.manifest import (
 from .decode import random_prompt
 from .report import progress
 from .selections import miss_share
-from .synthetic import arrays as arrays_of
 
 # The longer the context, the less do tokens differ after attention has averaged over
 # it: only the second half of the prompt counts, where generation goes on from.
@@ -101,7 +101,7 @@ def _scores(
     if isinstance(budget, float):
         budget = int(budget * read_manifest(folder).model_bytes)
     if budget is not None:  # the folder does not have the predictors yet
-        budget -= sum(a.nbytes for p in predictors for a in arrays_of(p).values())
+        budget -= sum(a.nbytes for p in predictors for a in parameters(p).values())
     loaded = load_model(folder, budget or "auto", predictor=False, context=TOKENS)
     with loaded as (model, config):
         recorders = [Recorder(predictor) for predictor in predictors]
@@ -143,7 +143,7 @@ def _write(
     arrays: dict[str, mx.array] = {}
     layers = []
     for i, (layer, made) in enumerate(zip(manifest.layers, predictors, strict=True)):
-        for name, array in arrays_of(made).items():
+        for name, array in parameters(made).items():
             arrays[f"{layer.module}.predictor.{name}"] = array
         facts = PredictorFacts(
             rank=made.reduce.weight.shape[0],

@@ -18,8 +18,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
+from ..arrays import parameters
 from ..errors import FlashError
 from ..models.registry import get_model_classes
 from .report import progress
@@ -44,7 +44,7 @@ ACTIVE = -1.3  # OPT's up bias in standard deviations: about a tenth is active
 def parameter_shapes(config: dict) -> Shapes:
     """Shapes of all weights, by the names the model's modules have."""
     # The model's own weights are lazy: nothing is computed for them.
-    return {name: array.shape for name, array in arrays(make_model(config)).items()}
+    return {name: array.shape for name, array in parameters(make_model(config)).items()}
 
 
 def make_model(config: dict) -> nn.Module:
@@ -52,11 +52,6 @@ def make_model(config: dict) -> nn.Module:
     model_class, args_class = get_model_classes(config)
     args = args_class.from_dict(config)  # type: ignore[attr-defined] # all have it
     return model_class(args)
-
-
-def arrays(module: nn.Module) -> dict[str, mx.array]:
-    """All weights of a module by their names."""
-    return dict(tree_flatten(module.parameters()))  # type: ignore[arg-type]
 
 
 def weight(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:

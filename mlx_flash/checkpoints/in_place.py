@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..arrays import parameters
 from ..errors import FlashError
 from ..layers.kinds import EXPERT
 from ..storage.layout import lay_out
@@ -52,7 +52,7 @@ def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
                 predictor=None,
             )
         )
-    total = sum(array.nbytes for _, array in tree_flatten(stock.model.parameters()))
+    total = sum(array.nbytes for array in parameters(stock.model).values())
     manifest = Manifest(
         format_version=1,
         source=folder.name,

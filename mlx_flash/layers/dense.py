@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from .projections import HALVES, projections, rows_per_neuron
+from .projections import HALVES, known_projections, projections, rows_per_neuron
 
 PROBE_DIMS, PROBE_NEURONS = 8, 512
 # A ReLU of random values is zero half of the time, a smooth activation never.
@@ -34,21 +34,21 @@ def dense_ffns(model: nn.Module) -> dict[str, nn.Module]:
 
 def hidden_values(ffn: nn.Module, x: mx.array) -> mx.array:
     """What an FFN given x [T, D] hands to its last projection, [T, N]."""
-    out = projections(ffn)[1]
+    _, out = known_projections(ffn)
     with _exchanged(ffn, {out: nn.Identity()}):
         return ffn(x)
 
 
 def gives_zeros(ffn: nn.Module) -> bool:
     """Whether an FFN's activation, whatever it is, makes hidden values exactly zero."""
-    return mx.mean(_probe(ffn) == 0).item() > LEAST_ZEROS
+    return float(mx.mean(_probe(ffn) == 0)) > LEAST_ZEROS
 
 
 def is_sum(ffn: nn.Module) -> bool:
     """Whether some of the neurons alone give the hidden values they give among all."""
     some = PROBE_NEURONS // 2
     alone, among = _probe(ffn, some), _probe(ffn)[:, :some]
-    return alone.shape == among.shape and mx.allclose(alone, among, 1e-3, 1e-6).item()
+    return alone.shape == among.shape and bool(mx.allclose(alone, among, 1e-3, 1e-6))
 
 
 def _probe(ffn: nn.Module, neurons: int = PROBE_NEURONS) -> mx.array:
@@ -56,18 +56,18 @@ def _probe(ffn: nn.Module, neurons: int = PROBE_NEURONS) -> mx.array:
 
     The FFN itself computes them, for the first `neurons` of PROBE_NEURONS.
     """
-    ins, out = projections(ffn)
+    ins, out = known_projections(ffn)
     *keys, key = mx.random.split(mx.random.key(0), len(ins) + 1)
-    narrow = {out: nn.Identity()}
+    narrow: dict[str, nn.Module] = {out: nn.Identity()}
     for name, key_of_rows in zip(ins, keys, strict=True):
-        rows = rows_per_neuron(ffn, name, out)
+        rows = rows_per_neuron(ffn, name, out) or 1
         shape = (PROBE_NEURONS, rows, PROBE_DIMS)
         weight = mx.random.normal(shape, key=key_of_rows)[:neurons]
         if name in HALVES:
             weight = weight.swapaxes(0, 1)
-        narrow[name] = nn.Linear(PROBE_DIMS, rows * neurons)
-        narrow[name].weight = weight.reshape(-1, PROBE_DIMS)
-        narrow[name].bias = mx.zeros(rows * neurons)
+        narrow[name] = linear = nn.Linear(PROBE_DIMS, rows * neurons)
+        linear.weight = weight.reshape(-1, PROBE_DIMS)
+        linear.bias = mx.zeros(rows * neurons)
     with _exchanged(ffn, narrow):
         return ffn(0.1 * mx.random.normal((16, PROBE_DIMS), key=key))
 

@@ -41,7 +41,7 @@ def switch_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
     """Every array of a switch layer by name, [experts, …]: weights, scales, biases."""
-    parts = {}
+    parts: dict[str, mx.array] = {}
     for name, linear in switch.children().items():
         if isinstance(linear, LINEARS):
             parts |= {

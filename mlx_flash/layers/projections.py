@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+
+from ..arrays import parameters
 
 # (projections into the neurons, projection out of them), by the names models use; of
 # two ways in, the first is the gate.
@@ -42,9 +43,7 @@ def projections(ffn: nn.Module) -> tuple[tuple[str, ...], str] | None:
     }
     # An activation may be a module, too. Scalars it has serve every neuron alike; one
     # with larger weights would be a layer of its own.
-    weights = {
-        name.split(".")[0] for name, w in tree_flatten(ffn.parameters()) if w.ndim
-    }
+    weights = {name.split(".")[0] for name, w in parameters(ffn).items() if w.ndim}
     for ins, out in PROJECTIONS:
         if linears == {*ins, out} == weights:
             rows = tuple(rows_per_neuron(ffn, name, out) for name in ins)

@@ -98,7 +98,12 @@ class OutOf(nn.Module):
 
     def _packed(self, h: mx.array, a: Arrays, transpose: bool) -> mx.array:
         return mx.quantized_matmul(
-            h, a["weight"], a["scales"], a.get("biases"), transpose, **self.packing
+            h,
+            a["weight"],
+            a["scales"],
+            a.get("biases"),
+            transpose,
+            **(self.packing or {}),
         )
 
 

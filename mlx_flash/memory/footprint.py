@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..arrays import arrays_of
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
 from .slots import spare_bytes
@@ -67,8 +67,8 @@ def find_shapes(model: nn.Module, config: dict[str, Any]) -> Shapes:
             if hasattr(entry, "step"):
                 entry.step = 1  # count what is used, not what is allocated ahead
         logits = model(mx.zeros((1, tokens), mx.int32), cache=cache)
-        state = tree_flatten([entry.state for entry in cache])
-        sizes.append(sum(a.nbytes for _, a in state if isinstance(a, mx.array)))
+        state = arrays_of([entry.state for entry in cache])
+        sizes.append(sum(array.nbytes for array in state.values()))
     slope = (sizes[1] - sizes[0]) / (lengths[1] - lengths[0])
     text = config | (config.get("text_config") or {})
     return Shapes(
@@ -166,7 +166,7 @@ class Footprint:
             (least + 1) / layer.units
             for least, layer in zip(self.least_slots, layers, strict=True)
         )
-        need = self.fixed_bytes + self.page_bytes + self.logits_bytes
+        need: float = self.fixed_bytes + self.page_bytes + self.logits_bytes
         need += share * self.manifest.ffn_bytes * (1 + GATHERED / len(layers))
         workspace = MIN_PREFILL * self.per_token_bytes
         return int(max(need + workspace, need / (1 - PREFILL_SHARE)))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .slot_cache import SlotCache
-
 EMPTY = -1
+
+
+class Slots(Protocol):
+    """What a policy sees of a layer's `SlotCache`.
+
+    Attributes:
+        unit_of: The unit of each slot, or EMPTY.
+        last_used: The token at which each slot was last used.
+        now: Tokens seen.
+    """
+
+    unit_of: np.ndarray
+    last_used: np.ndarray
+    now: int
+
+    def forget(self, slots: np.ndarray) -> None: ...
 
 
 class Lru:
@@ -19,13 +32,13 @@ class Lru:
         """The policy of one layer: itself, unless it remembers something of units."""
         return self
 
-    def expire(self, cache: SlotCache) -> None:
+    def expire(self, cache: Slots) -> None:
         """Nothing expires: a unit goes when its slot is the oldest one wanted."""
 
-    def use(self, cache: SlotCache, units: np.ndarray) -> None:
+    def use(self, cache: Slots, units: np.ndarray) -> None:
         """A step asks for `units`; `cache.now` counts it already."""
 
-    def ranks(self, cache: SlotCache) -> np.ndarray:
+    def ranks(self, cache: Slots) -> np.ndarray:
         """A number for each slot: the lowest are given away first."""
         return cache.last_used
 
@@ -41,7 +54,7 @@ class Window(Lru):
             raise ValueError(f"a window of {tokens} tokens keeps nothing")
         self.tokens = tokens
 
-    def expire(self, cache: SlotCache) -> None:
+    def expire(self, cache: Slots) -> None:
         old = cache.last_used < cache.now - self.tokens
         cache.forget(np.flatnonzero(old & (cache.unit_of != EMPTY)))
 
@@ -68,7 +81,7 @@ class Lrfu(Lru):
     def for_layer(self, units: int) -> Lrfu:
         return Lrfu(self.half_life, units)
 
-    def use(self, cache: SlotCache, units: np.ndarray) -> None:
+    def use(self, cache: Slots, units: np.ndarray) -> None:
         """Instead of all old uses shrinking, new ones count for more."""
         if len(units) == len(self._sums):
             return  # a swept prompt does not tell one unit from another
@@ -77,7 +90,7 @@ class Lrfu(Lru):
             self._since += 512 * self.half_life
         self._sums[units] += 2.0 ** ((cache.now - self._since) / self.half_life)
 
-    def ranks(self, cache: SlotCache) -> np.ndarray:
+    def ranks(self, cache: Slots) -> np.ndarray:
         ranks = self._sums[cache.unit_of]
         ranks[cache.unit_of == EMPTY] = -1
         ranks[cache.last_used == cache.now] = np.inf  # this step needs them

@@ -4,9 +4,8 @@
    wait() sleeps, without the GIL, until the last read has ended. A ticket's context is
    its reader's capsule.
 
-   source.py checks every extent and array before native_reader.py passes their
-   addresses; the ids of a batch are checked here. So no read can land outside of a
-   slot. */
+   source.py checks extents and arrays before native_reader.py passes their addresses,
+   ids are checked here: no read can land outside of a slot. */
 
 #define Py_LIMITED_API 0x030A0000 /* one binary for Python 3.10 and later */
 #define PY_SSIZE_T_CLEAN
@@ -153,12 +152,6 @@ static PyObject *py_add_source(PyObject *Py_UNUSED(self), PyObject *args)
     return PyCapsule_New(s, "source", NULL); /* the reader frees it */
 }
 
-static int by_unit(const void *a, const void *b)
-{
-    int64_t x = ((const Pick *)a)->unit, y = ((const Pick *)b)->unit;
-    return (x > y) - (x < y);
-}
-
 static int refuse(const char *format, int64_t value, int64_t limit)
 {
     PyErr_Format(PyExc_ValueError, format, (long long)value, (long long)limit);
@@ -187,7 +180,7 @@ static int check_picks(Batch *b, Source *s, const int64_t *units, const int64_t 
         sorted &= !i || units[i - 1] <= unit;
     }
     if (!sorted)
-        qsort(b->picks, (size_t)n, sizeof(Pick), by_unit);
+        sort_picks(b, n);
     return 1;
 }
 

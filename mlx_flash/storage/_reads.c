@@ -26,6 +26,14 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- plan: on the caller's thread ---- */
 
+static int by_unit(const void *a, const void *b)
+{
+    int64_t x = ((const Pick *)a)->unit, y = ((const Pick *)b)->unit;
+    return (x > y) - (x < y);
+}
+
+void sort_picks(Batch *b, int64_t n) { qsort(b->picks, (size_t)n, sizeof(Pick), by_unit); }
+
 /* Adds a piece to the last job if one read may serve both, else opens a new job.
    `gap` is how many unwanted bytes, beyond alignment, are worth reading over. */
 static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,

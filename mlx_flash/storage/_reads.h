@@ -70,6 +70,9 @@ typedef struct {
     pthread_t *threads;
 } Reader;
 
+/* Sorts the picks of a batch by unit. */
+void sort_picks(Batch *b, int64_t n);
+
 /* Sorts out the reads of a batch of n picks, which are sorted by unit. */
 void plan_reads(Batch *b, int64_t n, int64_t max_gap);
 

@@ -83,7 +83,7 @@ def cached_share(path: str | Path) -> float | None:
         if address is None or _libc().mincore(address, ctypes.c_size_t(size), flags):
             return None
     # Bit 0 is "in memory"; macOS keeps other facts in the higher ones.
-    return float((np.frombuffer(flags, np.uint8) & 1).mean())
+    return float((np.frombuffer(bytes(flags), np.uint8) & 1).mean())
 
 
 def drop_cached(path: str | Path) -> None:

@@ -6,13 +6,14 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 from ..errors import FlashError
 
 MAX_INT = 2**63  # no size or offset reaches it
 
 
-def from_json(kind, value, path: Path, where: str):
+def from_json(kind: Any, value: Any, path: Path, where: str) -> Any:
     """Make `kind` from parsed JSON, each field of the type that it declares.
 
     Args:
@@ -23,7 +24,7 @@ def from_json(kind, value, path: Path, where: str):
     Raises:
         FlashError: If a field is missing or of another type.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise FlashError(f"{path}: {where} must be an object.")
         hints = typing.get_type_hints(kind)

@@ -24,6 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_resident
 from mlx_lm.utils import quantize_model
 
+from ...arrays import parameters
 from ...assembly import assemble
 from ...converters.convert import convert
 from ...errors import FlashError
@@ -33,7 +34,7 @@ from ...loading import load_model
 from ...memory.budget import make_budget
 from ...memory.footprint import Footprint
 from ...models.registry import get_model_classes
-from ..synthetic import arrays, make_model
+from ..synthetic import make_model
 from .configs import DENSE, make_config
 
 PROMPT, DECODED = 70, 3  # mlx-lm sorts from 64 pairs on
@@ -96,7 +97,7 @@ def check(
 def write_checkpoint(folder: Path, config: dict, bits: int | None) -> Path:
     """A checkpoint as mlx-lm would save it, with random weights that all matter."""
     model = make_model(config)
-    values = sum(array.size for array in arrays(model).values())
+    values = sum(array.size for array in parameters(model).values())
     if values > MOST_VALUES:
         raise ValueError(f"{values:,} values: its config here lacks a size")
     mx.random.seed(0)
@@ -116,7 +117,7 @@ def write_checkpoint(folder: Path, config: dict, bits: int | None) -> Path:
             )
     folder.mkdir()
     file = str(folder / "model.safetensors")
-    mx.save_safetensors(file, arrays(model), {"format": "mlx"})
+    mx.save_safetensors(file, parameters(model), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
