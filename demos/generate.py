@@ -22,7 +22,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60)
     args = parser.parse_args()
 
-    with mlx_flash.load(args.model, memory=args.memory) as (model, tokenizer):
+    # The less context, the more memory is left for neurons.
+    with mlx_flash.load(args.model, memory=args.memory, context=args.tokens + 64) as (
+        model,
+        tokenizer,
+    ):
         print(args.prompt, end="")
         for step in mlx_flash.stream_generate(
             model,

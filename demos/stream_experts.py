@@ -20,7 +20,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     args = parser.parse_args()
 
-    with mlx_flash.load(args.model, memory=args.memory) as (model, tokenizer):
+    with mlx_flash.load(args.model, memory=args.memory, context=args.tokens + 64) as (
+        model,
+        tokenizer,
+    ):
         flash = model.flash
         layers = zip(flash.budget.slots, flash.manifest.layers, strict=True)
         slots, units = zip(*((n, layer.units) for n, layer in layers), strict=True)
