@@ -9,15 +9,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..storage import manifest as format
+from ..storage.layout import lay_out
 from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
+from ..storage.manifest import BUNDLES, Layer
 from ..storage.safetensors import Tensor, read_header, write_safetensors
 
-CHUNK_BYTES = 32_000_000
+WRITE_BYTES = 32_000_000  # gathered for one write
 SAMPLE = 8  # units of each layer that are read back and compared
 
 
-def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format.Layer:
+def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> Layer:
     """Write one layer's file, read some units back, and describe it.
 
     Args:
@@ -29,31 +30,24 @@ def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format
         FlashError: If the disk is full, or gives back other bytes than it was given.
     """
     units = len(next(iter(parts.values())))
-    described, offset = [], 0
-    for name, array in parts.items():
-        nbytes = array.nbytes // units
-        dtype = str(array.dtype).removeprefix("mlx.core.")
-        described.append(
-            format.Part(name, dtype, tuple(array.shape[1:]), offset, nbytes)
-        )
-        offset += nbytes
-    unit_bytes = _padded(offset)
+    layout = lay_out(parts)
+    unit_bytes = _padded(sum(part.bytes for part in layout))
 
     def rows(start: int, stop: int) -> np.ndarray:
         out = np.zeros((stop - start, unit_bytes), np.uint8)
-        for part, array in zip(described, parts.values(), strict=True):
+        for part, array in zip(layout, parts.values(), strict=True):
             piece = mx.contiguous(array[start:stop]).reshape(-1).view(mx.uint8)
             end = part.offset + part.bytes
             out[:, part.offset : end] = np.asarray(piece).reshape(stop - start, -1)
         return out
 
     def chunks() -> Iterator[memoryview]:
-        step = max(CHUNK_BYTES // unit_bytes, 1)
+        step = max(WRITE_BYTES // unit_bytes, 1)
         for start in range(0, units, step):
             yield rows(start, min(start + step, units)).data
 
     bundles = Tensor("uint8", (units, unit_bytes), chunks)
-    sha256 = write_safetensors(path, {format.BUNDLES: bundles}, LARGE_PAGE_BYTES)
+    sha256 = write_safetensors(path, {BUNDLES: bundles}, LARGE_PAGE_BYTES)
     _, data_offset = read_header(path)
     with open(path, "rb") as file:
         for unit in np.linspace(0, units - 1, SAMPLE).astype(int).tolist():
@@ -63,14 +57,14 @@ def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> format
                     f"{path}: unit {unit} reads back differently from what was "
                     "written. The disk is failing, or something else writes there."
                 )
-    return format.Layer(
+    return Layer(
         module=module,
         file=f"{path.parent.name}/{path.name}",
         sha256=sha256,
         data_offset=data_offset,
         units=units,
         unit_bytes=unit_bytes,
-        parts=tuple(described),
+        parts=layout,
         order="checkpoint",
         predictor=None,
     )

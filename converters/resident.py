@@ -1,4 +1,4 @@
-"""What a flash folder holds besides bundles: resident weights, predictors, config."""
+"""What a flash folder holds besides bundles: whole weights and the config."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
-from ..storage import manifest as format
+from ..storage.layout import dtype_name
+from ..storage.manifest import Weights
 from ..storage.safetensors import Tensor, write_safetensors
-from .source import Source, finite
-from .workfolder import WorkFolder
+from .arrays import finite, parameters
+from .source import Source
 
 
-def check_names(source: Source, model) -> None:
+def check_names(source: Source, model: nn.Module) -> None:
     """Hold the checkpoint's tensors against those the model has.
 
     Raises:
         FlashError: Naming the first tensors that are missing, unknown or misshapen.
     """
-    want = {name: w.shape for name, w in tree_flatten(model.parameters())}
+    want = {name: w.shape for name, w in parameters(model).items()}
     have = {name: w.shape for name, w in source.weights().items()}
     for names, what in (
         (want.keys() - have.keys(), "lacks"),
@@ -38,7 +38,7 @@ def check_names(source: Source, model) -> None:
             raise FlashError(f"The checkpoint {source.name} {what} {some}.")
 
 
-def write_weights(path: Path, arrays: dict[str, mx.array]) -> format.Weights:
+def write_weights(path: Path, arrays: dict[str, mx.array]) -> Weights:
     """Write lazy arrays, each evaluated, checked and let go in its turn.
 
     `arrays` is emptied on the way: what it still held would stay in memory.
@@ -51,12 +51,12 @@ def write_weights(path: Path, arrays: dict[str, mx.array]) -> format.Weights:
             array = finite(key, arrays.pop(key))
             yield np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).data
 
-        return Tensor(str(dtype).removeprefix("mlx.core."), shape, chunks)
+        return Tensor(dtype_name(dtype), shape, chunks)
 
     tensors = {key: entry(key) for key in sorted(arrays)}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sha256 = write_safetensors(path, tensors)
-    return format.Weights(path.name, sha256, nbytes)
+    return Weights(path.name, sha256, nbytes)
 
 
 def copy_config(source: Source, folder: Path, changes: dict) -> None:
@@ -70,34 +70,26 @@ def copy_config(source: Source, folder: Path, changes: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def quantize_modules(model: nn.Module, but: Collection[str], quantize: dict) -> int:
+def quantize_modules(model: nn.Module, but: Collection[str], quantize: dict) -> None:
     """Quantise all that can be, as mlx-lm's own `convert` would.
 
     Args:
         model: Changed in place; nothing is evaluated.
         but: Paths of modules to leave as they are, with all below them.
         quantize: `group_size`, `bits` and `mode`.
-
-    Returns:
-        How many modules it was.
     """
-    changed = 0
     theirs = getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
     def wanted(path: str, module: nn.Module) -> bool | dict:
-        nonlocal changed
         if (
             not hasattr(module, "to_quantized")
             or any(f"{path}.".startswith(f"{name}.") for name in but)
             or module.weight.shape[-1] % quantize["group_size"]
         ):
             return False
-        say = theirs(path, module)
-        changed += bool(say)
-        return say
+        return theirs(path, module)
 
     nn.quantize(model, **quantize, class_predicate=wanted)
-    return changed
 
 
 def packing_of(model: nn.Module) -> dict[str, dict]:
@@ -117,19 +109,3 @@ def packing_config(packed: dict[str, dict]) -> dict:
     if not packed:
         return {}
     return {"quantization": next(iter(packed.values())) | packed}
-
-
-def write_manifest(work: WorkFolder, source: Source, **facts) -> None:
-    """Write flash.json, the last file, and hold it against what was written."""
-    local = Path(source.name)
-    manifest = format.Manifest(
-        format_version=format.FORMAT_VERSION,
-        # A path would say more about this machine than about the model.
-        source=local.resolve().name if local.exists() else source.name,
-        revision=source.revision,
-        model_type=source.config["model_type"],
-        layers=tuple(format.layer_from_json(entry) for entry in work.layers),
-        **facts,
-    )
-    (work.folder / format.MANIFEST).write_text(manifest.to_json())
-    format.check_manifest(manifest, work.folder)

@@ -10,13 +10,17 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_model
 from ..errors import FlashError
 from ..models.registry import get_model_classes
+from ..storage.layout import dtype_name
+from ..storage.manifest import MANIFEST
 from ..storage.safetensors import read_header
 from . import torch_bin
+from .arrays import load_arrays
 
 
 class Source:
@@ -41,13 +45,13 @@ class Source:
         in_cache = self.folder.parent.name == "snapshots"
         self.revision = self.folder.name if in_cache else revision
         self.config = read_config(self.folder)
-        if (self.folder / "flash.json").exists():
+        if (self.folder / MANIFEST).exists():
             raise FlashError(f"{name} is a flash folder already.")
         self._namer = self.make_model()  # knows the checkpoint's names for its own
         self.files = _weight_files(self.folder)
         self._safetensors = self.files
 
-    def make_model(self):
+    def make_model(self) -> nn.Module:
         """The model without weights; its parameters are lazy and occupy nothing."""
         classes = get_model_classes(self.config)
         return make_model(*classes, self.config, self.folder)
@@ -67,7 +71,7 @@ class Source:
         for file in self._safetensors:
             read_header(file)  # MLX itself would read past the end of a cut file
             try:
-                weights |= mx.load(str(file))
+                weights |= load_arrays(file)
             except RuntimeError as error:  # a dtype that MLX does not have, say
                 reason = str(error).splitlines()[0]
                 raise FlashError(f"{file} cannot be read: {reason}.") from error
@@ -86,7 +90,7 @@ class Source:
                 "files have. Add --dtype float16, or what it was trained in."
             )
         largest = max(self.weights().values(), key=lambda w: w.size)
-        return str(largest.dtype).removeprefix("mlx.core.")
+        return dtype_name(largest.dtype)
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every file: differs when the source changed."""
@@ -117,20 +121,3 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FlashError(
         f"{folder} has no weights (model*.safetensors or pytorch_model*.bin)."
     )
-
-
-def finite(name: str, array: mx.array) -> mx.array:
-    """`array`, evaluated.
-
-    Raises:
-        FlashError: If it holds NaN or infinity, which no run could recover from.
-    """
-    if not mx.isfinite(array).all().item():
-        # Only float16 has too small a range for weights that are sound.
-        remedy = "The checkpoint is damaged: download it again."
-        if array.dtype == mx.float16:
-            remedy = (
-                "Try --dtype bfloat16; if that fails too, the checkpoint is damaged."
-            )
-        raise FlashError(f"{name} holds NaN or infinite values. {remedy}")
-    return array

@@ -25,7 +25,7 @@ def to_safetensors(file: Path, folder: Path) -> Path:
     if target.exists():
         return target
     try:
-        import torch
+        import torch  # type: ignore[import-not-found]  # an extra
     except ImportError:
         raise FlashError(
             f"{file} is a PyTorch file, which needs PyTorch to be read: "

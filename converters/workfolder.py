@@ -7,6 +7,7 @@ by renaming, so a layer it counts is on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FlashError
-from ..storage.manifest import MANIFEST
+from ..storage.manifest import MANIFEST, Layer, layer_from_json
 
 PROGRESS = "progress.json"
 
@@ -26,14 +27,14 @@ class WorkFolder:
 
     Attributes:
         folder: Becomes the flash folder.
-        layers: The manifest entries (as JSON) of the layers that are done.
+        layers: The manifest's entries of the layers that are done.
         facts: What `begin` was given, as the first run of this conversion was.
     """
 
     def __init__(self, dst: Path):
         self.dst = dst = dst.resolve()  # "." has no name, and a link is not replaced
         self.folder = dst.with_name(dst.name + ".partial")
-        self.layers: list[dict] = []
+        self.layers: list[Layer] = []
         self.facts: dict = {}
 
     def check_destination(self, overwrite: bool) -> None:
@@ -82,7 +83,7 @@ class WorkFolder:
         self.facts = facts
         self.note()
 
-    def _earlier(self) -> tuple[dict, list[dict]]:
+    def _earlier(self) -> tuple[dict, list[Layer]]:
         """Facts and layers of an interrupted run; empty without one."""
         if not self.folder.exists():
             return {}, []
@@ -93,7 +94,7 @@ class WorkFolder:
             )
         try:
             facts = json.loads(self.path(PROGRESS).read_text())
-            layers = facts.pop("layers")
+            layers = [layer_from_json(entry) for entry in facts.pop("layers")]
         except (FileNotFoundError, ValueError):  # the machine stopped while it began
             return {}, []
         return facts, layers
@@ -110,7 +111,8 @@ class WorkFolder:
 
     def note(self) -> None:
         """Record which layers are done."""
-        text = json.dumps(self.facts | {"layers": self.layers})
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        text = json.dumps(self.facts | {"layers": layers})
         self._write(PROGRESS, lambda file: file.write(text.encode()))
 
     def save_array(self, name: str, array: np.ndarray) -> None:

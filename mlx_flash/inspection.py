@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .checkpoints.hub import find_model
 from .errors import FlashError
-from .storage.manifest import read_manifest
+from .storage.manifest import Layer, Weights, read_manifest
 from .storage.safetensors import file_sha256
 
 
@@ -46,10 +46,11 @@ def table(model: str | Path) -> str:
     def size(nbytes: int) -> str:
         return f"{nbytes / 1e6:10,.1f} MB  {nbytes / total:6.1%}"
 
+    revision = f"@{manifest.revision}" if manifest.revision else ""
     lines = [
         f"{folder}",
         f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
-        f"from {manifest.source}" + (f"@{r}" if (r := manifest.revision) else ""),
+        f"from {manifest.source}{revision}",
         "",
         f"model       {size(total)}",
         f"resident    {size(manifest.resident.bytes)}",
@@ -81,7 +82,9 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    files = [*filter(None, (manifest.resident, manifest.predictors)), *manifest.layers]
+    files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
+    if manifest.predictors:
+        files.insert(1, manifest.predictors)
     damaged = []
     for entry in files:
         try:

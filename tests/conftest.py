@@ -25,7 +25,7 @@ from mlx_flash.models.registry import get_model_classes
 from mlx_flash.storage.reader import open_reader
 from mlx_flash.storage.source import bundle_extent
 
-pytest_plugins = ["fake_hub"]
+pytest_plugins = ["conversions", "fake_hub"]
 
 # A busy machine is no mistake of the code under test.
 settings.register_profile(

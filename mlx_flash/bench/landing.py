@@ -12,8 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..memory.policies import Lru
-from ..memory.slot_cache import EMPTY, SlotCache
+from ..memory.policies import Lru, Slots
+from ..memory.slot_cache import EMPTY
 from ..memory.slots import UnitSlots, allocate
 from ..memory.stats import Stats
 from ..storage.limits import CHUNK_BYTES
@@ -27,7 +27,7 @@ CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at on
 class KeepNothing(Lru):
     """A cache policy under which a token finds nothing of the tokens before it."""
 
-    def expire(self, cache: SlotCache) -> None:
+    def expire(self, cache: Slots) -> None:
         cache.forget(np.flatnonzero(cache.unit_of != EMPTY))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..planning.cost import Cost, FlashLayer, Weights, Work, token_cost
+from ..planning.cost import Cost, FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
 from . import report
 
@@ -172,7 +172,7 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
     units = model.neurons
     values = 2 * model.dims * units
     layer = FlashLayer(
-        weights=Weights("matmul", dtype, 0, size * values, values),
+        weights=Matrices("matmul", dtype, 0, size * values, values),
         units=units,
         unit_bytes=2 * model.dims * HALF,
         slots=int(model.held * units),
@@ -183,5 +183,5 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
         random=random,
         merged=False,
     )
-    outer = Weights("matmul", dtype, 0, size * resident, resident)
+    outer = Matrices("matmul", dtype, 0, size * resident, resident)
     return Work((outer,), (layer,) * model.layers, model.layers)

@@ -18,7 +18,7 @@ from statistics import median
 
 import numpy as np
 
-from ..converters.placement import order_by_coactivation
+from ..converters.calibrate.placement import order_by_coactivation
 from ..loading import READ_THREADS, load
 from ..memory.fence import Fence
 from ..memory.policies import Lrfu, Lru

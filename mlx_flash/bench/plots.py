@@ -99,7 +99,8 @@ def _curves(figure: Figure, rows: list[Row]) -> None:
         strict=True,
     ):
         axis.plot(gb, [(row.get(key) or 0) / scale for row in rows], marker="o")
-        axis.set(xlabel="memory budget, GB", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="memory budget, GB", ylabel=label)
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
         axis.grid(alpha=0.3)
 
 
@@ -117,7 +118,7 @@ def _bars(figure: Figure, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         axis.annotate(f" {row.total_ms:,.0f}", (row.total_ms, i), va="center")
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.set_xlim(0, 1.12 * max(row.total_ms or 0.0 for row in rows))
     axis.set_xlabel("ms per token")
     if len(parts) > 1:
         axis.legend()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..loading import READ_THREADS
 from ..memory.policies import Window
-from ..planning.cost import FlashLayer, Weights, Work, token_cost
+from ..planning.cost import FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
 from ..storage.manifest import Layer
 from .methods import Bench, Options
@@ -87,7 +87,7 @@ def modelled_io_s(
     if not sparse:
         return bytes_per_token / profile.sequential_bytes_per_s
     share = bytes_per_token / sum(layer.nbytes for layer in layers)
-    nothing = Weights("matmul", "float32", 0, 0.0, 0.0)  # nothing is multiplied
+    nothing = Matrices("matmul", "float32", 0, 0.0, 0.0)  # nothing is multiplied
     work = [
         FlashLayer(
             nothing,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs
 
 from ..errors import FlashError
 from ..models.registry import OWN
@@ -36,10 +35,7 @@ def read_config(folder: Path) -> dict:
 
 
 def make_model(
-    model_class: type[Any],
-    args_class: type[BaseModelArgs],
-    config: dict,
-    folder: Path,
+    model_class: type[Any], args_class: type[Any], config: dict, folder: Path
 ) -> nn.Module:
     """The model, without weights, that the config found in `folder` describes.
 

@@ -11,9 +11,10 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FlashError
+from ..storage.manifest import MANIFEST, PREDICTORS, RESIDENT
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-FLASH_FILES = ["resident.safetensors", "predictors.safetensors", "ffn/*"]
+FLASH_FILES = [RESIDENT, PREDICTORS, "ffn/*"]
 # A checkpoint's weights: the first pattern that a repository has something for.
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 REPO_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,11 +42,11 @@ def find_model(
         return folder
     # From here on the commit is named, so that all files are of one revision.
     name, commit = str(name), folder.name
-    if (folder / "flash.json").exists():
+    if (folder / MANIFEST).exists():
         return _download(name, commit, FLASH_FILES)
     if not (checkpoint(folder) if callable(checkpoint) else checkpoint):
         raise FlashError(
-            f"{name} on the hub is not a flash folder (no flash.json). Make one: "
+            f"{name} on the hub is not a flash folder (no {MANIFEST}). Make one: "
             f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"
         )
     for pattern in WEIGHT_FILES:
@@ -87,7 +88,7 @@ def weight_sizes(name: str, commit: str) -> dict[str, int]:
             name, revision=commit, recursive=True
         )
         sizes = {f.path: f.size for f in files if hasattr(f, "size")}
-    choices = [FLASH_FILES] if "flash.json" in sizes else [[p] for p in WEIGHT_FILES]
+    choices = [FLASH_FILES] if MANIFEST in sizes else [[p] for p in WEIGHT_FILES]
     for patterns in choices:
         found = {
             path: size

@@ -9,14 +9,14 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arrays import parameters
 from ..errors import FlashError
 from ..layers.kinds import EXPERT
 from ..storage.layout import lay_out
-from ..storage.manifest import Layer, Manifest, Weights
+from ..storage.manifest import Manifest, Weights
 from ..storage.safetensors import DTYPES
 from ..storage.source import Extent
 from .stock import Stock
+from .weight_format import layer_of, weight_bytes
 
 
 def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
@@ -33,26 +33,12 @@ def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
             "or SwitchMLP of mlx-lm) that could be streamed as they are. Convert it: "
             f"mlx-flash convert {folder} -o {folder.name}-flash"
         )
-    layers, extents, on_flash = [], [], 0
+    layers, extents = [], []
     for module, switch in switches.items():
         extents.append(_extents(stock, module, switch))
         arrays = EXPERT.arrays(switch)
-        parts = lay_out(arrays)
-        on_flash += sum(array.nbytes for array in arrays.values())
-        layers.append(
-            Layer(
-                module=module,
-                file=extents[-1][0].path.name,
-                sha256="",
-                data_offset=0,
-                units=len(next(iter(arrays.values()))),
-                unit_bytes=sum(part.bytes for part in parts),
-                parts=parts,
-                order="checkpoint",
-                predictor=None,
-            )
-        )
-    total = sum(array.nbytes for array in parameters(stock.model).values())
+        layers.append(layer_of(module, arrays, extents[-1][0].path.name))
+    on_flash = sum(layer.nbytes for layer in layers)
     manifest = Manifest(
         format_version=1,
         source=folder.name,
@@ -61,7 +47,9 @@ def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
         unit=EXPERT.name,
         activation=EXPERT.activation,
         dtype=stock.dtype(),
-        resident=Weights(file="", sha256="", bytes=total - on_flash),
+        resident=Weights(
+            file="", sha256="", bytes=weight_bytes(stock.model) - on_flash
+        ),
         predictors=None,
         calibration=None,
         layers=tuple(layers),

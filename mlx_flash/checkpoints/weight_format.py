@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_reduce
 
 from ..errors import FlashError
+from ..storage.layout import lay_out
+from ..storage.manifest import Layer
 from ..storage.safetensors import DTYPES, read_header
 
 Tensors = dict[str, tuple[str, int]]  # (safetensors code of the dtype, values) by name
@@ -24,6 +29,33 @@ FOREIGN = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights of a module, which may be lazy."""
+    return tree_reduce(lambda n, array: n + array.nbytes, module.parameters(), 0)
+
+
+def layer_of(module: str, arrays: Mapping[str, mx.array], file: str = "") -> Layer:
+    """The manifest's layer for units that no bundle file holds.
+
+    Args:
+        module: Its path in the model.
+        arrays: Each part of all units by name, [units, …]; only sizes are looked at.
+        file: The one to name in messages.
+    """
+    parts = lay_out(arrays)
+    return Layer(
+        module=module,
+        file=file,
+        sha256="",
+        data_offset=0,
+        units=len(next(iter(arrays.values()))),
+        unit_bytes=sum(part.bytes for part in parts),
+        parts=parts,
+        order="checkpoint",
+        predictor=None,
+    )
 
 
 def header_tensors(folder: Path) -> Tensors:

@@ -56,5 +56,5 @@ for command in (
     bench.bench,
 ):
     # Said again for whoever runs a command without the group.
-    command.context_settings |= HELP
+    command.context_settings.update(HELP)
     main.add_command(command)

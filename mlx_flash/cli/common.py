@@ -1,14 +1,15 @@
-"""What several commands share."""
+"""What several commands share: the demo model, and options of one meaning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from .. import DEMO_MODEL
 from ..errors import FlashError
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEMO_MEMORY = "50%"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -26,3 +27,82 @@ class Memory(click.ParamType):
         except FlashError as error:
             self.fail(str(error), param, ctx)
         return value
+
+
+def memory_option(default: str | None, note: str = "") -> Callable:
+    """--memory, or MLX_FLASH_MEMORY; `note` follows the help text."""
+    return click.option(
+        "--memory",
+        type=Memory(),
+        default=default,
+        show_default=True,
+        envvar="MLX_FLASH_MEMORY",
+        help=f"All that the model may hold.{note}",
+    )
+
+
+def run_options(command: Callable) -> Callable:
+    """--model and --memory of a command that runs the demo model if none is named."""
+    note = f"  [default: auto; demo model: {DEMO_MEMORY}]"
+    command = memory_option(None, note)(command)
+    return click.option(
+        "--model",
+        metavar="FOLDER",
+        help="Flash folder, checkpoint with experts, or a hub name of one.  "
+        "[default: demo model]",
+    )(command)
+
+
+def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
+    """The folder and the memory that `run_options` stand for.
+
+    Raises:
+        FlashError: If there is no such model.
+    """
+    from ..assembly import can_stream
+    from ..checkpoints.hub import find_model
+
+    if model is None:
+        return DEMO_MODEL, memory or DEMO_MEMORY
+    return find_model(model, checkpoint=can_stream), memory or "auto"
+
+
+def sampling_options(temp: float, seed: int | None) -> Callable:
+    """--temp and --seed with these defaults."""
+
+    def add(command: Callable) -> Callable:
+        command = click.option(
+            "--seed",
+            type=click.IntRange(0, 2**64 - 1),
+            default=seed,
+            show_default=seed is not None,
+            help="Seed of the sampling.",
+        )(command)
+        return click.option(
+            "--temp",
+            type=click.FloatRange(0),
+            default=temp,
+            show_default=True,
+            help="Sampling temperature.",
+        )(command)
+
+    return add
+
+
+def plot_option(drawn: str) -> Callable:
+    """--plot FILE.png of a command that draws `drawn`."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE.png",
+        help=f"Draw {drawn} (needs matplotlib).",
+    )
+
+
+demo_argument = click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object."
+)
+revision_option = click.option(
+    "--revision", help="Branch, tag or commit of a hub repository."
+)

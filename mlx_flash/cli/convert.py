@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from ..converters.options import DENSE_UNITS, ORDERS, WEIGHT_DTYPES, ConvertOptions
+
 
 @click.command()
 @click.argument("source")
@@ -13,7 +15,7 @@ import click
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=click.Choice(WEIGHT_DTYPES),
     help="Of all weights.  [default: the checkpoint's]",
 )
 @click.option(
@@ -24,7 +26,7 @@ import click
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(1),
-    default=16384,
+    default=ConvertOptions.calibration_tokens,
     show_default=True,
     help="How much of it.",
 )
@@ -38,26 +40,29 @@ import click
 )
 @click.option(
     "--recall",
-    default=0.95,
+    default=ConvertOptions.recall,
     show_default=True,
     help="Share of active neurons that predictors must find.",
 )
 @click.option(
     "--order",
-    type=click.Choice(["coactivation", "checkpoint"]),
-    default="coactivation",
+    type=click.Choice(ORDERS),
+    default=ConvertOptions.order,
     show_default=True,
     help="Of neurons on flash.",
 )
 @click.option(
     "--unit",
-    type=click.Choice(["neuron", "block"]),
+    type=click.Choice(DENSE_UNITS),
     help="What a dense FFN is cut into.  [default: as its sparsity suggests]",
 )
 @click.option("--bits", type=int, help="Quantise FFNs.  [default: as they are]")
 @click.option("--group-size", type=int, help="Weights that share a scale.")
 @click.option(
-    "--mode", default="affine", show_default=True, help="affine, mxfp4, mxfp8 or nvfp4."
+    "--mode",
+    default=ConvertOptions.mode,
+    show_default=True,
+    help="affine, mxfp4, mxfp8 or nvfp4.",
 )
 @click.option("--resident-bits", type=int, help="Quantise what stays in memory.")
 @click.option(

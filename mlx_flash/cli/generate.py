@@ -9,32 +9,20 @@ import sys
 import click
 
 from ..errors import FlashError
-from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
+from .common import (
+    INTERRUPTED,
+    chosen_model,
+    json_option,
+    run_options,
+    sampling_options,
+)
 
 
 @click.command()
 @click.argument("prompt")
-@click.option(
-    "--model",
-    default=None,
-    metavar="FOLDER",
-    help="Flash folder.  [default: demo model]",
-)
-@click.option(
-    "--memory",
-    type=Memory(),
-    default=None,
-    envvar="MLX_FLASH_MEMORY",
-    help=f"All that the model may hold.  [default: auto; demo model: {DEMO_MEMORY}]",
-)
+@run_options
 @click.option("--max-tokens", "-m", default=100, show_default=True, help="New tokens.")
-@click.option(
-    "--temp",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature.",
-)
+@sampling_options(temp=0.0, seed=None)
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
@@ -42,7 +30,6 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     show_default=True,
     help="Nucleus sampling.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed of the sampling.")
 @click.option(
     "--policy",
     type=click.Choice(["lru", "lrfu", "window"]),
@@ -68,7 +55,7 @@ from .common import DEMO_MEMORY, DEMO_MODEL, INTERRUPTED, Memory
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
 )
 @click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print the text alone.")
 def generate(
     prompt,
@@ -80,12 +67,10 @@ def generate(
     seed,
     policy,
     window,
-    trace,
     no_predictor,
-    look_ahead,
-    page_cache,
     as_json,
     quiet,
+    **options,
 ):
     """Continue PROMPT (- reads stdin), bringing FFN weights from flash as needed.
 
@@ -107,24 +92,20 @@ def generate(
     from mlx_lm.sample_utils import make_sampler
 
     from .. import generation
-    from ..assembly import can_stream
-    from ..checkpoints.hub import find_model
     from ..loading import load_model, load_tokenizer
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
-    folder = find_model(model, checkpoint=can_stream) if model else DEMO_MODEL
+    folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder)
     tokens = generation.encode_prompt(tokenizer, prompt)
     loaded = load_model(
         folder,
-        memory or ("auto" if model else DEMO_MEMORY),
+        memory,
         predictor=not no_predictor,
         policy=policy or ("window" if window else "auto"),
         window=window or 4,
         context=generation.context_for(folder, len(tokens), max_tokens),
-        look_ahead=look_ahead,
-        page_cache=page_cache,
-        trace=trace,
+        **options,
     )
     if seed is not None:
         mx.random.seed(seed)

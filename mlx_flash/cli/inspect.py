@@ -6,12 +6,12 @@ import json
 
 import click
 
-from .common import DEMO_MODEL
+from .common import demo_argument, json_option
 
 
 @click.command()
-@click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@demo_argument
+@json_option
 def info(model, as_json):
     """Say what of a model is resident and what is on flash, layer by layer.
 
@@ -23,7 +23,7 @@ def info(model, as_json):
 
 
 @click.command()
-@click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
+@demo_argument
 def verify(model):
     """Compare every weight file of a model with the digest noted at conversion.
 

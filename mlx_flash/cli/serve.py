@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import click
 
-from .common import Memory
+from .common import memory_option
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--model", required=True, metavar="FOLDER", help="Flash folder.")
-@click.option(
-    "--memory",
-    type=Memory(),
-    default="auto",
-    show_default=True,
-    envvar="MLX_FLASH_MEMORY",
-    help="All that the model may hold.",
-)
+@memory_option("auto")
 @click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
 @click.argument("server_options", nargs=-1, type=click.UNPROCESSED)
 def serve(model, memory, context, server_options):

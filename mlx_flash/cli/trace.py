@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import FlashError
-from .common import DEMO_MEMORY, DEMO_MODEL, Memory
+from .common import chosen_model, run_options, sampling_options
 
 
 @click.command()
@@ -25,31 +25,14 @@ from .common import DEMO_MEMORY, DEMO_MODEL, Memory
     metavar="FILE.npz",
     help="Where to write.",
 )
-@click.option(
-    "--model", default=None, metavar="FOLDER", help="As `generate`.  [default: demo]"
-)
-@click.option("--memory", type=Memory(), default=None, help="As `generate`.")
+@run_options
 @click.option(
     "--max-tokens",
     "-m",
     type=click.IntRange(2),
-    default=None,
     help="New tokens, or tokens of the text.  [default: 100; of a text 1024]",
 )
-@click.option(
-    "--temp",
-    type=click.FloatRange(0),
-    default=0.7,
-    show_default=True,
-    help="Sampling temperature.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of the sampling.",
-)
+@sampling_options(temp=0.7, seed=0)
 def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     """Record the neurons or experts that a run asks for, for `replay`.
 
@@ -60,33 +43,11 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     """
     if (prompt is None) == (text is None):
         raise click.UsageError("Give either a PROMPT or --text FILE.")
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
-
-    from ..assembly import can_stream
-    from ..checkpoints.hub import find_model
-    from ..generation import context_for, encode_prompt
-    from ..loading import load_model, load_tokenizer
-    from ..tracing import PIECE_TOKENS, record_prompt, record_text
-
-    text = _read(text) if text else None
-    max_tokens = max_tokens or (1024 if text else 100)
-    folder = find_model(model, checkpoint=can_stream) if model else DEMO_MODEL
-    tokenizer = load_tokenizer(folder)
-    tokens = None if text else encode_prompt(tokenizer, prompt)
-    loaded = load_model(
-        folder,
-        memory or ("auto" if model else DEMO_MEMORY),
-        context=PIECE_TOKENS if text else context_for(folder, len(tokens), max_tokens),
-    )
-    with loaded as (network, _):
-        if text:
-            recorded = record_text(network, tokenizer, text, max_tokens)
-        else:
-            mx.random.seed(seed)
-            recorded = record_prompt(
-                network, tokenizer, tokens, max_tokens, sampler=make_sampler(temp)
-            )
+    words = None if text is None else _read(text)
+    if words is None:
+        recorded = _of_prompt(prompt, model, memory, max_tokens or 100, temp, seed)
+    else:
+        recorded = _of_text(words, model, memory, max_tokens or 1024)
     recorded.save(output)
     steps = len(recorded.tokens[0]) - recorded.warm[0]
     click.echo(
@@ -95,6 +56,34 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
         f"{output.stat().st_size / 1e6:.2f} MB",
         err=True,
     )
+
+
+def _of_prompt(prompt, model, memory, max_tokens, temp, seed):
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from ..generation import context_for, encode_prompt
+    from ..loading import load_model, load_tokenizer
+    from ..tracing import record_prompt
+
+    folder, memory = chosen_model(model, memory)
+    tokenizer = load_tokenizer(folder)
+    tokens = encode_prompt(tokenizer, prompt)
+    context = context_for(folder, len(tokens), max_tokens)
+    mx.random.seed(seed)
+    sampler = make_sampler(temp)
+    with load_model(folder, memory, context=context) as (network, _):
+        return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)
+
+
+def _of_text(words, model, memory, max_tokens):
+    from ..loading import load_model, load_tokenizer
+    from ..tracing import PIECE_TOKENS, record_text
+
+    folder, memory = chosen_model(model, memory)
+    tokenizer = load_tokenizer(folder)
+    with load_model(folder, memory, context=PIECE_TOKENS) as (network, _):
+        return record_text(network, tokenizer, words, max_tokens)
 
 
 def _read(path: Path) -> str:

@@ -141,7 +141,7 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def _split(self, fused: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def _split(self, fused: mx.array) -> list[mx.array]:
         """Queries, keys and values, [B, heads, L, head_dim] each.
 
         The three layouts are one: for each key and value head its queries, then the
@@ -151,14 +151,9 @@ class Attention(nn.Module):
         groups = fused.reshape(B, L, self.n_kv_heads, -1, self.head_dim)
         queries = groups[..., :-2, :].reshape(B, L, self.n_heads, self.head_dim)
         keys, values = groups[..., -2, :], groups[..., -1, :]
-        queries, keys, values = (
-            y.transpose(0, 2, 1, 3) for y in (queries, keys, values)
-        )
-        return queries, keys, values
+        return [y.transpose(0, 2, 1, 3) for y in (queries, keys, values)]
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         B, L, D = x.shape
         queries, keys, values = self._split(self.query_key_value(x))
         offset = 0 if cache is None else cache.offset
@@ -166,12 +161,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            cache=cache,
-            scale=self.scale,
-            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
         return self.dense(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 
@@ -203,9 +193,7 @@ class DecoderLayer(nn.Module):
         if not self.parallel:
             self.post_attention_layernorm = _layer_norm(args)
 
-    def __call__(
-        self, h: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, h: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if not self.parallel:
             h = h + self.self_attention(self.input_layernorm(h), mask, cache)
             return h + self.mlp(self.post_attention_layernorm(h))

@@ -74,9 +74,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D, bias=args.enable_bias)
         self.out_proj = nn.Linear(D, D, bias=args.enable_bias)
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         B, L, D = x.shape
 
         def heads(y):
@@ -87,12 +85,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            cache=cache,
-            scale=self.scale,
-            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 
@@ -117,9 +110,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(args)
         self.final_layer_norm = _layer_norm(args)
 
-    def __call__(
-        self, h: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, h: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if self.norm_first:
             h = h + self.self_attn(self.self_attn_layer_norm(h), mask, cache)
             return h + self.mlp(self.final_layer_norm(h))

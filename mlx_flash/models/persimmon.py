@@ -89,9 +89,7 @@ class Attention(nn.Module):
             args.max_position_embeddings,
         )
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         B, L, D = x.shape
         # The projection holds for each head its query, key and value.
         fused = self.query_key_value(x).reshape(B, L, self.n_heads, 3, -1)
@@ -103,12 +101,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            cache=cache,
-            scale=self.scale,
-            mask=mask,  # type: ignore[arg-type]  # its hint leaves out "causal"
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
         return self.dense(out.transpose(0, 2, 1, 3).reshape(B, L, D))
 
@@ -133,9 +126,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = _layer_norm(args)
         self.post_attention_layernorm = _layer_norm(args)
 
-    def __call__(
-        self, h: mx.array, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, h: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         h = h + self.self_attn(self.input_layernorm(h), mask, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from mlx_lm.models.base import BaseModelArgs
-
 from ..errors import FlashError
 
 OWN = ("opt", "falcon", "persimmon")
 
 
-def get_model_classes(
-    config: dict,
-) -> tuple[type[Any], type[BaseModelArgs]]:
+def get_model_classes(config: dict) -> tuple[type[Any], type[Any]]:
     """(Model, ModelArgs) for a config: ours where we have one, else mlx-lm's.
 
     The signature is what `mlx_lm.utils.load_model(get_model_classes=…)` calls.

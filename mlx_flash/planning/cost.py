@@ -1,8 +1,9 @@
-"""The cost of a token: waiting for flash, keeping the slots' books, multiplying.
+"""The cost of a token: waiting for flash, the bookkeeping of slots, multiplying.
 
-The paper's three terms, from the figures of a machine (`Profile`), the bytes of a model
-and what its tokens ask for: everything here is modelled, nothing is measured. Of a
-layer's reading, as much is hidden as multiplying what is in memory meanwhile takes.
+These are the paper's three terms, from the figures of a machine (`Profile`), the bytes
+of a model and what its tokens ask for. Everything here is modelled, nothing is
+measured. While a layer reads, it multiplies with what memory holds: so much of the
+reading's time is hidden.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ DEPTH = 32  # reads in flight
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Weights that every token goes through; `values` counts them unpacked."""
+class Matrices:
+    """Matrices that a token is multiplied with, by one kernel.
+
+    Attributes:
+        kernel, dtype, bits: As in `Rate`.
+        nbytes: As they are stored, scales and biases included.
+        values: As many as they have unpacked.
+    """
 
     kernel: str
     dtype: str
@@ -33,7 +40,8 @@ class FlashLayer:
 
     Attributes:
         weights: Of all its units.
-        units, unit_bytes, slots: As in the manifest and the budget.
+        units, unit_bytes: As in the manifest.
+        slots: Units that memory holds, from the budget.
         pieces: Reads that a unit takes, 1 where it is a bundle.
         selected: Units that a token needs, on average.
         hit_rate: The share of these that memory holds.
@@ -44,7 +52,7 @@ class FlashLayer:
         overlap: Whether what memory holds is multiplied while the rest is read.
     """
 
-    weights: Weights
+    weights: Matrices
     units: int
     unit_bytes: float
     slots: int
@@ -72,14 +80,14 @@ class Work:
     """What a model asks of a machine.
 
     Attributes:
-        resident: Weights in memory; an embedding table counts where it gives logits.
+        resident: Matrices in memory; an embedding table counts where it gives logits.
         layers: FFNs on flash.
         steps: Layers of the model, FFNs and attention together counting as one.
         kv_bytes: Of caches, gone through for each token.
         load_bytes: What is read before the first token.
     """
 
-    resident: tuple[Weights, ...]
+    resident: tuple[Matrices, ...]
     layers: tuple[FlashLayer, ...]
     steps: int
     kv_bytes: float = 0.0
@@ -104,10 +112,6 @@ class Cost:
     def tokens_per_s(self) -> float:
         return 1 / self.total_s if self.total_s else math.inf
 
-    def energy_j(self, flash_watts: float, compute_watts: float) -> float:
-        """Joules, where the machine takes so much while reading and otherwise."""
-        return flash_watts * self.io_s + compute_watts * (self.total_s - self.io_s)
-
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.io_s + other.io_s,
@@ -116,6 +120,11 @@ class Cost:
             self.bytes_read + other.bytes_read,
             self.reads + other.reads,
         )
+
+
+def token_bytes(work: Work) -> float:
+    """Bytes that one more token reads on average, on any machine."""
+    return sum(_asked(layer, _missing(layer))[0] for layer in work.layers)
 
 
 def token_cost(profile: Profile, work: Work) -> Cost:
@@ -127,7 +136,7 @@ def token_cost(profile: Profile, work: Work) -> Cost:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
     for layer in work.layers:
-        read = _read(profile, layer, layer.selected * (1 - layer.hit_rate))
+        read = _read(profile, layer, _missing(layer))
         share = layer.computed / layer.units
         rate = _rate(profile, layer.weights)
         compute_s = share * layer.weights.nbytes / rate.bytes_per_s
@@ -147,25 +156,29 @@ def prompt_cost(profile: Profile, work: Work, tokens: int, chunk: int) -> Cost:
         now = min(tokens, chunk)
         compute_s = work.steps * profile.layer_s
         for weights in work.resident:
-            compute_s += _many(profile, weights, weights.values * now, weights.nbytes)
+            compute_s += _many_s(profile, weights, weights.values * now, weights.nbytes)
         total += Cost(compute_s=compute_s)
         for layer in work.layers:
-            needed, pairs = layer.units, float(layer.units * now)
-            if layer.weights.kernel == "experts":
-                pairs = layer.selected * now
-                needed *= 1 - (1 - layer.selected / layer.units) ** now
-            missing = needed * (1 - layer.slots / layer.units)
-            sweep = replace(layer, random=layer.weights.kernel == "experts")
-            total += _read(profile, sweep, missing)
-            weights = layer.weights
-            if weights.kernel == "gathered":
-                weights = replace(weights, kernel="matmul")
-            share = needed / layer.units
-            values = pairs / layer.units * weights.values
-            seconds = _many(profile, weights, values, share * weights.nbytes)
-            total += Cost(compute_s=seconds)
+            total += _chunk_cost(profile, layer, now)
         tokens -= now
     return total
+
+
+def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int) -> Cost:
+    """One layer's part of a chunk of a prompt."""
+    weights = layer.weights
+    by_choice = weights.kernel == "experts"
+    needed, pairs = float(layer.units), float(layer.units * tokens)
+    if by_choice:
+        needed *= 1 - (1 - layer.selected / layer.units) ** tokens
+        pairs = layer.selected * tokens
+    missing = needed * (1 - layer.slots / layer.units)
+    read = _read(profile, replace(layer, random=by_choice), missing)
+    if weights.kernel == "gathered":
+        weights = replace(weights, kernel="matmul")
+    nbytes = needed / layer.units * weights.nbytes
+    values = pairs / layer.units * weights.values
+    return replace(read, compute_s=_many_s(profile, weights, values, nbytes))
 
 
 def load_s(profile: Profile, work: Work) -> float:
@@ -173,21 +186,28 @@ def load_s(profile: Profile, work: Work) -> float:
     return work.load_bytes / profile.sequential_bytes_per_s
 
 
-def _many(profile: Profile, weights: Weights, values: float, nbytes: float) -> float:
+def _many_s(profile: Profile, weights: Matrices, values: float, nbytes: float) -> float:
     """Seconds of many tokens: two operations a value, or bound by the bytes."""
     rate = _rate(profile, weights)
     return max(2 * values / rate.flops_per_s, nbytes / rate.bytes_per_s)
 
 
-def _rate(profile: Profile, weights: Weights) -> Rate:
+def _rate(profile: Profile, weights: Matrices) -> Rate:
     return profile.rate(weights.kernel, weights.dtype, weights.bits)
 
 
-def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
-    """Books and reads of one layer of which `missing` units are absent.
+def _missing(layer: FlashLayer) -> float:
+    """Units that a token needs and memory does not hold, on average."""
+    if layer.slots >= layer.units:
+        return 0.0
+    return layer.selected * (1 - layer.hit_rate)
 
-    Where less than one unit is missing on average, most tokens wait for nothing and the
-    others for a whole one.
+
+def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
+    """Bookkeeping and reads of one layer of which `missing` units are absent.
+
+    If less than one unit is missing on average, most tokens wait for nothing and the
+    others wait for a whole unit.
     """
     cache_s = profile.cache_layer_s + profile.cache_slot_s * layer.slots
     if layer.slots >= layer.units:
@@ -212,8 +232,8 @@ def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
 def _asked(layer: FlashLayer, missing: float) -> tuple[float, float]:
     """(bytes, reads) that bring `missing` units, neighbours merged, pages whole.
 
-    Units missing at random: what is wanted is `share` of all grains (units, or pages
-    that several short units lie on), in runs of neighbours.
+    The missing units lie at random. A grain is what has to be read as a whole: a unit,
+    or a page that several short units lie on. `share` of all grains is wanted.
     """
     piece = layer.unit_bytes / layer.pieces
     share, grains = min(missing / layer.units, 1.0), float(layer.units)

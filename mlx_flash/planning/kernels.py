@@ -12,6 +12,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,18 @@ REPEATS = 3
 DTYPES = ("float32", "float16", "bfloat16")
 WIDTHS = (0, 4, 8)
 GROUP = 64
+
+
+class Run(NamedTuple):
+    """A product to be timed, and the weights that one token goes through in it."""
+
+    once: Callable[[], mx.array]
+    nbytes: int
+    values: int
+
+
+# Makes a run of (rows, dtype, bits, tokens).
+Kernel = Callable[[int, str, int, int], Run]
 
 
 def measure_rates(budget_s: float = 10.0) -> list[Rate]:
@@ -104,56 +117,56 @@ def _bookkeeping_s(slots: int) -> float:
     times = []
     for chosen in choices:
         begin = time.perf_counter()
-        for _ in cache.waves(chosen):
-            pass
+        for wave in cache.waves(chosen):
+            cache.arrived(wave.missing_slots)
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
-def _rate(name: str, make: Callable, dtype: str, bits: int) -> Rate:
-    one_s, (run_bytes, _) = _timed(lambda rows: make(rows, dtype, bits, 1))
-    many_s, (_, values) = _timed(lambda rows: make(rows, dtype, bits, PROMPT))
-    flops = 2 * PROMPT * values
-    return Rate(name, dtype, bits, run_bytes / one_s, flops / many_s)
+def _rate(name: str, make: Kernel, dtype: str, bits: int) -> Rate:
+    one_s, one = _timed(lambda rows: make(rows, dtype, bits, 1))
+    many_s, many = _timed(lambda rows: make(rows, dtype, bits, PROMPT))
+    flops = 2 * PROMPT * many.values
+    return Rate(name, dtype, bits, one.nbytes / one_s, flops / many_s)
 
 
-def _timed(make: Callable) -> tuple[float, tuple[int, int]]:
-    """(seconds of a run, (bytes, values) of weights for each token).
+def _timed(make: Callable[[int], Run]) -> tuple[float, Run]:
+    """(seconds of a run, the run) of as many rows as it takes.
 
     The arrays grow until a run takes `RUN_S`, or are as large as they may be.
     """
     rows = LEAST_ROWS
     while True:
-        run, *amounts = make(rows)
-        seconds = _typical(run, 1)
-        more = min(RUN_S / seconds, 16.0, MAX_BYTES / amounts[0])
+        run = make(rows)
+        seconds = _typical(run.once, 1)
+        more = min(RUN_S / seconds, 16.0, MAX_BYTES / run.nbytes)
         if more < 2:
-            return _typical(run), tuple(amounts)
+            return _typical(run.once), run
         rows = int(rows * more) // LEAST_ROWS * LEAST_ROWS
 
 
-def _matmul(rows: int, dtype: str, bits: int, tokens: int):
+def _matmul(rows: int, dtype: str, bits: int, tokens: int) -> Run:
     x = _filled((tokens, WIDTH), dtype)
     weights = _weights((rows, WIDTH), dtype, bits)
-    run = functools.partial(_times, x, weights, bits, True)
-    return run, _bytes(weights), rows * WIDTH
+    once = functools.partial(_times, x, weights, bits, True)
+    return Run(once, _bytes(weights), rows * WIDTH)
 
 
-def _gathered(rows: int, dtype: str, bits: int, tokens: int):
+def _gathered(rows: int, dtype: str, bits: int, tokens: int) -> Run:
     """A quarter of the slots in use, as an FFN on flash computes them."""
     x = _filled((tokens, WIDTH), dtype)
     up, down = (_weights((4 * rows, WIDTH), dtype, bits) for _ in range(2))
-    chosen = np.sort(np.random.default_rng(0).permutation(4 * rows)[:rows])
-    chosen = mx.array(chosen)
+    ids = np.random.default_rng(0).permutation(4 * rows)[:rows]
+    chosen = mx.array(np.sort(ids))
 
-    def run():
+    def once() -> mx.array:
         h = _times(x, [w[chosen] for w in up], bits, True)
         return _times(mx.maximum(h, 0), [w[chosen] for w in down], bits, False)
 
-    return run, (_bytes(up) + _bytes(down)) // 4, 2 * rows * WIDTH
+    return Run(once, (_bytes(up) + _bytes(down)) // 4, 2 * rows * WIDTH)
 
 
-def _experts(rows: int, dtype: str, bits: int, tokens: int):
+def _experts(rows: int, dtype: str, bits: int, tokens: int) -> Run:
     """Two of eight experts for one token; for more, every token its own of them."""
     chosen = 2 if tokens == 1 else 1
     weights = _weights((rows, WIDTH), dtype, bits)
@@ -162,24 +175,33 @@ def _experts(rows: int, dtype: str, bits: int, tokens: int):
     x = _filled((tokens, 1, 1, WIDTH), dtype)
     picks = np.arange(tokens * chosen) * 8 // (tokens * chosen)
     index = mx.array(picks.reshape(tokens, chosen))
-    options = dict(rhs_indices=index, sorted_indices=tokens > 1)
 
-    def run():
-        if bits:
-            packing = dict(transpose=True, group_size=GROUP, bits=bits)
-            return mx.gather_qmm(x, *weights, **packing, **options)
-        return mx.gather_mm(x, weights[0].swapaxes(-1, -2), **options)
+    options: dict[str, Any] = dict(rhs_indices=index, sorted_indices=tokens > 1)
 
-    return run, _bytes(weights) * chosen // 8, rows * WIDTH * chosen // 8
+    def once() -> mx.array:
+        if not bits:
+            return mx.gather_mm(x, weights[0].swapaxes(-1, -2), **options)
+        packed, scales, biases = weights
+        packing: dict[str, Any] = dict(transpose=True, group_size=GROUP, bits=bits)
+        return mx.gather_qmm(x, packed, scales, biases, **packing, **options)
+
+    return Run(once, _bytes(weights) * chosen // 8, rows * WIDTH * chosen // 8)
 
 
-KERNELS = {"matmul": _matmul, "gathered": _gathered, "experts": _experts}
+KERNELS: dict[str, Kernel] = {
+    "matmul": _matmul,
+    "gathered": _gathered,
+    "experts": _experts,
+}
 
 
-def _times(x: mx.array, weights: list[mx.array], bits: int, transpose: bool):
-    if bits:
-        return mx.quantized_matmul(x, *weights, transpose, GROUP, bits)
-    return x @ (weights[0].T if transpose else weights[0])
+def _times(
+    x: mx.array, weights: list[mx.array], bits: int, transpose: bool
+) -> mx.array:
+    if not bits:
+        return x @ (weights[0].T if transpose else weights[0])
+    packed, scales, biases = weights
+    return mx.quantized_matmul(x, packed, scales, biases, transpose, GROUP, bits)
 
 
 def _weights(shape: tuple[int, int], dtype: str, bits: int) -> list[mx.array]:

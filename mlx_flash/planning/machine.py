@@ -1,4 +1,6 @@
-"""What differs between macOS and Linux, each behind one plain function."""
+"""The machine in words, and whether it is a virtual one."""
+
+from __future__ import annotations
 
 import ctypes
 import os
@@ -9,8 +11,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import psutil
-
-from ..storage.direct_io import _libc
 
 
 def machine() -> tuple[str, str]:
@@ -37,7 +37,7 @@ def is_virtual() -> bool:
     if sys.platform == "darwin":
         value = ctypes.c_int(0)
         length = ctypes.c_size_t(ctypes.sizeof(value))
-        _libc().sysctlbyname(
+        ctypes.CDLL(None).sysctlbyname(
             b"kern.hv_vmm_present",
             ctypes.byref(value),
             ctypes.byref(length),

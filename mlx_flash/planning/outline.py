@@ -11,9 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
 
-from ..assembly import _empty_model as empty_model
+from ..assembly import empty_model
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
@@ -21,9 +20,9 @@ from ..errors import FlashError
 from ..layers.dense import gives_zeros
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..layers.predictor import Predictor, default_rank, possible_bits
+from ..layers.projections import known_projections, rows_per_neuron
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
-from ..storage.layout import lay_out
 from ..storage.manifest import MANIFEST, Layer, Manifest, Weights, parse_manifest
 
 
@@ -110,7 +109,12 @@ def _of_checkpoint(
             "brought from flash: neither experts (SwitchGLU or SwitchMLP of mlx-lm) "
             "nor dense FFNs of two or three projections."
         )
-    layers = tuple(_layer(path, kind, module) for path, module in modules.items())
+    layers = tuple(
+        weight_format.layer_of(path, kind.split(module))
+        for path, module in modules.items()
+    )
+    on_flash = sum(layer.nbytes for layer in layers)
+    resident_bytes = weight_format.weight_bytes(model) - on_flash
     predictors = _predictor_bytes(layers, dtype) if kind is NEURON else 0
     manifest = Manifest(
         format_version=1,
@@ -120,7 +124,7 @@ def _of_checkpoint(
         unit=kind.name,
         activation="module",
         dtype=dtype,
-        resident=Weights("", "", _nbytes(model) - sum(x.nbytes for x in layers)),
+        resident=Weights("", "", resident_bytes),
         predictors=Weights("", "", predictors) if predictors else None,
         calibration=None,
         layers=layers,
@@ -165,25 +169,16 @@ def _units(model: nn.Module, quantized: bool) -> tuple[UnitKind, dict[str, nn.Mo
     if experts := EXPERT.find(model):
         return EXPERT, experts
     modules = BLOCK.find(model)
-    if modules and not quantized and gives_zeros(next(iter(modules.values()))):
+    if modules and not quantized and _are_neurons(model, list(modules.values())):
         return NEURON, modules
     return BLOCK, modules
 
 
-def _layer(path: str, kind: UnitKind, module: nn.Module) -> Layer:
-    arrays = kind.split(module)
-    parts = lay_out(arrays)
-    return Layer(
-        module=path,
-        file="",
-        sha256="",
-        data_offset=0,
-        units=len(next(iter(arrays.values()))),
-        unit_bytes=sum(part.bytes for part in parts),
-        parts=parts,
-        order="checkpoint",
-        predictor=None,
-    )
+def _are_neurons(model: nn.Module, ffns: list[nn.Module]) -> bool:
+    """Whether every layer has an FFN that gives zeros, with one row for each neuron."""
+    ins, out = known_projections(ffns[0])
+    rows = rows_per_neuron(ffns[0], ins[0], out)
+    return gives_zeros(ffns[0]) and rows == 1 and len(ffns) == len(model.layers)
 
 
 def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:
@@ -194,10 +189,5 @@ def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:
         rank = default_rank(index, len(layers), dims)
         predictor = Predictor(dims, layer.units, rank, possible_bits(dims, rank))
         predictor.set_dtype(getattr(mx, dtype))
-        total += _nbytes(predictor)
+        total += weight_format.weight_bytes(predictor)
     return total
-
-
-def _nbytes(module: nn.Module) -> int:
-    """Of all its weights."""
-    return tree_reduce(lambda n, array: n + array.nbytes, module.parameters(), 0)

@@ -1,34 +1,39 @@
 """Say before any weight is read what a model will take, and how fast it will be.
 
 Sizes are exact, as the budget divides them. Times are modelled from a machine's profile
-(see `cost`), as a range: units chosen by chance, or with the locality that was measured
-of real models.
+(see `cost`) as a range, from units selected by chance to units selected with the
+locality that was measured of real models.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
-from ..memory.budget import Budget, least_bytes, make_budget, most_bytes
-from .cost import Cost, load_s, prompt_cost, token_cost
+from ..memory.budget import make_budget
+from ..memory.footprint import Footprint
+from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
-from .profile import FlashPoint, Profile, Rate
-from .requirements import LOCALITY, PAPER_PREDICTED, Trace, make_work
+from .profile import Profile
+from .requirements import BY_CHANCE, MEASURED, PAPER_PREDICTED, Selection, make_work
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to expect. Bytes are bytes; pairs are (least, most), modelled.
+    """What to expect of a run. Pairs are (least, most), modelled.
 
     Attributes:
-        least_bytes, best_bytes: Budgets: the smallest that works, and the one beyond
+        least_bytes, best_bytes: The smallest budget that works, and the one beyond
             which more changes nothing.
         held_share: Of the FFN units, in memory at any time.
         download_bytes, disk_bytes: Still to come, and to be written by `convert`.
         convert: Whether it has to be converted first.
+        machine, cold: Of the profile; with the times below None without one.
+        ms_of_slowest: The slower end's parts: io, cache and compute.
         assumed: What the figures rest on.
         slow: Why it will be slow, if it will be.
     """
@@ -95,25 +100,23 @@ def make_plan(
         FlashError: If there is no such model, it is not supported, or does not fit.
     """
     found = outline(name, revision)
-    manifest, shapes = found.manifest, found.shapes
+    manifest = found.manifest
     positions = found.config.get("max_position_embeddings")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    budget = make_budget(memory, manifest, shapes, context, Path(str(name)))
+    footprint = Footprint(manifest, found.shapes, kind_of(manifest), context)
+    budget = make_budget(memory, footprint, Path(name))
     if profile:  # units are read straight into their slots, unlike the paper's
         profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
-    traces = _traces(manifest.unit, hit_rate)
-    works = [make_work(found, budget, trace, prompt_tokens) for trace in traces]
-    # Bytes need no machine: a profile of equal speeds will do.
-    costs = [token_cost(profile or _ANY, work) for work in works]
-    first = load = None
+    selections = _selections(manifest.unit, hit_rate)
+    works = [make_work(found, budget, s, prompt_tokens) for s in selections]
+    read = _range(token_bytes(work) for work in works)
+    costs = []
+    loading = first = None
     if profile:
-        load = load_s(profile, works[-1])
-        first = (
-            load
-            + prompt_cost(
-                profile, works[-1], prompt_tokens, budget.prefill_tokens
-            ).total_s
-        )
+        costs = [token_cost(profile, work) for work in works]
+        loading = load_s(profile, works[-1])
+        chunk = budget.prefill_tokens
+        first = loading + prompt_cost(profile, works[-1], prompt_tokens, chunk).total_s
     pairs = list(zip(budget.slots, manifest.layers, strict=True))
     held = sum(n * layer.unit_bytes for n, layer in pairs) / manifest.ffn_bytes
     return Plan(
@@ -127,8 +130,8 @@ def make_plan(
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         ffn_bytes=manifest.ffn_bytes,
-        least_bytes=int(least_bytes(manifest, shapes, context)),
-        best_bytes=most_bytes(manifest, shapes, context),
+        least_bytes=footprint.least_bytes,
+        best_bytes=footprint.most_bytes,
         memory_bytes=budget.total_bytes,
         slot_bytes=budget.slot_bytes,
         kv_bytes=budget.kv_bytes,
@@ -140,52 +143,33 @@ def make_plan(
         convert=found.kind == "checkpoint" and not found.in_place,
         machine=profile.device if profile else None,
         cold=profile.cold if profile else None,
-        bytes_per_token=_range(c.bytes_read for c in costs),
-        ms_per_token=_range(1e3 * c.total_s for c in costs) if profile else None,
-        tokens_per_s=_range(c.tokens_per_s for c in costs) if profile else None,
-        ms_of_slowest=_parts(costs) if profile else None,
-        load_s=load,
+        bytes_per_token=read,
+        ms_per_token=_range(1e3 * c.total_s for c in costs) if costs else None,
+        tokens_per_s=_range(c.tokens_per_s for c in costs) if costs else None,
+        ms_of_slowest=_ms_of_slowest(costs) if costs else None,
+        load_s=loading,
         first_token_s=first,
         prompt_tokens=prompt_tokens,
         assumed=tuple(_assumed(found, hit_rate, held)),
-        slow=_slow(found, budget, costs, profile),
+        slow=_slow(works[0], read[1], profile),
     )
 
 
-_ANY = Profile(
-    profile_version=1,
-    device="",
-    os="",
-    source="",
-    cold=False,
-    notes=(),
-    memory_bytes=0,
-    flash=(FlashPoint(1, 1, 1.0, 1.0),),
-    sequential_bytes_per_s=1.0,
-    memory_bytes_per_s=1.0,
-    rates=(Rate("matmul", "float32", 0, 1.0, 1.0),),
-    layer_s=0.0,
-    cache_layer_s=0.0,
-    cache_slot_s=0.0,
-    copy_bytes_per_s=0.0,
-)
-
-
-def _traces(unit: str, hit_rate: float | None) -> list[Trace]:
+def _selections(unit: str, hit_rate: float | None) -> list[Selection]:
+    """The ends of the range, or the one selection that is known."""
     if hit_rate is not None:
-        return [Trace(hit_rate=hit_rate)]
-    if unit == "block":
-        return [Trace()]
-    return [Trace(locality=LOCALITY[unit]), Trace()]
+        return [Selection(known_hit_rate=hit_rate)]
+    if unit not in MEASURED:  # all units are needed
+        return [BY_CHANCE]
+    return [MEASURED[unit], BY_CHANCE]
 
 
-def _range(values) -> tuple[float, float]:
-    values = list(values)
-    return min(values), max(values)
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    found = list(values)
+    return min(found), max(found)
 
 
-def _parts(costs: list[Cost]) -> dict[str, float]:
-    """Milliseconds of the slower end, by what they go to."""
+def _ms_of_slowest(costs: list[Cost]) -> dict[str, float]:
     cost = max(costs, key=lambda c: c.total_s)
     return {
         "io": 1e3 * cost.io_s,
@@ -195,12 +179,12 @@ def _parts(costs: list[Cost]) -> dict[str, float]:
 
 
 def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
-    manifest = found.manifest
-    lines = []
-    if manifest.unit == "block":
+    kind = kind_of(found.manifest)
+    if kind is BLOCK:
         return ["every block is needed for every token"]
-    if manifest.unit == "neuron":
-        facts = [x.predictor for x in manifest.layers if x.predictor]
+    lines = []
+    if kind is NEURON:
+        facts = [x.predictor for x in found.manifest.layers if x.predictor]
         if facts:
             share = sum(f.predicted_share for f in facts) / len(facts)
             lines.append(f"{share:.1%} of the neurons predicted, as at conversion")
@@ -213,29 +197,17 @@ def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
             return ["no predictor: every neuron is needed for every token"]
     if hit_rate is not None:
         return [*lines, f"{hit_rate:.0%} of the units found in memory, as given"]
-    share = 1 - (1 - held) ** LOCALITY[manifest.unit]
-    source = {
-        "neuron": "the paper's OPT 6.7B",
-        "expert": "published replays of real routing",
-    }[manifest.unit]
+    measured = MEASURED[kind.name]
     return [
         *lines,
-        f"hits between {held:.0%} (units chosen by chance) and {share:.0%} (the "
-        f"locality of {source})",
+        f"hits between {held:.0%} (units chosen by chance) and "
+        f"{measured.hit_rate(held):.0%} (the locality of {measured.source})",
     ]
 
 
-def _slow(
-    found: Outline, budget: Budget, costs: list[Cost], profile: Profile | None
-) -> str | None:
+def _slow(work: Work, nbytes: float, profile: Profile | None) -> str | None:
     """The reason in words, for models that need every weight for every token."""
-    nbytes = max(c.bytes_read for c in costs)
-    every = found.manifest.unit == "block" or (
-        found.kind == "flash folder"
-        and found.manifest.unit == "neuron"
-        and not any(layer.predictor for layer in found.manifest.layers)
-    )
-    if not every or not nbytes:
+    if not nbytes or any(layer.random for layer in work.layers):
         return None
     words = f"{nbytes / 1e9:,.2f} GB do not fit and are read for every token"
     if profile:

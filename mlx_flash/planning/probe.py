@@ -28,8 +28,7 @@ from ..memory.slots import allocate
 from ..storage import direct_io
 from ..storage.limits import MERGE_BYTES
 from ..storage.reader import Extent, open_reader
-from . import kernels as rates
-from . import machine
+from . import kernels, machine
 from .profile import PROFILE_VERSION, FlashPoint, Profile, cache_folder
 
 BLOCKS = (4096, 16384, 65536, 262144, 1 << 20)
@@ -77,7 +76,7 @@ def probe(
         points, sequential = measure_flash(files, notes)
     say("multiplying")
     name, system = machine.machine()
-    cache_layer_s, cache_slot_s = rates.cache_costs()
+    cache_layer_s, cache_slot_s = kernels.cache_costs()
     return Profile(
         profile_version=PROFILE_VERSION,
         device=f"{name}, MLX on {mx.default_device().type.name}",
@@ -88,9 +87,9 @@ def probe(
         memory_bytes=psutil.virtual_memory().total,
         flash=tuple(points),
         sequential_bytes_per_s=sequential,
-        memory_bytes_per_s=rates.memory_bytes_per_s(),
-        rates=tuple(rates.measure_rates()),
-        layer_s=rates.layer_s(),
+        memory_bytes_per_s=kernels.memory_bytes_per_s(),
+        rates=tuple(kernels.measure_rates()),
+        layer_s=kernels.layer_s(),
         cache_layer_s=cache_layer_s,
         cache_slot_s=cache_slot_s,
         copy_bytes_per_s=0.0,

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +132,7 @@ class Profile:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-def _between(points: list[tuple[float, float]], x: float) -> float:
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     """y at x, linear on logarithmic scales; constant outside the points."""
     if x <= points[0][0]:
         return points[0][1]

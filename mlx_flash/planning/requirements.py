@@ -7,43 +7,60 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers.kinds import NEURON, kind_of, value_bytes
 from ..memory.budget import Budget
+from ..storage.layout import dtype_name
 from ..storage.manifest import Layer, Manifest
-from ..storage.safetensors import DTYPES
-from .cost import FlashLayer, Weights, Work
+from .cost import FlashLayer, Matrices, Work
 from .outline import Outline
 
-# The paper's OPT 6.7B: a tenth of the neurons predicted; with 24 % of them in memory a
-# token loads 2.4 %, so that 76 % of what it needs is there.
-PAPER_PREDICTED = 0.10
-# If a cache holds the share s, hits of 1 - (1 - s)^k: k is 1 where units are chosen by
-# chance. Neurons: the paper's point above. Experts: replays of real routing against an
-# LRU (512 experts a layer, kekzl/imp pull request 2061) hit 43.5 % at 93 of them.
-LOCALITY = {"neuron": 5.2, "expert": 2.86}
+KERNELS = {"neuron": "gathered", "expert": "experts", "block": "matmul"}
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What tokens ask for: shares of a layer's units, and of these in memory.
+class Selection:
+    """How tokens select units, and so how many of these memory holds.
 
-    None means: as the manifest's predictors and the locality given say.
+    Attributes:
+        locality: k, where a cache of the share s hits 1 - (1 - s)^k; 1 by chance.
+        source: What the locality was measured on.
+        known_hit_rate: As an earlier run reported it, whatever memory holds.
     """
 
-    predicted_share: float | None = None
-    hit_rate: float | None = None
     locality: float = 1.0
+    source: str = ""
+    known_hit_rate: float | None = None
+
+    def hit_rate(self, held_share: float) -> float:
+        if self.known_hit_rate is not None:
+            return self.known_hit_rate
+        return 1 - (1 - held_share) ** self.locality
 
 
-def make_work(found: Outline, budget: Budget, trace: Trace, context: int) -> Work:
+BY_CHANCE = Selection()
+# The paper's OPT 6.7B: a tenth of the neurons predicted; with 24 % of them in memory a
+# token loads 2.4 %, so that 76 % of what it needs is there.
+PAPER_PREDICTED = 0.10
+MEASURED = {
+    "neuron": Selection(5.2, "the paper's OPT 6.7B"),
+    # 512 experts a layer against an LRU (kekzl/imp pull request 2061): 43.5 % of hits
+    # with 93 of them in memory.
+    "expert": Selection(2.86, "published replays of real routing"),
+}
+
+
+def make_work(
+    found: Outline, budget: Budget, selection: Selection, context: int
+) -> Work:
     """The work of one token after `context` others."""
     manifest = found.manifest
     on_flash = {layer.module for layer in manifest.layers}
-    resident = resident_weights(found.model, on_flash, manifest.dtype)
+    resident = resident_matrices(found.model, on_flash, manifest.dtype)
     if manifest.predictor_bytes:
         resident.append(_predictors(manifest))
     modules = dict(found.model.named_modules())
     layers = tuple(
-        _flash_layer(found, layer, slots, modules[layer.module], trace)
+        _flash_layer(found, layer, slots, modules[layer.module], selection)
         for layer, slots in zip(manifest.layers, budget.slots, strict=True)
     )
     kept = sum(
@@ -61,7 +78,9 @@ def make_work(found: Outline, budget: Budget, trace: Trace, context: int) -> Wor
     )
 
 
-def resident_weights(model: nn.Module, on_flash: set[str], dtype: str) -> list[Weights]:
+def resident_matrices(
+    model: nn.Module, on_flash: set[str], dtype: str
+) -> list[Matrices]:
     """The matrices outside the FFNs on flash that each token is multiplied with.
 
     A table of embeddings is only looked into, unless it gives the logits, too.
@@ -76,11 +95,10 @@ def resident_weights(model: nn.Module, on_flash: set[str], dtype: str) -> list[W
             continue
         bits = getattr(module, "bits", 0)
         nbytes = sum(arrays[k].nbytes for k in arrays if k != "bias")
-        values = arrays["weight"].size * (32 // bits if bits else 1)
-        if bits and 32 % bits:
-            values = arrays["weight"].nbytes * 8 / bits
+        weight = arrays["weight"]
+        values = weight.nbytes * 8 / bits if bits else weight.size
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            tables.append((len(arrays["weight"]), bits, nbytes, values))
+            tables.append((len(weight), bits, nbytes, values))
             continue
         heads |= path.endswith("lm_head")
         _add(found, _name(arrays, dtype), bits, nbytes, values)
@@ -88,7 +106,7 @@ def resident_weights(model: nn.Module, on_flash: set[str], dtype: str) -> list[W
         _, bits, nbytes, values = max(tables)  # positions have a smaller table
         _add(found, dtype, bits, nbytes, values)
     return [
-        Weights("matmul", kind, bits, nbytes, values)
+        Matrices("matmul", kind, bits, nbytes, values)
         for (kind, bits), (nbytes, values) in found.items()
     ]
 
@@ -104,49 +122,37 @@ def _name(arrays: dict[str, mx.array], dtype: str) -> str:
     scales = arrays.get("scales")
     if scales is None or not mx.issubdtype(scales.dtype, mx.floating):
         return dtype
-    return str(scales.dtype).removeprefix("mlx.core.")
+    return dtype_name(scales.dtype)
 
 
-def _predictors(manifest: Manifest) -> Weights:
+def _predictors(manifest: Manifest) -> Matrices:
     """All predictors together, which compute in float32 on the CPU."""
     facts = [layer.predictor for layer in manifest.layers if layer.predictor]
     bits = facts[0].bits if facts else 4
     dtype = "float32" if mx.default_device() == mx.cpu else manifest.dtype
     nbytes = manifest.predictor_bytes
-    size = bits / 8 if bits else DTYPES[manifest.dtype][1]
-    return Weights("matmul", dtype, bits, nbytes, nbytes / size)
+    size = bits / 8 if bits else value_bytes(manifest)
+    return Matrices("matmul", dtype, bits, nbytes, nbytes / size)
 
 
 def _flash_layer(
-    found: Outline, layer: Layer, slots: int, module: nn.Module, trace: Trace
+    found: Outline, layer: Layer, slots: int, module: nn.Module, selection: Selection
 ) -> FlashLayer:
     manifest, units = found.manifest, layer.units
-    bits = _bits(layer, module)
-    part = {p.name.rsplit(".", 1)[-1]: p.dtype for p in layer.parts}
-    dtype = part.get("scales", manifest.dtype)
-    if dtype not in ("float32", "float16", "bfloat16"):
-        dtype = manifest.dtype
-    packed = sum(p.bytes for p in layer.parts if p.dtype == "uint32")
-    plain = sum(p.bytes for p in layer.parts) / DTYPES[manifest.dtype][1]
-    values = units * (packed * 8 / bits if bits else plain)
-
-    selected, random = float(units), False
-    if manifest.unit == "expert":
-        selected, random = float(min(found.shapes.experts_per_token, units)), True
-    elif manifest.unit == "neuron" and (share := _predicted(found, layer, trace)):
-        selected, random = share * units, True
-    kernel = {"expert": "experts", "neuron": "gathered"}.get(manifest.unit, "matmul")
-    computed = selected
-    if manifest.unit == "neuron" and (slots == units or 2 * selected > slots):
-        kernel, computed = "matmul", float(slots)  # all slots, where they lie
-    if not random:
-        kernel, computed = "matmul", float(units)
-    share = slots / units
-    hits = 1 - (1 - share) ** trace.locality if random else share
-    if random and trace.hit_rate is not None:
-        hits = trace.hit_rate
+    kind = kind_of(manifest)
+    per_token = found.shapes.experts_per_token
+    asked = kind.asked(layer, per_token, _predicted_share(found, layer))
+    if asked is None:
+        selected, computed, kernel = float(units), float(units), "matmul"
+        hits = slots / units
+    else:
+        selected, computed, kernel = asked, asked, KERNELS[kind.name]
+        hits = selection.hit_rate(slots / units)
+        if kind is NEURON and (slots == units or 2 * selected > slots):
+            # So many neurons are not gathered: all slots are multiplied as they lie.
+            computed, kernel = float(slots), "matmul"
     return FlashLayer(
-        weights=Weights(kernel, dtype, bits, layer.nbytes, values),
+        weights=_unit_matrices(layer, module, kernel, manifest),
         units=units,
         unit_bytes=layer.unit_bytes,
         slots=slots,
@@ -154,25 +160,38 @@ def _flash_layer(
         selected=selected,
         hit_rate=hits,
         computed=computed,
-        random=random,
+        random=asked is not None,
         in_place=found.in_place,
-        # Of neurons' reading a tenth was hidden when measured: left out.
-        overlap=manifest.unit != "neuron",
+        # A tenth of the reading of neurons was hidden when measured: left out.
+        overlap=kind is not NEURON,
     )
 
 
-def _predicted(found: Outline, layer: Layer, trace: Trace) -> float | None:
+def _unit_matrices(
+    layer: Layer, module: nn.Module, kernel: str, manifest: Manifest
+) -> Matrices:
+    """The matrices of all units of a layer together."""
+    dtypes = {part.name.rsplit(".", 1)[-1]: part.dtype for part in layer.parts}
+    dtype = dtypes.get("scales", manifest.dtype)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        dtype = manifest.dtype
+    packed_bytes = sum(part.bytes for part in layer.parts if part.dtype == "uint32")
+    bits = _bits(module) if packed_bytes else 0
+    if bits:
+        values = packed_bytes * 8 / bits
+    else:
+        values = sum(part.bytes for part in layer.parts) / value_bytes(manifest)
+    return Matrices(kernel, dtype, bits, layer.nbytes, layer.units * values)
+
+
+def _predicted_share(found: Outline, layer: Layer) -> float | None:
     """The share of a layer's neurons that is predicted for a token."""
-    if trace.predicted_share is not None:
-        return trace.predicted_share
     if layer.predictor:
         return layer.predictor.predicted_share
     return PAPER_PREDICTED if found.kind == "checkpoint" else None
 
 
-def _bits(layer: Layer, module: nn.Module) -> int:
-    """The width of packed units, 0 for others."""
-    if not any(part.dtype == "uint32" for part in layer.parts):
-        return 0
+def _bits(module: nn.Module) -> int:
+    """The width of a module's packed weights."""
     named = (getattr(m, "bits", 0) for _, m in module.named_modules())
     return next((bits for bits in named if bits), 4)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import FlashError
+from ..memory.budget import Divide
 from ..memory.divide import Curve, divide
 from ..memory.policies import Lru
 from ..storage.manifest import Manifest
@@ -32,7 +33,7 @@ def hit_curves(trace: Trace, policy: Lru) -> list[Curve]:
     return [Curve(tuple(sizes), tuple(h)) for sizes, h in zip(slots, hits, strict=True)]
 
 
-def by_trace(path: Path, manifest: Manifest, policy: Lru) -> partial:
+def by_trace(path: Path, manifest: Manifest, policy: Lru) -> Divide:
     """`divide` by the curves of a trace file, for `make_budget`.
 
     Raises:

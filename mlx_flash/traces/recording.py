@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import FlashError
+from ..storage.manifest import Manifest
 from .trace import Trace
+
+
+class Recorded(Protocol):
+    """What can be recorded: `model.flash` is one."""
+
+    folder: Path
+    manifest: Manifest
+    layers: Any  # each with its `slots`
 
 
 class Recorder:
     """Listens to the layers of a loaded model, from `record`."""
 
-    def __init__(self, flash: Any):
+    def __init__(self, flash: Recorded):
         self._flash = flash
         self._bits: list[list[np.ndarray]] = [[] for _ in flash.layers]
         self._keep: list[list[np.ndarray]] = [[] for _ in flash.layers]
@@ -71,7 +81,7 @@ class Recorder:
 
 
 @contextmanager
-def record(flash: Any) -> Iterator[Recorder]:
+def record(flash: Recorded) -> Iterator[Recorder]:
     """Listen to `model.flash` for the time of a `with`.
 
     >>> with record(model.flash) as recorder:
@@ -79,11 +89,13 @@ def record(flash: Any) -> Iterator[Recorder]:
     >>> recorder.trace().save("trace.npz")
     """
     recorder = Recorder(flash)
-    stores = [layer.store for layer in flash.layers]
-    for i, store in enumerate(stores):
-        store.listener = recorder._listener(i, store.units)
+    all_slots = [layer.slots for layer in flash.layers]
+    for i, (slots, layer) in enumerate(
+        zip(all_slots, flash.manifest.layers, strict=True)
+    ):
+        slots.listener = recorder._listener(i, layer.units)
     try:
         yield recorder
     finally:
-        for store in stores:
-            store.listener = None
+        for slots in all_slots:
+            slots.listener = None

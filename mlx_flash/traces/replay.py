@@ -82,9 +82,14 @@ def table(shares: Sequence[float], rates: dict[str, list[float]]) -> str:
 
 
 def _engine(steps: list[Step], cache: SlotCache) -> list[int]:
-    return [
-        sum(len(w.units) - len(w.missing) for w in cache.waves(*step)) for step in steps
-    ]
+    """Hits of each step, its reads done at once."""
+    hits = []
+    for step in steps:
+        hits.append(0)
+        for wave in cache.waves(*step):
+            cache.arrived(wave.missing_slots)
+            hits[-1] += len(wave.units) - len(wave.missing)
+    return hits
 
 
 def _optimum(steps: list[Step], units: int, n_slots: int) -> list[int]:

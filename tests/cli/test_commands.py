@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to stdout and what to stderr."""
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from opt_checkpoints import load, make_checkpoint
 
 import mlx_flash.cli
 from mlx_flash.cli import main
-from mlx_flash.converters import fit
+from mlx_flash.converters import convert as converting
 from mlx_flash.converters.convert import convert
 
 COMMANDS = list(main.commands)
@@ -69,17 +70,16 @@ def flash(tmp_path_factory):
     src = make_checkpoint(base / "tiny-opt", ffn_dim=512, max_position_embeddings=256)
     text = base / "text.txt"
     text.write_text("Once upon a time there was a table of bytes. " * 100)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "STEPS", 20)
-        return convert(
-            src,
-            base / "flash",
-            unit="neuron",
-            calibration=text,
-            calibration_tokens=640,
-            rank=8,
-            progress=False,
-        )
+    return convert(
+        src,
+        base / "flash",
+        unit="neuron",
+        calibration=text,
+        calibration_tokens=640,
+        rank=8,
+        fit_steps=20,
+        progress=False,
+    )
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_budget_that_is_too_small_names_one_that_works(flash):
 
 
 def test_no_demo_model_is_an_error_like_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(mlx_flash.cli.generate, "DEMO_MODEL", tmp_path / "demo")
+    monkeypatch.setattr(mlx_flash.cli.common, "DEMO_MODEL", tmp_path / "demo")
     assert str(tmp_path / "demo") in refused("generate", "a")
 
 
@@ -617,7 +617,9 @@ def test_convert_says_what_to_do_next(tmp_path):
 
 
 def test_convert_takes_every_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 3)
+    # No option of the command line: a fit that is this short is of no use.
+    short = functools.partial(convert, fit_steps=3)
+    monkeypatch.setattr(converting, "convert", short)
     src = make_checkpoint(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("Some words. " * 200)

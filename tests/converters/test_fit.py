@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import FFN
 
-from mlx_flash.converters import fit
-from mlx_flash.converters.fit import FitOptions, fit_predictor, split
+from mlx_flash.converters.calibrate import fit
+from mlx_flash.converters.calibrate.fit import FitOptions, fit_predictor, split
 from mlx_flash.layers.predictor import Predictor, default_rank
 
 D, N, LENGTH = 48, 192, 64
@@ -49,7 +49,7 @@ def guess(inputs, arrays):
 
 def fit_it(inputs, layer, rank=6, seed=0, dtype=mx.float32, **options):
     return fit_predictor(
-        inputs, layer, dtype, rank, FitOptions(**options), LENGTH, seed
+        inputs, layer, dtype, FitOptions(rank, **options), LENGTH, seed
     )
 
 
@@ -90,10 +90,9 @@ def test_start_keeps_what_a_low_rank_can_keep():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_facts_are_what_the_written_predictor_does(dtype, monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 50)
+def test_facts_are_what_the_written_predictor_does(dtype):
     inputs, layer = make_inputs(), make_layer(dtype=dtype)
-    arrays, facts = fit_it(inputs, layer, dtype=dtype)
+    arrays, facts = fit_it(inputs, layer, dtype=dtype, steps=50)
     assert all(a.dtype == dtype for a in arrays.values())
     test = inputs[split(len(inputs), LENGTH)[2]]
     h, said = truth(test, layer), guess(test, arrays)
@@ -111,10 +110,9 @@ def test_facts_are_what_the_written_predictor_does(dtype, monkeypatch):
     assert facts.rank == 6
 
 
-def test_what_a_run_computes_is_what_was_measured(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 50)
+def test_what_a_run_computes_is_what_was_measured():
     inputs, layer = make_inputs(), make_layer()
-    arrays, facts = fit_it(inputs, layer)
+    arrays, facts = fit_it(inputs, layer, steps=50)
     predictor = Predictor(D, N, 6)
     predictor.load_weights(list(arrays.items()), strict=True)
     test = inputs[split(len(inputs), LENGTH)[2]]
@@ -122,32 +120,29 @@ def test_what_a_run_computes_is_what_was_measured(monkeypatch):
     assert abs(share - facts.predicted_share) < 1e-3
 
 
-def test_threshold_is_a_probability(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 50)
+def test_threshold_is_a_probability():
     inputs, layer = make_inputs(), make_layer()
     shares = []
     for threshold in (0.1, 0.5, 0.9):
-        arrays, facts = fit_it(inputs, layer, threshold=threshold)
+        arrays, facts = fit_it(inputs, layer, threshold=threshold, steps=50)
         assert math.isclose(facts.threshold, threshold)
         shares.append(facts.predicted_share)
     assert shares[0] > shares[1] > shares[2] > 0
     # The cut is folded into the bias: scores above zero are those above the threshold.
-    half = fit_it(inputs, layer, threshold=0.5)[0]["bias"]
+    half = fit_it(inputs, layer, threshold=0.5, steps=50)[0]["bias"]
     moved = np.array(half - arrays["bias"])
     assert np.allclose(moved, math.log(0.9 / 0.1), atol=1e-4)
 
 
-def test_same_text_same_predictor(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 20)
+def test_same_text_same_predictor():
     inputs, layer = make_inputs(), make_layer()
-    a, b = fit_it(inputs, layer), fit_it(inputs, layer)
+    a, b = fit_it(inputs, layer, steps=20), fit_it(inputs, layer, steps=20)
     assert a[1] == b[1]
     assert all(np.array_equal(np.array(a[0][k]), np.array(b[0][k])) for k in a[0])
 
 
-def test_without_an_up_bias(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 50)
-    arrays, facts = fit_it(make_inputs(), make_layer(bias=None))
+def test_without_an_up_bias():
+    arrays, facts = fit_it(make_inputs(), make_layer(bias=None), steps=50)
     assert abs(facts.active_share - 0.5) < 0.02
     assert abs(facts.recall - 0.95) < 0.015
 
@@ -155,12 +150,11 @@ def test_without_an_up_bias(monkeypatch):
 @pytest.mark.parametrize(
     "sequences, rank", [(2, 40), (3, 48), (1, 6), (40, 100), (40, 1)]
 )
-def test_any_rank_for_any_amount_of_text(monkeypatch, sequences, rank):
-    monkeypatch.setattr(fit, "STEPS", 5)
+def test_any_rank_for_any_amount_of_text(sequences, rank):
     inputs = make_inputs(sequences)[: sequences * LENGTH - (5 if rank == 40 else 0)]
     if sequences == 1:
         inputs = inputs[:4]  # fewer tokens than the rank
-    arrays, facts = fit_it(inputs, make_layer(), rank=rank)
+    arrays, facts = fit_it(inputs, make_layer(), rank=rank, steps=5)
     assert arrays["reduce.weight"].shape == (rank, D)
     assert arrays["expand.weight"].shape == (N, rank)
     assert all(mx.isfinite(a).all().item() for a in arrays.values())
@@ -169,9 +163,10 @@ def test_any_rank_for_any_amount_of_text(monkeypatch, sequences, rank):
 
 @pytest.mark.parametrize("bias", [-100.0, 100.0])
 @pytest.mark.parametrize("threshold", [None, 0.5])
-def test_neurons_that_never_or_always_fire(monkeypatch, bias, threshold):
-    monkeypatch.setattr(fit, "STEPS", 30)
-    arrays, facts = fit_it(make_inputs(), make_layer(bias=bias), threshold=threshold)
+def test_neurons_that_never_or_always_fire(bias, threshold):
+    arrays, facts = fit_it(
+        make_inputs(), make_layer(bias=bias), threshold=threshold, steps=30
+    )
     assert all(mx.isfinite(a).all().item() for a in arrays.values())
     assert facts.active_share == (1 if bias > 0 else 0)
     assert facts.recall > 0.93
@@ -181,9 +176,10 @@ def test_neurons_that_never_or_always_fire(monkeypatch, bias, threshold):
     assert 0 <= facts.threshold <= 1
 
 
-def test_inputs_that_are_all_zero(monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 5)
-    arrays, facts = fit_it(np.zeros((10 * LENGTH, D), np.float32), make_layer())
+def test_inputs_that_are_all_zero():
+    arrays, facts = fit_it(
+        np.zeros((10 * LENGTH, D), np.float32), make_layer(), steps=5
+    )
     assert all(mx.isfinite(a).all().item() for a in arrays.values())
     assert facts.active_share == 0
 

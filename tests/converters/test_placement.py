@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flash.converters import placement
-from mlx_flash.converters.placement import order_by_coactivation
+from mlx_flash.converters.calibrate.placement import order_by_coactivation
 
 
-def place(fired):
-    return order_by_coactivation(np.packbits(fired, axis=1), fired.shape[1])
+def place(fired, **sizes):
+    bits = np.packbits(fired, axis=1)
+    return order_by_coactivation(bits, fired.shape[1], **sizes)
 
 
 def reads(fired, order):
@@ -29,21 +29,15 @@ def activity(draw):
 
 @given(activity(), st.integers(2, 5), st.integers(1, 5))
 def test_every_neuron_has_one_place(fired, neurons, tokens):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "BLOCK_NEURONS", neurons)
-        patch.setattr(placement, "BLOCK_TOKENS", tokens)
-        patch.setattr(placement, "PARTNERS", neurons)
-        order = place(fired)
+    sizes = {"partners": neurons, "block_neurons": neurons, "block_tokens": tokens}
+    order = place(fired, **sizes)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(fired.shape[1]))
 
 
 @given(activity())
 def test_blocks_do_not_matter(fired):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "BLOCK_NEURONS", 3)
-        patch.setattr(placement, "BLOCK_TOKENS", 2)
-        blocked = place(fired)
+    blocked = place(fired, block_neurons=3, block_tokens=2)
     assert blocked.tolist() == place(fired).tolist()
 
 
@@ -79,10 +73,8 @@ def test_the_heaviest_links_win():
 
 def test_more_rounds_when_partners_run_out():
     """With one partner kept each, two chains still meet in a later round."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "PARTNERS", 1)
-        fired, group = grouped()
-        along = group[place(fired)]
+    fired, group = grouped()
+    along = group[place(fired, partners=1)]
     assert (np.diff(along) != 0).sum() == 15
 
 

@@ -12,8 +12,8 @@ from mlx_lm.utils import load_model as mlx_load_model
 from stock_checkpoints import COMMON, save, stream
 
 import mlx_flash
+from mlx_flash.converters import conversion
 from mlx_flash.converters import convert as converting
-from mlx_flash.converters import experts, fit
 from mlx_flash.errors import FlashError
 from mlx_flash.layers.projections import neuron_rows
 from mlx_flash.models.registry import get_model_classes
@@ -122,8 +122,7 @@ def test_half_precision(tmp_path, dtype, bits):
 
 @pytest.mark.parametrize("name", ["prosparse", "bamboo", "nanochat"])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits, monkeypatch):
-    monkeypatch.setattr(fit, "STEPS", 60)
+def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits):
     checkpoint = write_checkpoint(tmp_path / "model", KINDS[name])
     flash = mlx_flash.convert(
         checkpoint,
@@ -132,6 +131,7 @@ def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits, monkey
         rank=64,  # as wide as the model: the gate's choice can be met exactly
         bits=bits,
         calibration_tokens=1024,
+        fit_steps=60,
         progress=False,
     )
     facts = read_manifest(flash).layers[0].predictor
@@ -150,11 +150,12 @@ def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits, monkey
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("name", ["relu2 llama, biases", "nemotron"])
-def test_an_order_by_use_is_the_same_model(tmp_path, name, bits, monkeypatch):
+def test_an_order_by_use_is_the_same_model(tmp_path, name, bits):
     """Rows, columns, biases and the predictor's outputs are moved together."""
-    monkeypatch.setattr(fit, "STEPS", 30)
     checkpoint = write_checkpoint(tmp_path / "model", KINDS[name])
-    options = dict(unit="neuron", rank=64, calibration_tokens=512, bits=bits)
+    options = dict(
+        unit="neuron", rank=64, calibration_tokens=512, fit_steps=30, bits=bits
+    )
     placed, plain = (
         mlx_flash.convert(
             checkpoint, tmp_path / order, order=order, progress=False, **options
@@ -203,7 +204,7 @@ def test_too_few_zeros_become_blocks_and_an_interruption_stays_with_that(
 ):
     checkpoint = write_checkpoint(tmp_path / "model", KINDS["relu llama"])
     options = {"rank": 8, "calibration_tokens": 256}
-    real, done = experts.write_bundles, []
+    real, done = conversion.write_bundles, []
 
     def once(path, *args):
         if done:
@@ -212,7 +213,7 @@ def test_too_few_zeros_become_blocks_and_an_interruption_stays_with_that(
         return real(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "write_bundles", once)
+        patch.setattr(conversion, "write_bundles", once)
         with pytest.raises(KeyboardInterrupt):
             mlx_flash.convert(checkpoint, tmp_path / "flash", **options)
     said = capsys.readouterr().err

@@ -45,11 +45,24 @@ def checkpoint_of(kind, folder):
         "qwen3_moe": (moe.QWEN3, None),
         "qwen3_moe 4 bits": (moe.QWEN3, PACKED),
         "nemotron_h": (moe.NEMOTRON, None),
+        # FFNs that give zeros, in some of the layers: these become blocks
+        "dense nemotron_h": (
+            moe.NEMOTRON | {"hybrid_override_pattern": ["M", "-", "*", "-"]},
+            None,
+        ),
     }[kind]
     return moe.write_checkpoint(folder, config, packing)
 
 
-KINDS = ["opt", "llama", "llama 4 bits", "qwen3_moe", "qwen3_moe 4 bits", "nemotron_h"]
+KINDS = [
+    "opt",
+    "llama",
+    "llama 4 bits",
+    "qwen3_moe",
+    "qwen3_moe 4 bits",
+    "nemotron_h",
+    "dense nemotron_h",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,14 +141,11 @@ def test_a_range_spans_chance_and_locality(tmp_path):
     assert "100% of the units found in memory, as given" in known.assumed
 
 
-def test_predictors_of_a_checkpoint_are_those_convert_makes(tmp_path, monkeypatch):
-    from mlx_flash.converters import fit
-
-    monkeypatch.setattr(fit, "STEPS", 2)
+def test_predictors_of_a_checkpoint_are_those_convert_makes(tmp_path):
     src = make_checkpoint(tmp_path / "model", ffn_dim=512, max_position_embeddings=64)
     text = tmp_path / "text"
     text.write_text("Once upon a time there was a table of bytes. " * 40)
-    options = dict(calibration=text, calibration_tokens=320, unit="neuron")
+    options = dict(calibration=text, calibration_tokens=320, unit="neuron", fit_steps=2)
     flash = convert(src, tmp_path / "flash", progress=False, **options)
     planned, real = outline(src).manifest, outline(flash).manifest
     assert planned.predictor_bytes == real.predictor_bytes > 0

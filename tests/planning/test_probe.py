@@ -101,7 +101,8 @@ def test_reads_that_are_not_direct_are_not_cold(quick, monkeypatch):
     monkeypatch.setattr(machine, "is_virtual", lambda: False)
     real = direct_io.open_uncached
     monkeypatch.setattr(
-        "mlx_flash.storage.reader.open_uncached", lambda path, direct: real(path, False)
+        "mlx_flash.storage.source.open_uncached",
+        lambda path, direct: real(path, False),
     )
     profile = probe.probe()
     assert profile.cold is False and "no direct I/O" in profile.notes[0]

@@ -5,8 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 import mlx_flash
-from mlx_flash import cli
-from mlx_flash.cli.common import DEMO_MODEL
+from mlx_flash import DEMO_MODEL, cli
 from mlx_flash.errors import FlashError
 from mlx_flash.memory.divide import divide
 from mlx_flash.memory.policies import Lru

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_flash
-from mlx_flash import cli
+from mlx_flash import DEMO_MODEL, cli
 from mlx_flash import loading as loader
-from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import stream_generate
 from mlx_flash.memory.policies import Lrfu, Lru, Window
@@ -243,3 +242,12 @@ def test_commands(tmp_path):
     assert again.exit_code == 0 and read_trace(path).warm[0] > 0
     both = run(cli.main, ["trace", "A", "--text", str(text), "-o", str(path)])
     assert both.exit_code == 2 and "either" in both.stderr
+
+
+def test_a_text_without_words_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("")
+    command = ["trace", "--text", str(text), "-o", str(tmp_path / "a.npz")]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: The text is empty. Give some to read.\n"

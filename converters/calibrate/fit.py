@@ -12,36 +12,43 @@ Shapes: T tokens, D model width, N neurons, r rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 
-from ..layers.dense import hidden_values
-from ..layers.predictor import Predictor, possible_bits
-from ..layers.projections import projections
-from ..storage.manifest import PredictorFacts
+from ...layers.dense import hidden_values
+from ...layers.predictor import Predictor, possible_bits
+from ...layers.projections import neuron_rows
+from ...storage.manifest import PredictorFacts
+from ..arrays import parameters
 
 BATCH = 256
-STEPS = 400  # at least; two passes where there is more text
 RATE = 0.01  # Adam's step, relative to the size of what it trains
 START_TOKENS = 4096  # enough for the principal directions
+
+Weights = dict[str, mx.array]
+Outcome = tuple[mx.array, mx.array]  # hidden values and predicted scores, [T, N]
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How predictors are fitted.
+    """How a predictor is fitted.
 
-    `rank` None takes `default_rank`; `threshold` None finds the one that gives
-    `recall` of the active neurons, a number fixes the probability as the paper does.
+    Attributes:
+        rank: r.
+        threshold: A probability, as in the paper; None finds the one that gives
+            `recall` of the active neurons.
+        steps: At least; two passes are made where there is more text.
     """
 
-    rank: int | None = None
+    rank: int
     threshold: float | None = None
     recall: float = 0.95
+    steps: int = 400
 
 
 def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
@@ -61,33 +68,28 @@ def fit_predictor(
     inputs: np.ndarray,
     ffn: nn.Module,
     dtype: mx.Dtype,
-    rank: int,
     options: FitOptions,
     length: int,
     seed: int = 0,
-) -> tuple[dict[str, mx.array], PredictorFacts]:
+) -> tuple[Weights, PredictorFacts]:
     """Fit and measure one layer's predictor.
 
     Args:
         inputs: What the FFN was given, [T, D] float32, sequences of `length` tokens.
         ffn: The FFN with its weights in float32.
         dtype: Of the predictor's arrays.
-        rank: r.
 
     Returns:
         Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in `dtype` or
         quantised from it), and what it does on held-out tokens.
     """
+    rank = options.rank
     train, choose, test = split(len(inputs), length)
-    gate = ffn[projections(ffn)[0][0]]
-    up, up_bias = gate.weight, gate.get("bias", mx.zeros(len(gate.weight)))
-
-    def hidden(x: np.ndarray) -> mx.array:
-        return hidden_values(ffn, mx.array(x))
-
-    active = _active(inputs[train], hidden)
+    deciding = ffn[next(iter(neuron_rows(ffn)))]
+    up, up_bias = deciding.weight, deciding.get("bias", mx.zeros(len(deciding.weight)))
+    active = _active(inputs[train], ffn)
     weights = _start(inputs[train], up, up_bias, rank, seed)
-    weights = _train(weights, inputs[train], active, len(up), seed)
+    weights = _train(weights, inputs[train], active, options.steps, seed)
 
     predictor = Predictor(up.shape[1], len(up), rank)
     stored = {k: w.astype(dtype) for k, w in weights.items()}
@@ -96,17 +98,18 @@ def fit_predictor(
     if bits:
         predictor.quantize(bits)
 
-    def scores(x: np.ndarray) -> mx.array:
-        return predictor.scores(mx.array(x))
+    def outcomes(rows: slice) -> Iterator[Outcome]:
+        for x in _batches(inputs[rows]):
+            yield hidden_values(ffn, x), predictor.scores(x)
 
     # Threshold and measurement are those of the weights as they are stored.
     if options.threshold is None:
-        cut = _cut_for_recall(inputs[choose], hidden, scores, options.recall)
+        cut = _cut_for_recall(outcomes(choose), options.recall)
     else:
         cut = math.log(options.threshold / (1 - options.threshold))
     predictor.bias = (weights["bias"] - cut).astype(dtype)
-    facts = _measure(inputs[test], hidden, scores, rank, bits, _sigmoid(cut))
-    arrays = dict(tree_flatten(predictor.parameters()))
+    facts = _measure(outcomes(test), rank, bits, _sigmoid(cut))
+    arrays = parameters(predictor)
     mx.eval(arrays)
     return arrays, facts
 
@@ -115,19 +118,20 @@ def _sigmoid(score: float) -> float:
     return 0.5 + 0.5 * math.tanh(score / 2)  # does not overflow
 
 
-def _scores(weights: dict[str, mx.array], x: mx.array) -> mx.array:
+def _scores(weights: Weights, x: mx.array) -> mx.array:
     low = x @ weights["reduce.weight"].T
     return low @ weights["expand.weight"].T + weights["bias"]
 
 
-def _active(inputs: np.ndarray, hidden) -> np.ndarray:
+def _active(inputs: np.ndarray, ffn: nn.Module) -> np.ndarray:
     """Which neurons are active, [T, N/8] packed bits."""
-    return np.concatenate(
-        [np.packbits(np.array(hidden(x) != 0), axis=1) for x in _batches(inputs)]
-    )
+    hidden = (hidden_values(ffn, x) for x in _batches(inputs))
+    return np.concatenate([np.packbits(np.array(h != 0), axis=1) for h in hidden])
 
 
-def _start(inputs, up: mx.array, up_bias: mx.array, rank: int, seed: int) -> dict:
+def _start(
+    inputs: np.ndarray, up: mx.array, up_bias: mx.array, rank: int, seed: int
+) -> Weights:
     """The low-rank stand-in described above, by subspace iteration."""
     step = max(len(inputs) // START_TOKENS, 1)
     x = mx.array(inputs[::step])
@@ -159,15 +163,18 @@ def _start(inputs, up: mx.array, up_bias: mx.array, rank: int, seed: int) -> dic
     }
 
 
-def _train(weights: dict, inputs, active, units: int, seed: int) -> dict:
+def _train(
+    weights: Weights, inputs: np.ndarray, active: np.ndarray, steps: int, seed: int
+) -> Weights:
+    units = len(weights["bias"])
     share = np.unpackbits(active, axis=1, count=units).mean()
     share = min(max(share, 1e-4), 1 - 1e-4)
     size = {k: mx.sqrt(mx.mean(mx.square(w))).item() or 1.0 for k, w in weights.items()}
     size["bias"] = 3.0
-    steps = max(STEPS, 2 * len(inputs) // BATCH)
+    steps = max(steps, 2 * len(inputs) // BATCH)
     optimizer = optim.Adam(learning_rate=optim.cosine_decay(RATE, steps))
 
-    def loss(scaled: dict, x: mx.array, target: mx.array) -> mx.array:
+    def loss(scaled: Weights, x: mx.array, target: mx.array) -> mx.array:
         scores = _scores({k: w * size[k] for k, w in scaled.items()}, x)
         weight = mx.where(target, 0.5 / share, 0.5 / (1 - share))
         return nn.losses.binary_cross_entropy(scores, target, weight)
@@ -185,24 +192,25 @@ def _train(weights: dict, inputs, active, units: int, seed: int) -> dict:
     return {k: w * size[k] for k, w in scaled.items()}
 
 
-def _cut_for_recall(inputs, hidden, scores, recall: float) -> float:
+def _cut_for_recall(outcomes: Iterable[Outcome], recall: float) -> float:
     """The score that `recall` of the active neurons exceed."""
-    found = [np.array(scores(x))[np.array(hidden(x) != 0)] for x in _batches(inputs)]
-    found = np.concatenate(found)
+    found = np.concatenate(
+        [np.array(scores)[np.array(h != 0)] for h, scores in outcomes]
+    )
     return float(np.quantile(found, 1 - recall)) if len(found) else 0.0
 
 
 def _measure(
-    inputs, hidden, scores, rank: int, bits: int, threshold: float
+    outcomes: Iterable[Outcome], rank: int, bits: int, threshold: float
 ) -> PredictorFacts:
     active = predicted = both = mass = kept = cells = 0.0
-    for x in _batches(inputs):
-        h, guess = hidden(x), scores(x) > 0
-        active += (h != 0).sum().item()
-        predicted += guess.sum().item()
-        both += ((h != 0) & guess).sum().item()
-        mass += mx.abs(h).sum().item()
-        kept += mx.abs(h * guess).sum().item()
+    for h, scores in outcomes:
+        guess = scores > 0
+        active += float((h != 0).sum())
+        predicted += float(guess.sum())
+        both += float(((h != 0) & guess).sum())
+        mass += float(mx.abs(h).sum())
+        kept += float(mx.abs(h * guess).sum())
         cells += h.size
     return PredictorFacts(
         rank=rank,
@@ -216,6 +224,6 @@ def _measure(
     )
 
 
-def _batches(inputs: np.ndarray):
+def _batches(inputs: np.ndarray) -> Iterator[mx.array]:
     for start in range(0, len(inputs), BATCH):
-        yield inputs[start : start + BATCH]
+        yield mx.array(inputs[start : start + BATCH])

@@ -1,28 +1,22 @@
-"""Text for calibration, and what every FFN sees when the model reads it.
-
-The model runs through all of the text one layer at a time: what is kept between
-layers are the hidden states, [sequences, length, D], and nothing of the weights.
-"""
+"""Tokens for calibration: from a text file, or sampled from the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import KVCache
 
-from ..errors import FlashError
-from ..loading import load_tokenizer
+from ...errors import FlashError
+from ...loading import load_tokenizer
+from ..arrays import release
+from ..source import Source
 from .layerwise import LayerwiseModel
-from .source import Source, finite
 
 SEQUENCE_TOKENS = 128
 SAMPLED_CACHE_BYTES = 256_000_000  # KV cache of the text sampled from the model
-BATCH_TOKENS = 1024
 
 
 def text_tokens(source: Source, file: Path, count: int) -> np.ndarray:
@@ -79,11 +73,16 @@ def _pieces(file: Path, nbytes: int) -> list[str]:
     return [piece.decode("utf-8", errors="replace") for piece in pieces]
 
 
-def sample_tokens(model: LayerwiseModel, count: int, progress) -> np.ndarray:
+def sample_tokens(
+    model: LayerwiseModel, count: int, bars: Callable[..., Iterable]
+) -> np.ndarray:
     """About `count` tokens of text sampled from the model itself, [n, length].
 
     Every layer is loaded once per position, for all sequences together; so many run
     side by side as their KV cache has room.
+
+    Args:
+        bars: Makes a progress bar, as `Job.bars`.
     """
     config, source = model.source.config, model.source
     length = min(_sequence_tokens(source), 64)
@@ -99,7 +98,7 @@ def sample_tokens(model: LayerwiseModel, count: int, progress) -> np.ndarray:
     tokens = mx.full((n, 1), 0 if first is None else first, mx.int32)
     rows = [np.array(tokens)]
     model.load_outer()
-    for _ in progress(range(length - 1), desc="sampling text", unit="token"):
+    for _ in bars(range(length - 1), "sampling text", unit="token"):
         h, args, kwargs = model.embed(tokens, caches[:1])
         for i, cache in enumerate(caches):
             layer = model.load_layer(i)
@@ -107,67 +106,15 @@ def sample_tokens(model: LayerwiseModel, count: int, progress) -> np.ndarray:
             named = {k: cache if a is caches[0] else a for k, a in kwargs.items()}
             h = layer(h, *own, **named)
             mx.eval(h, cache.state)
-            model.release(layer)
+            release(layer)
         key, now = mx.random.split(key)
         logits = model.logits(h, tokens)[:, -1]
         tokens = mx.random.categorical(logits, key=now)[:, None].astype(mx.int32)
         rows.append(np.array(tokens))
-    model.release()
+    release(model.model)
     return np.concatenate(rows, axis=1)
 
 
 def _sequence_tokens(source: Source) -> int:
     positions = source.config.get("max_position_embeddings") or SEQUENCE_TOKENS
     return min(SEQUENCE_TOKENS, positions)
-
-
-def embed_all(model: LayerwiseModel, tokens: np.ndarray) -> np.ndarray:
-    """Hidden states [n, length, D] that the first layer gets, float32."""
-    model.load_outer()
-    states = [np.array(model.embed(t)[0].astype(mx.float32)) for t in _batches(tokens)]
-    model.release()
-    return np.concatenate(states)
-
-
-class _Recorder(nn.Module):
-    """Stands in for an FFN and keeps what it was given."""
-
-    def __init__(self, ffn: nn.Module):
-        super().__init__()
-        self.ffn = ffn
-        self.inputs: list[np.ndarray] = []
-
-    def __call__(self, x):
-        self.inputs.append(np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32)))
-        return self.ffn(x)
-
-
-def run_layer(
-    model: LayerwiseModel, index: int, ffn: str, hidden: np.ndarray, tokens: np.ndarray
-) -> np.ndarray:
-    """Take `hidden` [n, length, D] through layer `index`, in place.
-
-    Returns:
-        What its FFN was given, float32 [n·length, D], in the order of the tokens.
-    """
-    layer = model.load_layer(index)
-    recorder = _Recorder(dict(layer.named_modules())[ffn])
-    layer.update_modules(tree_unflatten([(ffn, recorder)]))
-    done = 0
-    for batch in _batches(tokens):
-        n = batch.shape[0]
-        # The mask and all else that goes with the tokens; embeddings do not matter.
-        _, args, kwargs = model.embed(batch)
-        h = mx.array(hidden[done : done + n]).astype(model.dtype)
-        h = finite(f"the output of layer {index}", layer(h, *args, **kwargs))
-        hidden[done : done + n] = np.array(h.astype(mx.float32))
-        done += n
-    layer.update_modules(tree_unflatten([(ffn, recorder.ffn)]))
-    model.release(layer)
-    return np.concatenate(recorder.inputs)
-
-
-def _batches(tokens: np.ndarray) -> Iterator[mx.array]:
-    step = max(BATCH_TOKENS // tokens.shape[1], 1)
-    for start in range(0, len(tokens), step):
-        yield mx.array(tokens[start : start + step])

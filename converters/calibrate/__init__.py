@@ -1,0 +1,1 @@
+"""Predictors and an order for neurons, from what a model does with text."""

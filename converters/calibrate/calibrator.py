@@ -1,0 +1,177 @@
+"""Take calibration text through a model, and fit a predictor to every layer's FFN.
+
+All that an interrupted conversion needs to go on lies in its work folder: the tokens,
+the hidden states that the next layer gets, each finished layer's predictor and order.
+Shapes: D model width, N neurons.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...layers.dense import hidden_values
+from ...layers.predictor import Predictor, default_rank
+from ...layers.projections import neuron_rows, pack
+from ...storage.manifest import Calibration, PredictorFacts
+from ..arrays import load_arrays, release
+from ..conversion import Job
+from ..resident import write_weights
+from . import text
+from .fit import FitOptions, fit_predictor, split
+from .layerwise import LayerwiseModel
+from .placement import order_by_coactivation
+
+MEASURED_TOKENS = 1024
+ORDER_TOKENS = 4096  # of the calibration text, to see which neurons go together
+
+
+class Calibrator:
+    """One conversion's calibration, layer by layer.
+
+    Args:
+        job: The conversion.
+        model: Its checkpoint, run one layer at a time.
+        paths: Of the FFNs, one a layer.
+        dtype: Of the predictors, and of the FFNs on flash.
+    """
+
+    hidden: np.ndarray  # what the next layer gets; `resume` sets it
+
+    def __init__(
+        self, job: Job, model: LayerwiseModel, paths: list[str], dtype: mx.Dtype
+    ):
+        self.work = job.work
+        self.options = job.options
+        self.bars = job.bars
+        self.model = model
+        self.paths = paths
+        self.dtype = dtype
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The text, int32 [sequences, length]; a resumed run reads the same."""
+        name = "tokens.npy"
+        if not self.work.path(name).exists():
+            count = self.options.calibration_tokens
+            file = self.options.calibration
+            if file:
+                path = Path(file).expanduser()
+                tokens = text.text_tokens(self.model.source, path, count)
+            else:
+                tokens = text.sample_tokens(self.model, count, self.bars)
+            self.work.save_array(name, tokens)
+        return np.load(self.work.path(name))
+
+    def active_share(self) -> float:
+        """The share of hidden values that are not zero, on some of the text."""
+        tokens = self.tokens[: max(MEASURED_TOKENS // self.tokens.shape[1], 1)]
+        hidden = self.model.embed_text(tokens)
+        shares = []
+        for index in self.bars(range(len(self.paths)), "measuring", unit="layer"):
+            path = self.paths[index]
+            inputs = mx.array(self.model.run_text(index, path, hidden, tokens))
+            ffn = self.model.load_module(path)
+            h = hidden_values(ffn, inputs.astype(self.model.dtype))
+            shares.append(float(mx.mean(h != 0)))
+            release(ffn)
+        return sum(shares) / len(shares)
+
+    def resume(self, done: int) -> None:
+        """Bring the states that layer `done` gets."""
+        if done:
+            self.hidden = np.load(self.work.path(_hidden_name(done)))
+        else:
+            self.hidden = self.model.embed_text(self.tokens)
+
+    def fit(self, index: int) -> PredictorFacts:
+        """Take the text through a layer; store its predictor and its neurons' order."""
+        path = self.paths[index]
+        asked = self.options
+        length = self.tokens.shape[1]
+        inputs = self.model.run_text(index, path, self.hidden, self.tokens)
+        ffn = self.model.load_module(path, self.dtype)
+        self._as_stored(ffn)
+        rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
+        options = FitOptions(rank, asked.threshold, asked.recall, asked.fit_steps)
+        arrays, facts = fit_predictor(inputs, ffn, self.dtype, options, length, index)
+        release(ffn)
+        if asked.order == "coactivation":
+            order = _order_by_use(arrays, facts, inputs)
+            self.work.save_array(_order_name(index), order)
+            for name, array in arrays.items():
+                if not name.startswith("reduce."):  # the others have a row a neuron
+                    arrays[name] = array[mx.array(order)]
+        named = {f"{path}.predictor.{k}": w for k, w in arrays.items()}
+        write_weights(self._predictor_path(index), named)
+        self.work.save_array(_hidden_name(index + 1), self.hidden)
+        return facts
+
+    def order(self, index: int) -> mx.array | None:
+        """Place i on flash is for neuron `order[i]`; None: as in the checkpoint."""
+        path = self.work.path(_order_name(index))
+        return mx.array(np.load(path)) if path.exists() else None
+
+    def finish(self, index: int) -> None:
+        """Drop what only a layer that is done by now needed."""
+        self.work.path(_hidden_name(index)).unlink(missing_ok=True)
+
+    def predictors(self) -> dict[str, mx.array]:
+        """The arrays of all layers' predictors, lazily, by their paths in the model."""
+        arrays: dict[str, mx.array] = {}
+        for index in range(len(self.paths)):
+            arrays |= load_arrays(self._predictor_path(index))
+        return arrays
+
+    def facts(self) -> Calibration:
+        file, tokens = self.options.calibration, self.tokens
+        held_out = split(tokens.size, tokens.shape[1])[2]
+        return Calibration(
+            text=Path(file).name if file else "sampled",
+            tokens=tokens.size,
+            held_out_tokens=held_out.stop - held_out.start,
+        )
+
+    def _as_stored(self, ffn: nn.Module) -> None:
+        """Give an FFN the values its bundles have, in float32."""
+        packing = self.options.packing
+        for name, rows in neuron_rows(ffn).items():
+            if packing:
+                packed = pack(rows, packing)
+                weight, scales = packed["weight"], packed["scales"]
+                rows = mx.dequantize(weight, scales, packed.get("biases"), **packing)
+            if rows.shape != ffn[name].weight.shape:
+                rows = rows.T
+            ffn[name].weight = rows
+        ffn.set_dtype(mx.float32)
+
+    def _predictor_path(self, index: int) -> Path:
+        return self.work.path(f"predictor_{index:02d}.safetensors")
+
+
+def _order_by_use(
+    arrays: dict[str, mx.array], facts: PredictorFacts, inputs: np.ndarray
+) -> np.ndarray:
+    """Neurons in an order in which those lie together that are predicted together."""
+    units, dims = len(arrays["bias"]), inputs.shape[1]
+    predictor = Predictor(dims, units, facts.rank, facts.bits)
+    predictor.load_weights(list(arrays.items()))
+    step = max(len(inputs) // ORDER_TOKENS, 1)
+    bits = [
+        np.packbits(np.array(predictor(mx.array(x))), axis=1)
+        for x in np.array_split(inputs[::step], max(ORDER_TOKENS // 256, 1))
+        if len(x)
+    ]
+    return order_by_coactivation(np.concatenate(bits), units)
+
+
+def _order_name(index: int) -> str:
+    return f"order_{index:02d}.npy"
+
+
+def _hidden_name(index: int) -> str:
+    return f"hidden_{index:02d}.npy"

@@ -1,0 +1,180 @@
+"""From a checkpoint to a flash folder: one loop for neurons, experts and blocks.
+
+What differs between them is a `Cutter`, which gives a layer as the parts of its units,
+one layer at a time, and in the end all that is in no bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm  # type: ignore[import-untyped]  # it comes without types
+
+from ..errors import FlashError
+from ..layers.kinds import UnitKind
+from ..storage.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PREDICTORS,
+    RESIDENT,
+    Calibration,
+    Layer,
+    Manifest,
+    PredictorFacts,
+    check_manifest,
+)
+from .bundles import write_bundles
+from .options import ConvertOptions
+from .resident import copy_config, packing_config, write_weights
+from .source import Source
+from .workfolder import WorkFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is converted, where, and how."""
+
+    source: Source
+    work: WorkFolder
+    options: ConvertOptions
+
+    def bars(self, items: Iterable, text: str, **options) -> Iterable:
+        """Go through `items` with a progress bar; `options` are those of tqdm."""
+        return tqdm(items, text, disable=not self.options.progress, **options)
+
+    def say(self, text: str) -> None:
+        """Tell of a decision."""
+        if self.options.progress:
+            print(text, file=sys.stderr)
+
+    def check_disk(self, nbytes: float, layers: int) -> None:
+        """Refuse a flash folder of `nbytes` if what is missing of it does not fit."""
+        work = self.work
+        need = nbytes * (1 - len(work.layers) / layers)
+        if not work.layers:
+            need += self.source.copied_bytes()
+        free = shutil.disk_usage(work.folder).free
+        if free < need:
+            raise FlashError(
+                f"The conversion needs about {need / 1e9:.2f} GB, {work.dst.parent} "
+                f"has {free / 1e9:.2f} GB free. Free some space or choose another "
+                "folder."
+            )
+
+
+@dataclass(frozen=True)
+class CutLayer:
+    """One layer for flash: `parts` are those of all units, [units, …] each."""
+
+    parts: dict[str, mx.array]
+    order: str = "checkpoint"
+    predictor: PredictorFacts | None = None
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is in no bundle.
+
+    Attributes:
+        arrays: All weights that stay in memory.
+        packed: How quantised modules are packed, by their paths.
+        predictors: The arrays of all predictors, {} without any.
+        calibration: The text that they were fitted to.
+    """
+
+    arrays: dict[str, mx.array]
+    packed: dict[str, dict]
+    predictors: dict[str, mx.array] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+
+class Cutter:
+    """Cuts one checkpoint's FFNs into units of one kind.
+
+    Attributes:
+        kind: Of the units.
+        activation, dtype: What the manifest says of them.
+        modules: The FFNs by path, in the order of the layers.
+    """
+
+    kind: UnitKind
+    activation: str
+    dtype: str
+    modules: dict[str, nn.Module]
+
+    def resume(self, done: int) -> None:
+        """Get ready for the first layer, or the next after `done` finished ones."""
+
+    def cut(self, index: int) -> CutLayer:
+        raise NotImplementedError
+
+    def finish(self, index: int) -> None:
+        """Let go of a layer that is on flash, and noted."""
+
+    def rest(self) -> Rest:
+        """All else; called when all layers are done."""
+        raise NotImplementedError
+
+
+def write_folder(job: Job, cutter: Cutter) -> None:
+    """Write every layer that is missing, then all else, and the manifest last.
+
+    Raises:
+        FlashError: If the checkpoint changed since the conversion began, holds no
+            numbers, or the disk is full or fails.
+    """
+    work = job.work
+    done, total = len(work.layers), len(cutter.modules)
+    cutter.resume(done)
+    for index in job.bars(
+        range(done, total), "converting", initial=done, total=total, unit="layer"
+    ):
+        work.layers.append(_write_layer(work, cutter, index))
+        work.note()
+        cutter.finish(index)
+    if job.source.fingerprint() != work.facts["source"]:
+        raise work.source_changed()
+    _write_rest(job, cutter)
+
+
+def _write_layer(work: WorkFolder, cutter: Cutter, index: int) -> Layer:
+    # A function of its own, so that nothing holds the parts while the next are made.
+    layer = cutter.cut(index)
+    path = work.folder / f"ffn/layer_{index:02d}.safetensors"
+    entry = write_bundles(path, list(cutter.modules)[index], layer.parts)
+    return dataclasses.replace(entry, order=layer.order, predictor=layer.predictor)
+
+
+def _write_rest(job: Job, cutter: Cutter) -> None:
+    source, folder = job.source, job.work.folder
+    rest = cutter.rest()
+    held = write_weights(folder / RESIDENT, rest.arrays)
+    predictors = None
+    if rest.predictors:
+        predictors = write_weights(folder / PREDICTORS, rest.predictors)
+    config = {"dtype": cutter.dtype} | packing_config(rest.packed)
+    copy_config(source, folder, config)
+    local = Path(source.name)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        # A path would say more about this machine than about the model.
+        source=local.resolve().name if local.exists() else source.name,
+        revision=source.revision,
+        model_type=source.config["model_type"],
+        unit=cutter.kind.name,
+        activation=cutter.activation,
+        dtype=cutter.dtype,
+        resident=held,
+        predictors=predictors,
+        calibration=rest.calibration,
+        layers=tuple(job.work.layers),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+    check_manifest(manifest, folder)

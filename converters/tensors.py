@@ -1,0 +1,118 @@
+"""Cut a checkpoint as mlx-lm loads it: a bundle per expert, or per block of neurons.
+
+mlx-lm loads, renames and stacks; the FFNs are found by their type or by what they do,
+whatever the model. An expert's bundle is all arrays of its projections: weights,
+scales, biases. A block's is a run of neurons, whose quantised weights keep their
+packing bit for bit. Everything else stays resident.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..checkpoints.stock import Stock, load_stock
+from ..errors import FlashError
+from ..layers.kinds import UnitKind
+from .arrays import finite, parameters, release
+from .conversion import CutLayer, Cutter, Job, Rest
+from .resident import packing_of, quantize_modules
+from .source import Source
+
+PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
+
+
+class TensorCutter(Cutter):
+    """Cuts the stacked tensors of experts, or whole dense FFNs.
+
+    Args:
+        job: Unquantised weights are cast to its `dtype`; without one, each stays as
+            it is.
+        kind: EXPERT or BLOCK.
+
+    Raises:
+        FlashError: If mlx-lm cannot load the checkpoint, its FFNs cannot be quantised
+            as asked, or the disk has too little room.
+    """
+
+    def __init__(self, job: Job, kind: UnitKind):
+        self.kind = kind
+        self.activation = kind.activation
+        stock = _load(job.source)
+        self._model = stock.model
+        self.dtype = job.options.dtype or stock.dtype()
+        self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
+        stock.raw.clear()  # it would keep all that is ever evaluated
+        self.modules = kind.find(self._model)
+        if job.options.packing:
+            _quantize(self.modules, job.options.packing, job.source.name)
+        if job.options.resident_packing:
+            quantize_modules(self._model, self.modules, job.options.resident_packing)
+        nbytes = sum(array.nbytes for array in parameters(self._model).values())
+        job.check_disk(nbytes, len(self.modules))
+
+    def resume(self, done: int) -> None:
+        for index in range(done):
+            self.finish(index)
+
+    def cut(self, index: int) -> CutLayer:
+        path, module = list(self.modules.items())[index]
+        parts = {}
+        for name, array in self.kind.split(module).items():
+            parts[name] = self._cast(name, array)
+            if mx.issubdtype(array.dtype, mx.floating):
+                finite(f"{path}.{name}", parts[name])
+        return CutLayer(parts)
+
+    def finish(self, index: int) -> None:
+        module = list(self.modules.values())[index]
+        release(module, self.kind.arrays(module))
+
+    def rest(self) -> Rest:
+        bundled = {
+            f"{path}.{name}"
+            for path, module in self.modules.items()
+            for name in self.kind.arrays(module)
+        }
+        kept = {
+            name: self._cast(name, array)
+            for name, array in parameters(self._model).items()
+            if name not in bundled
+        }
+        packed = packing_of(self._model)
+        release(self._model)  # it would hold what is evaluated for writing
+        return Rest(kept, packed)
+
+    def _cast(self, name: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        if self._cast_to is None or not floating or name.endswith(PACKING):
+            return array
+        return array.astype(self._cast_to)
+
+
+def _load(source: Source) -> Stock:
+    if source.copied_bytes():
+        raise FlashError(
+            f"{source.name} has .bin files, which mlx-lm does not read. Convert them "
+            "to safetensors first."
+        )
+    return load_stock(source.folder)
+
+
+def _quantize(modules: dict[str, nn.Module], packing: dict, name: str) -> None:
+    """Quantise the projections of every FFN of the checkpoint `name`."""
+    for path, module in modules.items():
+        for key, linear in module.children().items():
+            if hasattr(linear, "bits"):
+                raise FlashError(
+                    f"The FFNs of {name} have {linear.bits} bits already: leave out "
+                    "--bits, or convert the original checkpoint."
+                )
+            if hasattr(linear, "to_quantized"):
+                try:
+                    module[key] = linear.to_quantized(**packing)
+                except ValueError as error:  # rows that are no whole groups, say
+                    raise FlashError(
+                        f"{path}.{key} cannot be quantised: {error} "
+                        "Try --group-size 32."
+                    ) from error
