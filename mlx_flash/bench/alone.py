@@ -18,8 +18,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
-from ..converters import convert as convert_module
-from ..converters import fit
+from ..converters.convert import convert as convert_here
 from ..memory.system import peak_process_bytes
 from .decode import run_model
 from .process import print_result, run_module
@@ -71,18 +70,17 @@ def generate(name: str, folder: Path, memory: str, **options) -> Row:
     return Row.from_json(facts | {"name": name})
 
 
-def convert(source: Path, target: Path, fit_steps: int = 0, **options) -> dict:
+def convert(source: Path, target: Path, **options) -> dict:
     """Convert in a fresh process: its seconds, peak memory and largest layer.
 
     Args:
-        fit_steps: Cuts the fits of predictors short, 0 for as long as they take.
         options: As `mlx_flash.convert` takes them.
 
     Raises:
         FlashError: If it fails.
     """
-    job = {"source": str(source), "target": str(target), "fit_steps": fit_steps}
-    return run_module(__name__, "convert", json.dumps(job | options))
+    job = {"src": str(source), "dst": str(target), **options}
+    return run_module(__name__, "convert", json.dumps(job))
 
 
 def _generate(job: dict) -> dict:
@@ -103,10 +101,8 @@ def _generate(job: dict) -> dict:
 
 
 def _convert(job: dict) -> dict:
-    # Memory does not depend on the number of steps.
-    fit.STEPS = job.pop("fit_steps") or fit.STEPS
     begin = time.perf_counter()
-    target = convert_module.convert(job.pop("source"), job.pop("target"), **job)
+    target = convert_here(**job)
     return {
         "seconds": time.perf_counter() - begin,
         "peak_bytes": peak_process_bytes(),

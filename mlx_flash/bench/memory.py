@@ -44,7 +44,7 @@ class Options:
     dtypes: Sequence[str] = ("float16",)
     calibration_tokens: int = 1024
     rank: int | None = None
-    fit_steps: int = 0
+    fit_steps: int = 400  # memory does not depend on it
     budgets: Sequence[str] = ("least", "30%", "50%", "100%")
     prompt: int = 32
     tokens: int = 32
@@ -91,13 +91,13 @@ def convert(place: Path, shape: Shape, dtype: str, options: Options) -> Row:
         facts = alone.convert(
             checkpoint(place / "checkpoint", shape),
             place / dtype,
-            options.fit_steps,
             dtype=dtype,
             calibration=str(
                 numbers_text(text, 4 * options.calibration_tokens, shape.vocab)
             ),
             calibration_tokens=options.calibration_tokens,
             rank=options.rank,
+            fit_steps=options.fit_steps,
             overwrite=True,
             progress=False,
         )
@@ -131,11 +131,10 @@ def judge(row: Row) -> Row:
 
 def _notes(shape: Shape, options: Options, over: list[int]) -> list[str]:
     between = f"{min(over) / 1e6:+,.0f} to {max(over) / 1e6:+,.0f} MB" if over else "–"
-    cut = f" Fits cut to {options.fit_steps} steps." if options.fit_steps else ""
     return [
         f"Synthetic OPT, {shape.layers} layers, width {shape.dims:,}, {shape.units:,} "
         f"neurons, vocabulary {shape.vocab:,}: {shape.nbytes / 1e9:.2f} GB in "
-        f"{shape.dtype}.{cut}",
+        f"{shape.dtype}; {options.fit_steps} fit steps.",
         f"Generating in {options.dtypes[-1]} after {options.prompt} prompt tokens; "
         "growth is the peak above the baseline, imports alone, and kept if it is "
         f"within {OVERHEAD_BYTES / 1e6:.0f} MB of the budget; kB more per token is its "

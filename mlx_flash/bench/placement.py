@@ -22,7 +22,6 @@ from ..converters.calibrate.placement import order_by_coactivation
 from ..loading import READ_THREADS, load
 from ..memory.fence import Fence
 from ..memory.policies import Lrfu, Lru
-from ..memory.slot_cache import SlotCache
 from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
 from ..storage.limits import PAGE_BYTES
@@ -80,7 +79,7 @@ def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> 
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=".")))
         players = []
-        for name, orders in placements(learned, slots, policy).items():
+        for name, orders in placements(learned).items():
             copies = [
                 permuted_copy(layer, folder, order, place / f"{name}_{i}.safetensors")
                 for i, (layer, order) in enumerate(
@@ -117,29 +116,15 @@ def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> 
     return Report("placement, gap", rows, COLUMNS, [note], facts)
 
 
-def placements(learned: Trace, slots: int, policy: Lru) -> dict[str, list[np.ndarray]]:
-    """Orders of each layer's neurons: as they are, by what fires, by what is read."""
-    orders: dict[str, list[np.ndarray]] = {
+def placements(learned: Trace) -> dict[str, list[np.ndarray]]:
+    """Orders of each layer's neurons: as they are, and by what fires together."""
+    return {
         "checkpoint": [np.arange(units) for units in learned.units],
-        "co-activation": [],
-        "co-reading": [],
+        "co-activation": [
+            order_by_coactivation(bits, units)
+            for bits, units in zip(learned.bits, learned.units, strict=True)
+        ],
     }
-    for i, units in enumerate(progress(learned.units, "placing", "layer")):
-        fired, read = learned.bits[i], missing_bits(learned, i, slots, policy)
-        orders["co-activation"].append(order_by_coactivation(fired, units))
-        orders["co-reading"].append(order_by_coactivation(read, units))
-    return orders
-
-
-def missing_bits(trace: Trace, layer: int, slots: int, policy: Lru) -> np.ndarray:
-    """Like the trace's bits, but of what a cache of so many slots has to read."""
-    units = trace.units[layer]
-    cache = SlotCache(units, slots, policy)
-    read = np.zeros((len(trace.tokens[layer]), units), bool)
-    for row, (asked, tokens, _) in zip(read, trace.steps(layer), strict=True):
-        for wave in cache.waves(asked, tokens):
-            row[wave.missing] = True
-    return np.packbits(read, axis=1)
 
 
 def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> Layer:

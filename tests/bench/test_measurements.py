@@ -96,8 +96,8 @@ def test_placements_read_the_same_neurons(text, tmp_path):
     args = "--tokens", 32, "--place-tokens", 64, "--rounds", 2, "--json", report
     run("placement", text, *args)
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
-    assert len(rows) == 9
-    for name in ("checkpoint", "co-activation", "co-reading"):
+    assert len(rows) == 6
+    for name in ("checkpoint", "co-activation"):
         none, page, four = (rows[f"{name}, {gap} KiB"] for gap in (0, 4, 16))
         assert none["hit_rate"] == page["hit_rate"] == four["hit_rate"]
         assert none["reads_per_token"] > page["reads_per_token"]

@@ -9,15 +9,12 @@ from .options import (
     PATH,
     SHARE,
     TEXT,
-    as_json,
     count,
     folder_option,
-    judge_plot,
     make_shape,
     model_or_opt,
     parse_shape,
-    report_options,
-    show,
+    reported,
 )
 
 VOCABULARY = 2048  # of models whose embeddings do not matter
@@ -45,10 +42,8 @@ VOCABULARY = 2048  # of models whose embeddings do not matter
 )
 @click.option("--fio-seconds", default=4.0, show_default=True, help="0 leaves it out.")
 @folder_option
-@as_json
-def reader(
-    layers, units, dims, folder, as_json, reader, windows, fio_seconds, **options
-):
+@reported(plot=False)
+def reader(layers, units, dims, folder, reader, windows, fio_seconds, **options):
     """Reader and slot cache on OPT-6.7B's bundles, beside fio.
 
     \b
@@ -61,10 +56,9 @@ def reader(
 
     shape = make_shape(layers, dims, units, VOCABULARY, "float16")
     with model_or_opt(None, folder, shape) as path:
-        report = measured.run(
+        return measured.run(
             path, methods.Options(**options), reader, windows, fio_seconds
         )
-    show(report, as_json)
 
 
 @click.command()
@@ -80,8 +74,8 @@ def reader(
 @count("--place-tokens", 8192, "Placed by.")
 @click.option("--policy", type=click.Choice(["lru", "lrfu"]), default="lru")
 @count("--rounds", 8, "Blocks of the tokens.")
-@as_json
-def placement(text, place_text, model, as_json, **options):
+@reported(plot=False)
+def placement(text, place_text, model, **options):
     """Orders of a model's neurons on flash, played with TEXT at equal memory.
 
     \b
@@ -90,7 +84,7 @@ def placement(text, place_text, model, as_json, **options):
     """
     from ...bench import placement
 
-    show(placement.run(text, place_text, model, placement.Options(**options)), as_json)
+    return placement.run(text, place_text, model, placement.Options(**options))
 
 
 @click.command()
@@ -100,23 +94,21 @@ def placement(text, place_text, model, as_json, **options):
 )
 @click.option("--memory", type=Memory(), default="50%", show_default=True)
 @count("--tokens", 96)
-@report_options
-def overlap(model, shape, memory, tokens, as_json, plot):
+@reported(plot=True)
+def overlap(model, shape, memory, tokens):
     """Reading while MLX computes, and reading early, beside doing it in turn."""
     from ...bench import overlap
 
-    judge_plot(plot)
     wanted = parse_shape(shape, VOCABULARY, "float32")
     with model_or_opt(model, None, wanted, memory) as path:
-        report = overlap.run(path, memory, tokens)
-    show(report, as_json, plot)
+        return overlap.run(path, memory, tokens)
 
 
 @click.command()
 @click.option("--tokens", type=click.IntRange(12), default=120, show_default=True)
-@as_json
-def whole(tokens, as_json):
+@reported(plot=False)
+def whole(tokens):
     """What the engine costs where everything fits in memory, beside mlx-lm."""
     from ...bench import whole
 
-    show(whole.run(tokens), as_json)
+    return whole.run(tokens)

@@ -7,14 +7,11 @@ import click
 from ..common import DEMO_MODEL, Memory
 from .options import (
     PATH,
-    as_json,
     count,
     folder_option,
-    judge_plot,
     make_shape,
-    report_options,
+    reported,
     scratch,
-    show,
 )
 
 
@@ -38,8 +35,8 @@ from .options import (
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True)
 @count("--prompt-tokens", 32)
 @count("--repeats", 2)
-@report_options
-def sweep(model, budgets, as_json, plot, **options):
+@reported(plot=True)
+def sweep(model, budgets, **options):
     """Tokens/s, bytes per token and hit rate over memory budgets.
 
     \b
@@ -49,8 +46,7 @@ def sweep(model, budgets, as_json, plot, **options):
     """
     from ...bench import sweep
 
-    judge_plot(plot)
-    show(sweep.run(model, budgets, **options), as_json, plot)
+    return sweep.run(model, budgets, **options)
 
 
 @click.command()
@@ -69,9 +65,7 @@ def sweep(model, budgets, as_json, plot, **options):
 )
 @count("--calibration-tokens", 1024)
 @click.option("--rank", type=int, help="Of predictors.  [default: the converter's]")
-@click.option(
-    "--fit-steps", type=int, default=0, help="Shorten the fit.  [default: no]"
-)
+@count("--fit-steps", 400, "Of a predictor; memory does not depend on it.")
 @click.option(
     "--memory",
     "budgets",
@@ -85,8 +79,8 @@ def sweep(model, budgets, as_json, plot, **options):
 @count("--exact-tokens", 3, "Without one.")
 @click.option("--long", default=200, show_default=True, help="To look for leaks.")
 @folder_option
-@as_json
-def memory(dims, ffn, layers, vocab, folder, as_json, **options):
+@reported(plot=False)
+def memory(dims, ffn, layers, vocab, folder, **options):
     """What processes that convert and generate hold, against what was promised.
 
     \b
@@ -98,8 +92,7 @@ def memory(dims, ffn, layers, vocab, folder, as_json, **options):
 
     shape = make_shape(layers, dims, ffn, vocab, "float16")
     with scratch(folder) as place:
-        report = memory.run(place, shape, memory.Options(**options))
-    show(report, as_json)
+        return memory.run(place, shape, memory.Options(**options))
 
 
 @click.command()
@@ -109,8 +102,8 @@ def memory(dims, ffn, layers, vocab, folder, as_json, **options):
 @count("--prompt-tokens", 16)
 @count("--tokens", 8)
 @click.option("--convert", "converted", is_flag=True, help="Converted, too.")
-@report_options
-def moe(folder, as_json, plot, **options):
+@reported(plot=True)
+def moe(folder, **options):
     """A mixture of experts larger than its memory, of Qwen3-30B-A3B's shape.
 
     \b
@@ -120,7 +113,5 @@ def moe(folder, as_json, plot, **options):
     """
     from ...bench import moe
 
-    judge_plot(plot)
     with scratch(folder) as place:
-        report = moe.run(place, **options)
-    show(report, as_json, plot)
+        return moe.run(place, **options)

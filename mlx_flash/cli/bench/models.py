@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..common import DEMO_MODEL, Memory
-from .options import FILE, PATH, TEXT, as_json, count, judge_plot, report_options, show
+from .options import FILE, PATH, TEXT, count, reported
 
 
 @click.command()
@@ -18,13 +18,12 @@ from .options import FILE, PATH, TEXT, as_json, count, judge_plot, report_option
 @click.option("--memory", type=Memory(), default="50%", show_default=True)
 @count("--tokens", 65536, "For perplexity.")
 @count("--decode-tokens", 1024, "Per window.")
-@as_json
-def perplexity(text, model, memory, tokens, decode_tokens, as_json):
+@reported(plot=False)
+def perplexity(text, model, memory, tokens, decode_tokens):
     """What prediction costs in quality on TEXT, and what windows save in reads."""
     from ...bench import perplexity
 
-    report = perplexity.run(text, model, memory, tokens, decode_tokens)
-    show(report, as_json)
+    return perplexity.run(text, model, memory, tokens, decode_tokens)
 
 
 @click.command()
@@ -87,8 +86,8 @@ def families(family, bits, checkpoints, write):
 @count("--prompt-tokens", 8)
 @count("--tokens", 24)
 @count("--rounds", 2)
-@report_options
-def plan_check(folder, kinds, budgets, as_json, plot, **options):
+@reported(plot=True)
+def plan_check(folder, kinds, budgets, **options):
     """The cost model of `mlx-flash plan` beside runs on this machine.
 
     Models of about 1 GB are written below FOLDER if they are not there.
@@ -99,5 +98,4 @@ def plan_check(folder, kinds, budgets, as_json, plot, **options):
     """
     from ...bench import plan_check
 
-    judge_plot(plot)
-    show(plan_check.run(folder, kinds, budgets, **options), as_json, plot)
+    return plan_check.run(folder, kinds, budgets, **options)

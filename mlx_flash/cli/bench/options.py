@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,11 +39,6 @@ def count(name: str, default: int, help: str | None = None) -> Callable:
     return click.option(name, type=COUNT, default=default, show_default=True, help=help)
 
 
-as_json = click.option("--json", "as_json", type=FILE, help="Write a report.")
-report_options = together(
-    as_json,
-    click.option("--plot", type=FILE, help="Draw it as PNG (matplotlib)."),
-)
 folder_option = click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -122,22 +118,31 @@ def model_or_opt(
         yield flash_folder(place, shape, memory)
 
 
-def judge_plot(plot: Path | None) -> None:
-    """Say before anything is measured why no picture can be drawn there."""
-    if plot:
-        from ...bench.plots import check_plot
+def reported(plot: bool) -> Callable[[Callable[..., Report]], Callable[..., None]]:
+    """--json and --plot for a command that returns a report, which is printed."""
 
-        check_plot(plot)
+    def add(measure: Callable[..., Report]) -> Callable[..., None]:
+        @functools.wraps(measure)
+        def command(as_json: Path | None, plot: Path | None = None, **options) -> None:
+            if plot:
+                from ...bench.plots import check_plot, draw
 
+                check_plot(plot)  # before anything is measured
+            report = measure(**options)
+            click.echo(report.markdown())
+            if as_json:
+                report.write(as_json)
+                click.echo(f"{as_json} has the report.", err=True)
+            if plot:
+                draw(report, plot)
+                click.echo(f"{plot} has the plot.", err=True)
 
-def show(report: Report, as_json: Path | None, plot: Path | None = None) -> None:
-    """Print the table and write what else was asked for."""
-    click.echo(report.markdown())
-    if as_json:
-        report.write(as_json)
-        click.echo(f"{as_json} has the report.", err=True)
-    if plot:
-        from ...bench.plots import draw
+        json_option = click.option(
+            "--json", "as_json", type=FILE, help="Write a report."
+        )
+        if not plot:
+            return json_option(command)
+        drawn = click.option("--plot", type=FILE, help="Draw it as PNG (matplotlib).")
+        return json_option(drawn(command))
 
-        draw(report, plot)
-        click.echo(f"{plot} has the plot.", err=True)
+    return add

@@ -7,15 +7,12 @@ import click
 from ..common import Memory
 from .options import (
     PATH,
-    as_json,
     count,
-    judge_plot,
     model_or_opt,
     parse_shape,
-    report_options,
+    reported,
     scratch,
     shape_options,
-    show,
 )
 
 MEMORY = click.option("--memory", type=Memory(), default="50%", show_default=True)
@@ -29,8 +26,8 @@ DENSE_HELP = "Of naive and hybrid, which read gigabytes for each."
 @count("--dense-tokens", 3, DENSE_HELP)
 @count("--rounds", 3)
 @count("--window", 4)
-@report_options
-def table2(model, shape, vocab, dtype, folder, as_json, plot, **options):
+@reported(plot=True)
+def table2(model, shape, vocab, dtype, folder, **options):
     """The I/O of a token: naive, hybrid, predictor, windowing, bundling.
 
     Reads for real, through the reader that generation uses; which neurons a token
@@ -43,10 +40,8 @@ def table2(model, shape, vocab, dtype, folder, as_json, plot, **options):
     """
     from ...bench import table2
 
-    judge_plot(plot)
     with model_or_opt(model, folder, parse_shape(shape, vocab, dtype)) as path:
-        report = table2.run(path, table2.Options(**options))
-    show(report, as_json, plot)
+        return table2.run(path, table2.Options(**options))
 
 
 @click.command()
@@ -60,8 +55,8 @@ def table2(model, shape, vocab, dtype, folder, as_json, plot, **options):
 @count("--prompt-tokens", 128)
 @count("--tokens", 256)
 @count("--dense-tokens", 8, DENSE_HELP)
-@report_options
-def table3(model, shape, vocab, dtype, folder, memory, as_json, plot, **options):
+@reported(plot=True)
+def table3(model, shape, vocab, dtype, folder, memory, **options):
     """A token end to end: naive, hybrid and all of the method.
 
     The default writes and reads a model of 27 GB in 32 bit, because MLX computes on a
@@ -74,16 +69,14 @@ def table3(model, shape, vocab, dtype, folder, memory, as_json, plot, **options)
     """
     from ...bench import table3
 
-    judge_plot(plot)
     wanted = parse_shape(shape, vocab, dtype)
     with model_or_opt(model, folder, wanted, memory) as path:
-        report = table3.run(path, memory, **options)
-    show(report, as_json, plot)
+        return table3.run(path, memory, **options)
 
 
 @click.command()
-@as_json
-def paper(as_json):
+@reported(plot=False)
+def paper():
     """The paper's tables beside what the cost model makes of them.
 
     Nothing is measured: sizes and the shares of neurons that the paper counted go into
@@ -91,7 +84,7 @@ def paper(as_json):
     """
     from ...bench import paper
 
-    show(paper.run(), as_json)
+    return paper.run()
 
 
 @click.command()
@@ -108,8 +101,8 @@ def paper(as_json):
     multiple=True,
     help="Run this program; repeat it for more.  [default: all]",
 )
-@report_options
-def peers(shape, vocab, dtype, folder, as_json, plot, **options):
+@reported(plot=True)
+def peers(shape, vocab, dtype, folder, **options):
     """mlx-flash beside mlx-lm, llama.cpp and accelerate, with the same memory.
 
     All run the same random weights, one program after the other, in what memory a
@@ -122,8 +115,6 @@ def peers(shape, vocab, dtype, folder, as_json, plot, **options):
     """
     from ...bench.peers import compare
 
-    judge_plot(plot)
     wanted = parse_shape(shape, vocab, dtype)
     with scratch(folder) as place:
-        report = compare.run(place, wanted, compare.Options(**options))
-    show(report, as_json, plot)
+        return compare.run(place, wanted, compare.Options(**options))
