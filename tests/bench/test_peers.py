@@ -13,8 +13,14 @@ from mlx_flash.bench.peers import ballast, compare, program
 SHAPE = opt.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
 
 
+def children(module) -> list[psutil.Process]:
+    """Processes of ours that run `module`; others may have been left by other tests."""
+    ours = psutil.Process().children()
+    return [process for process in ours if module.__name__ in process.cmdline()]
+
+
 def child() -> psutil.Process:
-    (process,) = psutil.Process().children()
+    (process,) = children(ballast)
     return process
 
 
@@ -39,8 +45,9 @@ def test_ballast_ends_with_whoever_started_it():
 def test_a_ballast_that_was_ended_spoils_the_result():
     with pytest.raises(FlashError, match="memory was not limited"):
         with ballast.hold_back(4096):
-            child().kill()
-            psutil.wait_procs([child()])
+            process = child()
+            process.kill()
+            psutil.wait_procs([process])
 
 
 def test_memory_that_is_not_there_is_refused():
@@ -110,7 +117,7 @@ def test_a_program_ends_when_the_ballast_gives_way(tmp_path, monkeypatch):
 
     with pytest.raises(FlashError, match="gave way"):
         compare.run_program("mlx_flash", {}, Gone())
-    assert not psutil.Process().children()
+    assert not children(program)
 
 
 def test_only_the_programs_that_were_asked_for(tmp_path, monkeypatch):
