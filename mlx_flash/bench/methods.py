@@ -40,7 +40,6 @@ class Options:
     resident: float = 0.24
     missing: float = 0.024
     window: int = 4
-    native: bool | None = None
 
 
 @dataclasses.dataclass
@@ -89,7 +88,7 @@ class Bench:
         self.folder, self.options = folder, options
         self.manifest = _sparse(read_manifest(folder), folder)
         self.layers = self.manifest.layers
-        self.reader = open_reader(READ_THREADS, native=options.native)
+        self.reader = open_reader(READ_THREADS)
         self.slots = [max(round(options.resident * x.units), 1) for x in self.layers]
         self.noise = calibrated(
             self.layers[0].units,
