@@ -1,16 +1,19 @@
-"""Draw reports and profiles. Matplotlib is optional: only this module asks for it."""
+"""Draw reports, profiles and replays. Matplotlib is optional: only this module asks for it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FlashError
+from ..traces.replay import OPTIMUM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..planning.profile import Profile
+    from ..traces.trace import Trace
     from .report import Report, Row
 
 TIMES = {"io_ms": "I/O", "cache_ms": "cache", "compute_ms": "compute"}
@@ -71,6 +74,34 @@ def plot_reads(profile: Profile, path: Path) -> None:
     axes.set_xlabel("bytes of a read")
     axes.set_ylabel("GB/s (GB is 1e9)")
     axes.set_title(f"{profile.device}\n{profile.source}", fontsize=9)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_hit_rates(
+    trace: Trace, shares: Sequence[float], rates: dict[str, list[float]], path: Path
+) -> None:
+    """Draw a curve for each policy over the share of the units in memory.
+
+    Args:
+        shares, rates: As `replay.compare` took and gave them.
+
+    Raises:
+        FlashError: If `path` cannot be written.
+    """
+    figure = _figure((6, 4))
+    axes = figure.add_subplot()
+    percent = [100 * share for share in shares]
+    for name, values in rates.items():
+        style = "k--" if name == OPTIMUM else "o-"
+        axes.plot(percent, [100 * v for v in values], style, label=name, markersize=4)
+    axes.set(
+        xlabel=f"{trace.unit}s in memory, % of each layer",
+        ylabel="found in memory, %",
+        title=f"{trace.model}, {sum(trace.units):,} {trace.unit}s",
+        ylim=(0, 100),
+    )
+    axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from ..common import plot_option
+
 if TYPE_CHECKING:
     from ...bench.opt import Shape
     from ...bench.report import Report
@@ -142,7 +144,6 @@ def reported(plot: bool) -> Callable[[Callable[..., Report]], Callable[..., None
         )
         if not plot:
             return json_option(command)
-        drawn = click.option("--plot", type=FILE, help="Draw it as PNG (matplotlib).")
-        return json_option(drawn(command))
+        return json_option(plot_option("the rows")(command))
 
     return add
