@@ -1,4 +1,4 @@
-"""Draw reports, profiles and replays. Matplotlib is optional: only this module asks for it."""
+"""Draw reports, profiles and replays. Only this module asks for matplotlib."""
 
 from __future__ import annotations
 
