@@ -18,13 +18,13 @@ from .assembly import Assembled, assemble, can_stream
 from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
 from .errors import FlashError
-from .layers.base import CLOSED, FlashFFN
+from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
 from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
 from .memory.fence import Fence
 from .memory.footprint import Footprint
 from .memory.policies import Lrfu, Lru, Window
-from .memory.slots import UnitSlots
+from .memory.slots import CLOSED, UnitSlots
 from .memory.stats import Stats
 from .run_report import Run, RunReport
 from .storage.limits import PAGE_BYTES
@@ -93,6 +93,7 @@ class Flash:
         self.run: Run | None = None
         self.closed = False
         self._reader = reader
+        self._fence = Fence()
 
     @property
     def direct_io(self) -> bool:
@@ -104,11 +105,15 @@ class Flash:
         return RunReport.of(self)
 
     def close(self) -> None:
-        """End the reader's threads, close its files, let go of the slots."""
-        self.closed = True
-        self._reader.close()
-        for layer in self.layers:
-            layer.detach()
+        """End the reader's threads, close its files, let go of the slots.
+
+        A step that another thread is in ends first; its next one raises a FlashError.
+        """
+        with self._fence.lock:
+            self.closed = True
+            for layer in self.layers:
+                layer.detach()
+            self._reader.close()
 
     def check_open(self) -> None:
         """Raise a FlashError if the model was closed."""
@@ -237,7 +242,6 @@ def _budget(
 
 def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) -> None:
     """Give every layer its slots, and fill those of layers that are held whole."""
-    fence = Fence()
     for i, layer in enumerate(parts.layers):
         slots = UnitSlots(
             parts.manifest.layers[i],
@@ -245,7 +249,7 @@ def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) ->
             flash.budget.slots[i],
             policy,
             flash._reader,
-            fence,
+            flash._fence,
             flash.stats,
             layer.apart if overlap else 0.0,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,15 +74,21 @@ def load_stock(folder: Path) -> Stock:
     places = _places(folder)
     raw: dict[str, mx.array] = {}
 
-    def watched(config: dict) -> tuple[type, type]:
+    def watched(config: dict) -> tuple[Any, type]:
         model_class, args_class = get_model_classes(config)
-        inherited = getattr(model_class, "sanitize", None)
 
-        def sanitize(self, weights):
-            raw.update(weights)
-            return inherited(self, weights) if inherited else weights
+        def make(args: Any) -> nn.Module:
+            model = model_class(args)
+            inherited = getattr(model, "sanitize", lambda weights: weights)
 
-        return type("Watched", (model_class,), {"sanitize": sanitize}), args_class
+            def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                raw.update(weights)
+                return inherited(weights)
+
+            model.sanitize = sanitize
+            return model
+
+        return make, args_class
 
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=watched)
@@ -93,6 +100,7 @@ def load_stock(folder: Path) -> Stock:
             f"mlx-lm cannot load {folder}: {reason or type(error).__name__}. "
             "Check config.json and the checkpoint's shards, or update mlx-lm."
         ) from error
+    del model.sanitize  # which holds the model: neither would go before a collection
     return Stock(folder, model, config, raw, places)
 
 

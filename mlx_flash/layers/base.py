@@ -14,9 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import FlashError
-from ..memory.slots import UnitSlots
-
-CLOSED = "This model was closed. Load it again to use it."
+from ..memory.slots import CLOSED, UnitSlots
 
 # x, and how many units each token takes where the kind has such a number → a choice:
 # bool [T, n], or unit ids of any shape.
@@ -65,7 +63,9 @@ class FlashFFN(nn.Module):
 
     def detach(self) -> None:
         """Let go of the slots. Calls then raise a FlashError."""
-        self._slots = None
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
 
     def look_ahead(self, layer: FlashFFN, guess: Guess) -> None:
         """Begin to read what `layer`, the next one, will need by the `guess` of it."""
@@ -99,6 +99,25 @@ def chosen_units(choice: mx.array) -> np.ndarray:
     if named.dtype == bool:
         return np.flatnonzero(named.any(axis=0))
     return np.unique(named).astype(np.intp)
+
+
+class NoSuchWeight:
+    """Refuses, by name, to take weights that are on flash. Comes before nn.Module.
+
+    `update`, `load_weights` and adapters would pass over names that a module does not
+    have, and nothing would tell that they had no effect.
+    """
+
+    on_flash: frozenset[str] = frozenset()
+
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)  # type: ignore[misc]
+        if name in self.on_flash and not found:
+            raise FlashError(
+                f"{name} cannot be changed: the weights of this FFN are on flash. "
+                "Change the ordinary model (mlx_lm.fuse for adapters) and convert it."
+            )
+        return found
 
 
 def hide(module: nn.Module, name: str, value: nn.Module) -> None:

@@ -19,8 +19,9 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
+from ..memory.fence import evaluate
 from ..memory.slot_cache import Wave
-from .base import FlashFFN, chosen_units, hide, with_children
+from .base import FlashFFN, NoSuchWeight, chosen_units, hide, with_children
 
 SWITCHES = (SwitchGLU, SwitchMLP)
 LINEARS = (SwitchLinear, QuantizedSwitchLinear)
@@ -52,7 +53,7 @@ def switch_parts(switch: nn.Module) -> dict[str, mx.array]:
     return parts
 
 
-class ExpertFFN(FlashFFN):
+class ExpertFFN(NoSuchWeight, FlashFFN):
     """A switch layer that has its experts brought when the router chose them."""
 
     apart = 1.0  # experts in memory are always multiplied while others are read
@@ -69,6 +70,7 @@ class ExpertFFN(FlashFFN):
             else:
                 self[name] = child  # Muse Spark keeps a norm beside the projections
         self._linears = tuple(children)
+        self.on_flash = frozenset(children)
         hide(self, "_switch", with_children(switch, children))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -80,7 +82,7 @@ class ExpertFFN(FlashFFN):
         if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
             guess = self.guess_next(x, indices.shape[-1])
         # The one point where the host waits for MLX: it must know what to read.
-        mx.eval(indices, guess)
+        evaluate(indices, guess)
         return self._stream(x, indices, guess)
 
     def _stream(

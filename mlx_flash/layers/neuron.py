@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..memory.fence import evaluate
 from ..memory.slot_cache import Wave
 from .base import chosen_units
 from .predictor import Predictor
@@ -53,7 +54,10 @@ class NeuronFFN(SlotFFN):
                 needs stays in memory, because the next one will need much of it.
         """
         slots = self.slots
-        keep = None if chosen is None else np.flatnonzero(np.asarray(chosen[-1]))
+        keep = None
+        if chosen is not None:
+            evaluate(chosen)
+            keep = np.flatnonzero(np.asarray(chosen[-1]))
 
         def multiply(total: mx.array | None, wave: Wave) -> mx.array:
             rows, units, wanted = self._cover(wave)
@@ -74,7 +78,7 @@ class NeuronFFN(SlotFFN):
         """Each token's own neurons; `chosen` is bool [T, N]."""
         guess = self.guess_next(x)
         # The one point where the host waits for MLX: it must know what to read.
-        mx.eval(chosen, guess)
+        evaluate(chosen, guess)
         needed = chosen_units(chosen)
 
         def multiply(total: mx.array | None, wave: Wave) -> mx.array:

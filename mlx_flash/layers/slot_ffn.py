@@ -15,7 +15,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import FlashFFN, hide, with_children
+from .base import FlashFFN, NoSuchWeight, hide, with_children
 from .projections import (
     HALVES,
     count_neurons,
@@ -25,10 +25,12 @@ from .projections import (
 )
 
 Arrays = Mapping[str, mx.array]
+# Of a linear layer, as it is or wrapped by mlx-lm's LoRA and DoRA.
+WEIGHTS = frozenset(("weight", "scales", "biases", "linear", "lora_a", "lora_b", "m"))
 Through = Callable[[mx.array], mx.array]
 
 
-class Into(nn.Module):
+class Into(NoSuchWeight, nn.Module):
     """A projection into some of the neurons: [T, D] → [T, K]. It holds its bias alone.
 
     The weight it is given is [n, D] or [n, b, D], a row for each neuron; packed weights
@@ -36,6 +38,8 @@ class Into(nn.Module):
     [n, 2, b, D], and gives [T, 2K] as the whole of it would: gates first. Where gates
     and ups come in pairs, they are [n, 2b, D] and give [T, 2K].
     """
+
+    on_flash = WEIGHTS
 
     def __init__(self, linear: nn.Module, rows: int, halves: bool):
         super().__init__()
@@ -67,12 +71,14 @@ class Into(nn.Module):
         return self.bias.reshape(-1, self.rows)[neurons].reshape(-1)
 
 
-class OutOf(nn.Module):
+class OutOf(NoSuchWeight, nn.Module):
     """The projection out of them: [T, K] → [T, D]. It holds its bias, and adds none.
 
     A float or re-quantised weight is [n, D] or [n, b, D], a row for each neuron. With
     `columns` it is [n, D, b'], the checkpoint's own packing along the neurons.
     """
+
+    on_flash = WEIGHTS
 
     def __init__(self, linear: nn.Module, columns: bool = False):
         super().__init__()

@@ -13,6 +13,34 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import FlashError
+
+TRANSFORMED = (
+    "Training, gradients, mx.compile and mx.vmap do not go through FFNs on flash: "
+    "which weights they need is known only while they are computed. Use the ordinary "
+    "model for that: mlx_lm.load"
+)
+
+
+def evaluate(*results: Any) -> None:
+    """`mx.eval`, which MLX refuses inside of its transformations.
+
+    Raises:
+        FlashError: If the arrays are traced by mx.compile or mx.vmap.
+    """
+    try:
+        mx.eval(*results)
+    except ValueError as error:
+        raise FlashError(TRANSFORMED) from error
+
+
+def begin(*results: Any) -> None:
+    """`mx.async_eval`, refused for gradients, too; otherwise as `evaluate`."""
+    try:
+        mx.async_eval(*results)
+    except ValueError as error:
+        raise FlashError(TRANSFORMED) from error
+
 
 class Fence:
     """Holds the last result that was computed from slots of a model.
@@ -31,7 +59,7 @@ class Fence:
         The one before is waited for first: until then somebody may hold what was made
         of it, a KV cache for example.
         """
-        mx.async_eval(result)
+        begin(result)
         self.settle()
         self._held = result
 

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..arrays import arrays_of
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
-from .slots import spare_bytes
+from .allocation import spare_bytes
 
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",

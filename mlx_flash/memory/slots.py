@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,46 +17,19 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
-from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
-from .fence import Fence
+from .allocation import allocate
+from .fence import Fence, begin, evaluate
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
 
+CLOSED = "This model was closed. Load it again to use it."
+
 Total = TypeVar("Total")
 # Told of every step: the units it asks for, its tokens, the units it wants kept.
 Listener = Callable[[np.ndarray, int, np.ndarray | None], None]
-
-
-def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """An MLX array of zeros and a NumPy view of the same memory.
-
-    Where direct I/O can read into its rows, the array begins on a page. MLX aligns to
-    less: one page more is allocated, and the array is a view into it.
-
-    Returns:
-        The array, and uint8 `[shape[0], bytes of a row]` over the same bytes.
-    """
-    nbytes = prod(shape) * dtype.size
-    spare = spare_bytes(nbytes // shape[0])
-    raw = mx.zeros((nbytes + spare,), mx.uint8)
-    mx.eval(raw)
-    address = np.asarray(raw).__array_interface__["data"][0]
-    start = -address % LARGE_PAGE_BYTES if spare else 0
-    flat = raw[start : start + nbytes]
-    array = flat.view(dtype).reshape(shape)
-    mx.eval(flat, array)
-    view = np.asarray(flat).reshape(shape[0], -1)
-    if np.asarray(array.view(mx.uint8)).ctypes.data != view.ctypes.data:
-        raise RuntimeError("this MLX copies where it used to share memory")
-    return array, view
-
-
-def spare_bytes(part_bytes: int) -> int:
-    """What `allocate` takes beyond the slots of a part of this size."""
-    return LARGE_PAGE_BYTES if part_bytes % PAGE_BYTES == 0 else 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +80,7 @@ class UnitSlots:
         self._files = {extent.path: _identity(extent.path) for extent in extents}
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
+        self._closed = False
 
     @property
     def units(self) -> int:
@@ -153,6 +126,8 @@ class UnitSlots:
             FlashError: If a read fails, or a file changed since the model was loaded.
         """
         with self._fence.lock:
+            if self._closed:
+                raise FlashError(CLOSED)
             if self.listener is not None:
                 self.listener(units, tokens, keep)
             self._begin_step()
@@ -179,7 +154,7 @@ class UnitSlots:
             if wave.ahead:
                 following = self._submit_next(waves, total)
                 total = multiply(total, wave)
-                mx.async_eval(total)
+                begin(total)
             else:
                 total = multiply(total, wave)
                 following = self._submit_next(waves, total)
@@ -196,17 +171,22 @@ class UnitSlots:
             units: int array of unit ids, sorted, unique.
         """
         with self._fence.lock:
-            if self._early is not None or self._in_step or self.holds_all:
+            busy = self._early is not None or self._in_step
+            if busy or self._closed or self.holds_all:
                 return
             self._in_step = True
             self._fence.settle()
-            begin = time.perf_counter()
+            since = time.perf_counter()
             missing, slots = self.cache.early(units.astype(np.intp, copy=False))
-            self.stats.cache_s += time.perf_counter() - begin
+            self.stats.cache_s += time.perf_counter() - since
             if len(missing):
                 ticket = self._reader.submit(self._source, missing, slots)
                 self._early = Early(missing, slots, ticket)
             self._in_step = False
+
+    def close(self) -> None:
+        """Refuse further steps."""
+        self._closed = True
 
     def _begin_step(self) -> None:
         """Resolve whatever an exception left of the last step."""
@@ -223,7 +203,7 @@ class UnitSlots:
         if self._early is None:
             return
         early, stats = self._early, self.stats
-        begin = time.perf_counter()
+        since = time.perf_counter()
         try:
             result = self._reader.wait(early.ticket)
             self._check_files()
@@ -235,7 +215,7 @@ class UnitSlots:
         self.cache.arrived(early.slots)
         self._early = None
         right = int(np.isin(early.units, units, assume_unique=True).sum())
-        stats.io_s += time.perf_counter() - begin
+        stats.io_s += time.perf_counter() - since
         stats.count(result)
         stats.early += len(early.units)
         stats.early_right += right
@@ -248,31 +228,31 @@ class UnitSlots:
     ) -> tuple[Wave | None, Ticket | None]:
         """The next wave, its reads under way; `total` was computed from slots."""
         stats = self.stats
-        begin = time.perf_counter()
+        since = time.perf_counter()
         wave = next(waves, None)
-        stats.cache_s += time.perf_counter() - begin
+        stats.cache_s += time.perf_counter() - since
         if wave is None:
             return None, None
         stats.hits += len(wave.units) - len(wave.missing)
         stats.misses += len(wave.missing)
-        mx.eval(total)  # also before a wave of hits: it would pile up in memory
+        evaluate(total)  # also before a wave of hits: it would pile up in memory
         if not len(wave.missing):
             return wave, None
         self._fence.settle()
-        begin = time.perf_counter()
+        since = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
-        stats.io_s += time.perf_counter() - begin
+        stats.io_s += time.perf_counter() - since
         return wave, ticket
 
     def _await(self, wave: Wave, ticket: Ticket | None) -> None:
         """Wait for a wave's reads. Nothing else makes a slot VALID."""
         if ticket is None:
             return
-        begin = time.perf_counter()
+        since = time.perf_counter()
         result = self._reader.wait(ticket)
         self._check_files()
         self.cache.arrived(wave.missing_slots)
-        self.stats.io_s += time.perf_counter() - begin
+        self.stats.io_s += time.perf_counter() - since
         self.stats.count(result)
 
     def _clear(self, slots: np.ndarray) -> None:

@@ -24,7 +24,7 @@ import psutil
 
 from .._version import __version__
 from ..errors import FlashError
-from ..memory.slots import allocate
+from ..memory.allocation import allocate
 from ..storage import direct_io
 from ..storage.limits import MERGE_BYTES
 from ..storage.reader import Extent, open_reader

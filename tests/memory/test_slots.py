@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import FlashError
 from mlx_flash.memory import slots as slots_module
+from mlx_flash.memory.allocation import allocate
 from mlx_flash.memory.policies import Lru, Window
-from mlx_flash.memory.slots import allocate
 from mlx_flash.storage.limits import LARGE_PAGE_BYTES
 from mlx_flash.storage.native_reader import _reader
 from mlx_flash.storage.reader import ReadResult
