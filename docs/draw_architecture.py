@@ -139,7 +139,8 @@ def draw_legend():
         text(984, y, files, 12, FAINT, anchor="end")
 
 
-def main():
+def picture() -> str:
+    drawn.clear()
     for draw in (draw_flash, draw_memory, draw_mlx, draw_ways, draw_legend):
         draw()
     head = (
@@ -149,9 +150,8 @@ def main():
         f'orient="auto"><path d="M0,1 L6,4 L0,7 z" fill="{INK}"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
     )
-    picture = "\n".join([*head, *drawn, "</svg>"]) + "\n"
-    Path(__file__).with_name("architecture.svg").write_text(picture)
+    return "\n".join([*head, *drawn, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("architecture.svg").write_text(picture())
