@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.10 or later and nothing else.
+# A fresh machine needs Python 3.11 or later and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,11 +14,12 @@ test: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml setup.py mlx_flash/storage/_reader.c
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml setup.py $(wildcard mlx_flash/storage/_read*.[ch])
 	$(BIN)/pip install -q -e .
 	touch $@
 

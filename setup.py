@@ -14,5 +14,5 @@ setup(
             extra_link_args=["-pthread"],
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -20,7 +20,7 @@ from .checkpoints.hub import find_model
 from .errors import FlashError
 from .layers.base import CLOSED, FlashFFN
 from .layers.kinds import UnitKind
-from .memory.budget import Budget, Divide, make_budget
+from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
 from .memory.fence import Fence
 from .memory.footprint import Footprint
 from .memory.policies import Lrfu, Lru, Window
@@ -49,7 +49,7 @@ class LoadOptions:
             class. "auto" is what suits the unit kind.
         window: Tokens the window policy keeps (the paper: 4).
         context: Tokens for which the budget reserves KV cache (default: 2048 or the
-            model's positions).
+            model's positions, fewer where memory is short).
         overlap: Read what a layer lacks while MLX multiplies what is there.
         look_ahead: Read also what the next layer will probably need, judged by this
             layer's input.
@@ -228,10 +228,11 @@ def _budget(
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    least_context = None if options.context else LEAST_CONTEXT
     divide: Divide | None = None
     if options.trace is not None:
         divide = by_trace(Path(options.trace), parts.manifest, policy)
-    return make_budget(memory, footprint, folder, divide)
+    return make_budget(memory, footprint, folder, divide, least_context)
 
 
 def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) -> None:

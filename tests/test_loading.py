@@ -16,6 +16,7 @@ import pytest
 from conftest import Says, load_resident, relative_diff
 from mlx_lm.models.cache import make_prompt_cache
 
+import mlx_flash
 from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_model
 from mlx_flash.memory.policies import Lru, Window
@@ -370,3 +371,26 @@ def test_with_closes_also_after_an_error(flash_folder):
             assert not model.flash.closed
             raise KeyError
     assert model.flash.closed
+
+
+def test_the_demo_model_loads_as_the_command_loads_it():
+    """Its KV cache for all positions takes a third of half of its memory."""
+    with mlx_flash.load(mlx_flash.DEMO_MODEL, memory="50%") as (model, tokenizer):
+        budget = model.flash.budget
+        assert budget.context == 256 and model.flash.positions == 512
+        text = mlx_flash.generate(model, tokenizer, "Once upon a time", max_tokens=8)
+        report = model.flash.report()
+    assert text == ", there was a little girl named Lily"
+    assert report.layers_from_flash == 4 and "8 tokens" in str(report)
+    assert report.to_dict()["generation_tokens"] == 8
+
+
+def test_the_least_is_a_number_that_works():
+    with pytest.raises(mlx_flash.NotEnoughMemory) as error:
+        mlx_flash.load_model(mlx_flash.DEMO_MODEL, 1_000_000)
+    least = error.value.least_bytes
+    with mlx_flash.load_model(mlx_flash.DEMO_MODEL, least) as (model, _):
+        assert model.flash.budget.total_bytes == least
+        assert model.flash.budget.context == 128
+    with pytest.raises(mlx_flash.NotEnoughMemory, match="for 512 tokens"):
+        mlx_flash.load_model(mlx_flash.DEMO_MODEL, least, context=512)

@@ -7,7 +7,7 @@ on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import NotEnoughMemory
@@ -15,6 +15,8 @@ from ..memory_size import parse_memory, say_memory
 from ..storage.manifest import Manifest
 from . import system
 from .footprint import GATHERED, MAX_PREFILL, MIN_PREFILL, PREFILL_SHARE, Footprint
+
+LEAST_CONTEXT = 128  # tokens, where nobody named any
 
 # (bytes of a slot of each layer, room for all slots, the least slots) → slots
 Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...]]
@@ -24,7 +26,8 @@ Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...]]
 class Budget:
     """Bytes of each use; `slots[i]` is the number of slots of FFN layer i.
 
-    `prefill_tokens` is the prompt chunk for which `workspace_bytes` was reckoned.
+    `kv_bytes` was reckoned for `context` tokens, `workspace_bytes` for prompt chunks of
+    `prefill_tokens`.
     """
 
     total_bytes: int
@@ -35,6 +38,7 @@ class Budget:
     slot_bytes: int
     slots: tuple[int, ...]
     prefill_tokens: int
+    context: int
 
 
 def make_budget(
@@ -42,6 +46,7 @@ def make_budget(
     footprint: Footprint,
     folder: Path,
     divide: Divide | None = None,
+    least_context: int | None = None,
 ) -> Budget:
     """Divide `memory` for a run of at most `footprint.context` tokens.
 
@@ -51,6 +56,8 @@ def make_budget(
         folder: The model's, for the error.
         divide: Gives slots to layers, as `divide.divide` after its curves. None gives
             every layer the same share.
+        least_context: Where the model does not fit, the context is halved, but not
+            below so many tokens. None leaves it as it is.
 
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
@@ -68,7 +75,11 @@ def make_budget(
     share = min(share_room / manifest.ffn_bytes, 1.0)
     slots = tuple(int(share * layer.units) for layer in layers)
     if any(n < m for n, m in zip(slots, least, strict=True)):
-        raise _too_little(total, footprint, folder)
+        half = footprint.context // 2
+        if least_context is None or half < least_context:
+            raise _too_little(total, footprint, folder)
+        smaller = replace(footprint, context=half)
+        return make_budget(memory, smaller, folder, divide, least_context)
     slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
     if divide is not None and share < 1:
         slots = _divided(divide, manifest, room, least) or slots
@@ -85,6 +96,7 @@ def make_budget(
         slot_bytes=slot_bytes,
         slots=slots,
         prefill_tokens=prefill,
+        context=footprint.context,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
-from ..memory.budget import make_budget
+from ..memory.budget import LEAST_CONTEXT, make_budget
 from ..memory.footprint import Footprint
 from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
@@ -92,7 +92,7 @@ def make_plan(
         memory: As `mlx_flash.load` takes it.
         profile: Of the machine; without one, sizes are told and no times.
         revision: Branch, tag or commit of a hub repository.
-        context: Tokens of KV cache (default: 2048 or the model's positions).
+        context: Tokens of KV cache (default: as `load_model` reserves).
         prompt_tokens: For the time to the first token.
         hit_rate: Share of units found in memory, as an earlier run reported it.
 
@@ -102,9 +102,11 @@ def make_plan(
     found = outline(name, revision)
     manifest = found.manifest
     positions = found.config.get("max_position_embeddings")
-    context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    footprint = Footprint(manifest, found.shapes, kind_of(manifest), context)
-    budget = make_budget(memory, footprint, Path(name))
+    wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
+    footprint = Footprint(manifest, found.shapes, kind_of(manifest), wanted)
+    least_context = None if context else LEAST_CONTEXT
+    budget = make_budget(memory, footprint, Path(name), None, least_context)
+    footprint = dataclasses.replace(footprint, context=budget.context)
     if profile:  # units are read straight into their slots, unlike the paper's
         profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
     selections = _selections(manifest.unit, hit_rate)
@@ -137,7 +139,7 @@ def make_plan(
         kv_bytes=budget.kv_bytes,
         held_share=held,
         layers_held_whole=sum(n == layer.units for n, layer in pairs),
-        context=context,
+        context=budget.context,
         download_bytes=found.download_bytes,
         disk_bytes=found.disk_bytes,
         convert=found.kind == "checkpoint" and not found.in_place,

@@ -7,7 +7,7 @@
    source.py checks extents and arrays before native_reader.py passes their addresses,
    ids are checked here: no read can land outside of a slot. */
 
-#define Py_LIMITED_API 0x030A0000 /* one binary for Python 3.10 and later */
+#define Py_LIMITED_API 0x030B0000 /* one binary for Python 3.11 and later */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
