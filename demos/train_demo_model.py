@@ -11,8 +11,8 @@ The text is read as one stream of stories, each ended by "</s>". Training takes 
 crops of it; the last 5 % of the stories are kept back, and the weights that predict
 those best are the ones written. VALID is read once, at the end, for the report.
 
-Interrupted, it goes on from DIR/training.pt when run again. Where others use the CPU
-too, OMP_WAIT_POLICY=passive in the environment keeps its threads from spinning.
+Where others use the CPU too, OMP_WAIT_POLICY=passive in the environment keeps its
+threads from spinning.
 
 Shapes: B batch, L tokens of a window, K neurons of a layer.
 """
@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,7 +42,7 @@ REPORT_WINDOW = 256
 PEAK_LR, LEAST_LR, WARMUP = 2e-3, 1e-4, 0.03
 TARGET_ZEROS = 0.93
 DROPOUT, HIDDEN, WEIGHT_DECAY = 0.25, 0.1, 0.2
-EVAL_EVERY_STEPS, SAVE_EVERY_S = 100, 60
+EVAL_EVERY_STEPS = 100
 
 # UTF-8 punctuation that was once decoded as cp1252. It is mended in the tokenizer, not
 # in the text, so that everybody who tokenizes the same file measures the same loss.
@@ -207,48 +206,19 @@ def make_optimizers(model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-def train(model, activations, stream, held_out, args, settings) -> dict:
+def train(model, activations, stream, held_out, args) -> dict:
     """Train until the steps or minutes are done; load the best weights into MODEL."""
     optimizers = make_optimizers(model)
-    state = {"step": 0, "seconds": 0.0, "best": None, "settings": settings}
-    path = args.out / "training.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        if state["settings"] != settings:
-            sys.exit(f"{path} has {state['settings']}, asked {settings}. Delete it?")
-        model.load_state_dict(state.pop("model"))
-        for optimizer, before in zip(optimizers, state.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(before)
-        torch.set_rng_state(state.pop("rng"))
-
-    def save():
-        now = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "rng": torch.get_rng_state(),
-        }
-        save_checkpoint(path, state | now)
-
-    def share_done():
-        if args.steps:
-            return state["step"] / args.steps
-        return state["seconds"] / 60 / args.minutes
-
+    best: dict | None = None
+    step, seconds, mean_loss, mark = 0, 0.0, None, time.monotonic()
+    done = 0.0
     bar = tqdm(
         total=100,
-        initial=100 * share_done(),
         bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
         mininterval=1,
     )
     model.train()
-    mark, saved, mean_loss = time.monotonic(), time.monotonic(), None
-    while (done := share_done()) < 1:
+    while done < 1:
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = learning_rate(done)
         starts = torch.randint(len(stream) - WINDOW, (BATCH, 1))
@@ -268,60 +238,39 @@ def train(model, activations, stream, held_out, args, settings) -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
-        now = time.monotonic()
         mean_loss = loss.item() if mean_loss is None else mean_loss
         mean_loss += 0.02 * (loss.item() - mean_loss)
-        state["step"] += 1
-        state["seconds"] += now - mark
-        mark = now
-        if state["step"] % 10 == 0:
+        step, seconds = step + 1, time.monotonic() - mark
+        done = step / args.steps if args.steps else seconds / 60 / args.minutes
+        if step % 10 == 0:
             zeros = sum(activations.zeros()) / len(activations.latest)
-            speed = state["step"] * BATCH * WINDOW / state["seconds"]
-            bar.set_postfix_str(
-                f"step {state['step']} loss {mean_loss:.3f} zeros {zeros:.1%}"
-                f" {speed:,.0f} tok/s",
-                refresh=False,
-            )
-            bar.update(100 * min(1.0, share_done()) - bar.n)
-        if state["step"] % EVAL_EVERY_STEPS == 0 or share_done() >= 1:
+            bar.set_postfix_str(f"step {step} loss {mean_loss:.3f} zeros {zeros:.1%}")
+            bar.update(100 * min(1.0, done) - bar.n)
+        if step % EVAL_EVERY_STEPS == 0 or done >= 1:
             report = measure(model, activations, held_out)
-            best = state["best"]
-            tqdm.write(
-                f"step {state['step']}: training loss {mean_loss:.4f}, held out"
-                f" {report['loss']}, zeros {report['zeros']}",
-                file=sys.stderr,
-            )
+            tqdm.write(f"step {step}: held out {report}", file=sys.stderr)
             if best is None or report["loss"] < best["loss"]:
                 weights = {k: v.clone() for k, v in model.state_dict().items()}
-                state["best"] = {
-                    "step": state["step"],
-                    "loss": report["loss"],
-                    "training_loss": round(mean_loss, 4),
-                    "weights": weights,
-                }
-        if now - saved > SAVE_EVERY_S:
-            save()
-            saved = time.monotonic()
+                best = {"step": step, "loss": report["loss"], "weights": weights}
     bar.close()
-    save()
-    model.load_state_dict(state["best"]["weights"])
-    return state
+    model.load_state_dict(best["weights"])
+    return {
+        "steps": step,
+        "best_step": best["step"],
+        "minutes": round(seconds / 60, 1),
+        "tokens_per_s": round(step * BATCH * WINDOW / seconds),
+    }
 
 
 def write_model(model, tokenizer, out: Path) -> None:
-    """Make OUT a Hugging Face folder; it takes that name only when it is whole."""
-    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    """Make OUT a Hugging Face folder."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     # transformers 5 writes a class name that transformers 4 does not know.
-    config = json.loads((part / "tokenizer_config.json").read_text())
+    config = json.loads((out / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (part / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (part / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
-    out.replace(old)
-    part.replace(out)
-    shutil.rmtree(old)
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
 
 
 def main() -> None:
@@ -336,15 +285,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    if (args.out / "model.safetensors").exists():
-        sys.exit(f"{args.out} already holds a model. Delete it, or choose another.")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.out.exists():
+        sys.exit(f"{args.out} is there already. Delete it, or choose another.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     text = args.text.read_text()
-    stories = split_stories(text)
-    stories, kept_back = hold_out(stories)
+    stories, kept_back = hold_out(split_stories(text))
     tokenizer = make_tokenizer(stories)
     stream = encode(tokenizer, stories)
     held_out = encode(tokenizer, kept_back)
@@ -356,13 +303,7 @@ def main() -> None:
 
     model = make_model()
     activations = Activations(model)
-    settings = {
-        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "length": f"{args.steps} steps" if args.steps else f"{args.minutes} minutes",
-        "sparsity": args.sparsity,
-        "seed": args.seed,
-    }
-    state = train(model, activations, stream, held_out, args, settings)
+    trained = train(model, activations, stream, held_out, args)
 
     # Report on the weights as they are written: rounded to float16, used in float32.
     model.half().float()
@@ -372,11 +313,10 @@ def main() -> None:
         "held_out": measure(model, activations, held_out),
         "training": measure(model, activations, stream[: len(held_out)]),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": state["step"],
-        "best_step": state["best"]["step"],
-        "minutes": round(state["seconds"] / 60, 1),
-        "tokens_per_s": round(state["step"] * BATCH * WINDOW / state["seconds"]),
-        **settings,
+        **trained,
+        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "sparsity": args.sparsity,
+        "seed": args.seed,
     }
     write_model(model.half(), tokenizer, args.out)
     print(json.dumps(report))

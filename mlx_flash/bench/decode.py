@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from ..generation import exact_cache
-from .report import Sample
+from ..loading import load_model
+from .report import Row, Sample
+
+Sampler = Callable[[mx.array], mx.array]
 
 
-def random_sampler(vocabulary: int) -> Callable[[mx.array], mx.array]:
+def random_sampler(vocabulary: int) -> Sampler:
     """Next tokens at random: what untrained weights would choose means nothing."""
     return lambda logprobs: mx.random.randint(0, vocabulary, logprobs.shape[:-1])
 
@@ -31,20 +37,23 @@ class Decoded:
 
 
 def decode(
-    model,
+    model: nn.Module,
     prompt: mx.array,
     tokens: int,
-    sampler=None,
-    before_token: Callable[[], None] | None = None,
+    sampler: Sampler | None = None,
+    before_token: Callable[[], object] | None = None,
 ) -> Decoded:
     """Samples of `tokens` new tokens; the prompt and the first one are not counted.
 
     Args:
         model: From `mlx_flash.load_model`.
+        prompt: Token ids, [L].
+        sampler: As mlx-lm's; None decodes greedily.
         before_token: Called before each counted token is made; its reads, if it
             notes them in the model's stats, are that token's.
     """
-    flash, samples = model.flash, []
+    flash = model.flash
+    samples: list[Sample] = []
     steps = generate_step(
         prompt,
         model,
@@ -65,3 +74,66 @@ def decode(
         samples.append(Sample.of(spent, total))
     steps.close()
     return Decoded(samples, prompt_s)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model loaded, run and closed: its tokens, and `facts` that JSON can hold."""
+
+    samples: list[Sample]
+    peak_bytes: int  # of what MLX allocated
+    facts: dict
+
+    def row(self, name: str, **more) -> Row:
+        return Row.of(name, self.samples, self.peak_bytes, **self.facts, **more)
+
+
+def run_model(
+    folder: str | Path,
+    memory: int | str,
+    prompt_tokens: int,
+    tokens: int,
+    *,
+    greedy: bool = False,
+    warm_up: int = 0,
+    prepare: Callable[[nn.Module], Callable[[], object]] | None = None,
+    **options,
+) -> Run:
+    """Load a model, read a prompt of random tokens, generate, close.
+
+    Args:
+        folder: A flash folder, or a checkpoint that is streamed in place.
+        memory: Its budget.
+        tokens: New tokens that count, after `warm_up` others.
+        greedy: Take the likeliest token instead of a random one.
+        prepare: Makes `before_token`, as `decode` takes it, of the loaded model.
+        options: As `load_model` takes them.
+    """
+    # Two more: the first token and the one that is computed ahead.
+    context = prompt_tokens + warm_up + tokens + 2
+    begin = time.perf_counter()
+    with load_model(folder, memory, context=context, **options) as (model, config):
+        flash, load_s = model.flash, time.perf_counter() - begin
+        vocabulary = config["vocab_size"]
+        mx.random.seed(0)
+        done = decode(
+            model,
+            random_prompt(prompt_tokens, vocabulary),
+            warm_up + tokens,
+            None if greedy else random_sampler(vocabulary),
+            prepare(model) if prepare else None,
+        )
+        facts = {
+            "budget_bytes": flash.budget.total_bytes,
+            "model_bytes": flash.manifest.model_bytes,
+            "slots": sum(flash.budget.slots),
+            "units": sum(layer.units for layer in flash.manifest.layers),
+            "direct_io": flash.direct_io,
+            "load_s": load_s,
+            "prompt_s": done.prompt_s,
+        }
+        run = Run(done.samples[warm_up:], mx.get_peak_memory(), facts)
+    del model, flash, done
+    gc.collect()
+    mx.clear_cache()
+    return run

@@ -12,13 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..memory.policies import Lru
-from ..memory.slot_cache import EMPTY, SlotCache
-from ..memory.slots import allocate
+from ..memory.policies import Lru, Slots
+from ..memory.slot_cache import EMPTY
+from ..memory.slots import UnitSlots, allocate
 from ..memory.stats import Stats
 from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader
+from ..storage.source import bundle_extent
 
 CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at once
 
@@ -26,8 +27,13 @@ CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at on
 class KeepNothing(Lru):
     """A cache policy under which a token finds nothing of the tokens before it."""
 
-    def expire(self, cache: SlotCache) -> None:
+    def expire(self, cache: Slots) -> None:
         cache.forget(np.flatnonzero(cache.unit_of != EMPTY))
+
+
+def bring(slots: UnitSlots, units: np.ndarray) -> None:
+    """Bring units (sorted, unique) into a layer's slots, and multiply nothing."""
+    slots.run(units, lambda total, wave: None)
 
 
 class Landing:
@@ -58,9 +64,7 @@ class Landing:
             batch = units[start : start + self.n_slots]
             ticket = self.reader.submit(source, batch, np.arange(len(batch)))
             result = self.reader.wait(ticket)
-            self.stats.bytes_read += result.bytes_read
-            self.stats.reads += result.reads
-            self.stats.read_s += result.seconds
+            self.stats.count(result)
         self.stats.io_s += time.perf_counter() - begin
 
 
@@ -93,7 +97,7 @@ class WholeFiles:
             landing.read(source, np.arange(1))
 
 
-def unbundled(path: Path, layer: Layer) -> list[Extent]:
+def unbundled(layer: Layer, folder: Path) -> list[Extent]:
     """A layer's file taken as if its parts lay apart: up rows, then down columns.
 
     Offsets, lengths and alignment are those that such a file would have, so reads cost
@@ -102,7 +106,7 @@ def unbundled(path: Path, layer: Layer) -> list[Extent]:
     """
     return [
         Extent(
-            path,
+            folder / layer.file,
             layer.data_offset + layer.units * part.offset,
             part.bytes,
             ((i, 0, part.bytes),),
@@ -111,7 +115,6 @@ def unbundled(path: Path, layer: Layer) -> list[Extent]:
     ]
 
 
-def bundled(path: Path, layer: Layer) -> list[Extent]:
+def bundled(layer: Layer, folder: Path) -> list[Extent]:
     """A layer's file as it is: one read brings all parts of a unit."""
-    parts = tuple((i, part.offset, part.bytes) for i, part in enumerate(layer.parts))
-    return [Extent(path, layer.data_offset, layer.unit_bytes, parts)]
+    return [bundle_extent(layer, folder)]

@@ -1,32 +1,30 @@
-"""The rows of Table 2: one reader and one set of files, each row with parts switched
+"""The rows of Table 2: one set of files, each row with parts of the method switched
 off. What each reads for a token, and what it holds meanwhile."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import FlashError
+from ..layers.kinds import NEURON, kind_of
 from ..loading import READ_THREADS
+from ..memory.fence import Fence
 from ..memory.policies import Lru, Window
 from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
 from ..storage.manifest import Layer, Manifest, read_manifest
-from ..storage.reader import open_reader
-from .landing import Landing, WholeFiles, bundled, unbundled
+from ..storage.reader import Extent, Reader, open_reader
+from .landing import Landing, WholeFiles, bring, bundled, unbundled
+from .paper import TABLE_2
 from .report import Row, Sample, progress
-from .trace import Trace, calibrated
+from .selections import Selections, calibrated
 
-# OPT-6.7B at 16 bit on an M1 Max: GB read per token and I/O ms. The paper's first two
-# rows are bytes divided by 6.1 GB/s, not measured.
-PAPER = {
-    "naive": (13.4, 2196),
-    "hybrid": (6.7, 1090),
-    "predictor": (0.9, 738),
-    "windowing": (0.2, 164),
-    "bundling": (0.2, 87),
-}
+# The paper's rows by the names they have here.
+PAPER = dict(
+    zip(("naive", "hybrid", "predictor", "windowing", "bundling"), TABLE_2, strict=True)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Options:
     resident: float = 0.24
     missing: float = 0.024
     window: int = 4
-    native: bool | None = None
 
 
 @dataclasses.dataclass
@@ -54,7 +51,8 @@ class Player:
     memory_bytes: int
     stats: Stats
     tokens: int  # per round
-    sparse: bool = True  # follows the trace, and needs its warm-up
+    sparse: bool = True  # follows the selections, and needs their warm-up
+    layers: Sequence[UnitSlots] = ()  # where it keeps units
     samples: list[Sample] = dataclasses.field(default_factory=list)
     at: int = 0
 
@@ -68,38 +66,41 @@ class Player:
                 self.samples.append(Sample.of(spent))
 
     def row(self) -> Row:
-        gb, ms = PAPER.get(self.name, (None, None))
-        read, under_way = self.stats.bytes_read, self.stats.read_s
+        paper = PAPER.get(self.name)
         return Row.of(
             self.name,
             self.samples,
             self.memory_bytes,
-            gb_per_s=read / 1e9 / under_way if under_way else None,
-            paper_gb=gb,
-            paper_io_ms=ms,
+            gb_per_s=self.stats.read_gb_per_s,
+            paper_gb=paper.gb if paper else None,
+            paper_io_ms=paper.io_ms if paper else None,
         )
 
 
 class Bench:
-    """The rows of one flash folder, all with the same reader and the same trace."""
+    """What the rows of one flash folder share: reader, slots, and the selections.
 
-    def __init__(self, folder: Path, options: Options):
+    Args:
+        policy: Under which slots are to miss `options.missing` of a layer per token.
+    """
+
+    def __init__(self, folder: Path, options: Options, policy: Lru):
         self.folder, self.options = folder, options
         self.manifest = _sparse(read_manifest(folder), folder)
         self.layers = self.manifest.layers
-        self.reader = open_reader(READ_THREADS, native=options.native)
+        self.reader = open_reader(READ_THREADS)
         self.slots = [max(round(options.resident * x.units), 1) for x in self.layers]
         self.noise = calibrated(
             self.layers[0].units,
             options.selected,
             self.slots[0],
             options.missing,
-            Window(options.window),
+            policy,
         )
         count = options.warm_up + options.rounds * self.sparse_tokens
-        self.traces = [
-            list(Trace(x.units, options.selected, self.noise, seed).tokens(count))
-            for seed, x in enumerate(progress(self.layers, "making the trace", "layer"))
+        self.selections = [
+            list(Selections(x.units, options.selected, self.noise, i).tokens(count))
+            for i, x in enumerate(progress(self.layers, "selecting", "layer"))
         ]
 
     @property
@@ -120,8 +121,8 @@ class Bench:
             self.dense("hybrid", self.held_bytes()),
             self.predicted(),
             self.windowed("windowing", window, unbundled),
-            self.windowed("bundling", window, bundled),
-            self.windowed("bundling, LRU", Lru(), bundled),
+            self.windowed("bundling", window),
+            self.windowed("bundling, LRU", Lru()),
         ]
 
     def held_bytes(self) -> int:
@@ -151,51 +152,62 @@ class Bench:
         return Player(name, lambda _: files.read(), memory, stats, tokens, False)
 
     def predicted(self) -> Player:
-        """What the trace selects, anew for every token, each part where it lies."""
+        """What is selected, anew for every token, each part where it lies."""
         stats = Stats()
-        most = max(len(chosen) for trace in self.traces for chosen in trace)
+        most = max(len(chosen) for tokens in self.selections for chosen in tokens)
         part_bytes = [part.bytes for part in self.layers[0].parts]
         landing = Landing(self.reader, part_bytes, most, stats)
-        sources = [
-            landing.add(unbundled(self.file(x), x), x.units) for x in self.layers
-        ]
+        sources = [landing.add(unbundled(x, self.folder), x.units) for x in self.layers]
 
         def read(token: int) -> None:
-            for source, trace in zip(sources, self.traces, strict=True):
-                landing.read(source, trace[token])
+            for source, tokens in zip(sources, self.selections, strict=True):
+                landing.read(source, tokens[token])
 
         memory = self.manifest.resident.bytes + landing.nbytes
         return Player("predictor", read, memory, stats, self.sparse_tokens)
 
-    def windowed(self, name: str, policy, layout) -> Player:
-        """What the trace selects and is not in slots."""
-        stats = Stats()
-        stores = [
+    def windowed(
+        self,
+        name: str,
+        policy: Lru,
+        layout: Callable[[Layer, Path], list[Extent]] = bundled,
+        reader: Reader | None = None,
+    ) -> Player:
+        """What is selected and not in slots, through a reader of its own if given."""
+        stats, fence = Stats(), Fence()
+        layers = [
             UnitSlots(
-                x, self.folder, n, policy, self.reader, stats, layout(self.file(x), x)
+                x,
+                layout(x, self.folder),
+                n,
+                policy,
+                reader or self.reader,
+                fence,
+                stats,
             )
             for n, x in zip(self.slots, self.layers, strict=True)
         ]
 
         def read(token: int) -> None:
-            for store, trace in zip(stores, self.traces, strict=True):
-                for _ in store.fetch(trace[token]):
-                    pass
+            for slots, tokens in zip(layers, self.selections, strict=True):
+                bring(slots, tokens[token])
 
-        return Player(name, read, self.held_bytes(), stats, self.sparse_tokens)
+        return Player(
+            name, read, self.held_bytes(), stats, self.sparse_tokens, layers=layers
+        )
 
 
 def _sparse(manifest: Manifest, folder: Path) -> Manifest:
-    if manifest.unit != "neuron":
+    if kind_of(manifest) is not NEURON:
         raise FlashError(
-            f"{folder} holds {manifest.unit}s; table 2 is about neurons. Give a folder "
+            f"{folder} holds {manifest.unit}s; this is about neurons. Give a folder "
             "with a ReLU model, or none for a synthetic one."
         )
     first = manifest.layers[0]
     alike = {(x.units, x.unit_bytes, x.parts) for x in manifest.layers}
     if len(alike) > 1:
         raise FlashError(
-            f"{folder} has layers of several sizes; one trace cannot serve them. Give "
-            f"a model whose FFNs all have {first.units:,} neurons."
+            f"{folder} has layers of several sizes; the same selections cannot serve "
+            f"all. Give a model whose FFNs all have {first.units:,} neurons."
         )
     return manifest

@@ -15,17 +15,23 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
+from ..arrays import parameters
 from ..converters.resident import write_weights
 from ..layers.predictor import Predictor, possible_bits
 from ..loading import load_model
 from ..memory.policies import Lru
 from ..memory_size import parse_memory
-from ..storage import manifest as format
+from ..storage.manifest import (
+    MANIFEST,
+    PREDICTORS,
+    Manifest,
+    PredictorFacts,
+    read_manifest,
+)
 from .decode import random_prompt
 from .report import progress
-from .trace import miss_share
+from .selections import miss_share
 
 # The longer the context, the less do tokens differ after attention has averaged over
 # it: only the second half of the prompt counts, where generation goes on from.
@@ -38,7 +44,8 @@ class Recorder(nn.Module):
 
     def __init__(self, predictor: Predictor):
         super().__init__()
-        self.predictor, self.inputs = predictor, []
+        self.predictor = predictor
+        self.inputs: list[mx.array] = []
 
     def __call__(self, x: mx.array) -> mx.array:
         self.inputs.append(x)
@@ -60,7 +67,7 @@ def add_predictors(
         selected: Share of a layer chosen per token.
         missing: Share of a layer read per token.
     """
-    manifest = format.read_manifest(folder)
+    manifest = read_manifest(folder)
     dims = manifest.layers[0].parts[0].shape[0]
     made = _random(manifest, dims)
     scores, slots = _scores(folder, memory, made)
@@ -72,7 +79,7 @@ def add_predictors(
     _write(folder, manifest, made, shares)
 
 
-def _random(manifest: format.Manifest, dims: int) -> list[Predictor]:
+def _random(manifest: Manifest, dims: int) -> list[Predictor]:
     mx.random.seed(0)
     found = []
     for i, layer in enumerate(manifest.layers):
@@ -90,12 +97,11 @@ def _scores(
     folder: Path, memory: str, predictors: list[Predictor]
 ) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """Scores [tokens, units] of each layer for a random prompt, and its slots."""
-    manifest = format.read_manifest(folder)
-    arrays = [a for p in predictors for _, a in tree_flatten(p.parameters())]
     budget = parse_memory(memory)
-    budget = int(budget * manifest.model_bytes) if isinstance(budget, float) else budget
-    if budget is not None:
-        budget -= sum(a.nbytes for a in arrays)  # the folder does not have them yet
+    if isinstance(budget, float):
+        budget = int(budget * read_manifest(folder).model_bytes)
+    if budget is not None:  # the folder does not have the predictors yet
+        budget -= sum(a.nbytes for p in predictors for a in parameters(p).values())
     loaded = load_model(folder, budget or "auto", predictor=False, context=TOKENS)
     with loaded as (model, config):
         recorders = [Recorder(predictor) for predictor in predictors]
@@ -124,19 +130,22 @@ def _bias(
     low, high = 0.0, 16.0
     for _ in range(10):
         weight = (low + high) / 2
-        chosen = [np.flatnonzero(row) for row in at(weight)[0]]
-        miss = miss_share(chosen, units, n_slots, Lru(), WARM_TOKENS)
+        asked = [np.flatnonzero(row) for row in at(weight)[0]]
+        miss = miss_share(asked, units, n_slots, Lru(), WARM_TOKENS)
         low, high = (weight, high) if miss > missing else (low, weight)
     chosen, bias = at((low + high) / 2)
     return mx.array(bias), float(chosen.mean())
 
 
-def _write(folder, manifest, predictors: list[Predictor], shares: list) -> None:
-    arrays, layers = {}, []
+def _write(
+    folder: Path, manifest: Manifest, predictors: list[Predictor], shares: list[float]
+) -> None:
+    arrays: dict[str, mx.array] = {}
+    layers = []
     for i, (layer, made) in enumerate(zip(manifest.layers, predictors, strict=True)):
-        for name, array in tree_flatten(made.parameters()):
+        for name, array in parameters(made).items():
             arrays[f"{layer.module}.predictor.{name}"] = array
-        facts = format.PredictorFacts(
+        facts = PredictorFacts(
             rank=made.reduce.weight.shape[0],
             bits=getattr(made.reduce, "bits", 0),
             threshold=0.5,
@@ -148,10 +157,10 @@ def _write(folder, manifest, predictors: list[Predictor], shares: list) -> None:
             active_share=0.0,
         )
         layers.append(dataclasses.replace(layer, predictor=facts))
-    target = folder / format.PREDICTORS
+    target = folder / PREDICTORS
     manifest = dataclasses.replace(
         manifest, predictors=write_weights(target, arrays), layers=tuple(layers)
     )
-    part = folder / f"{format.MANIFEST}.part"
+    part = folder / f"{MANIFEST}.part"
     part.write_text(manifest.to_json())
-    part.replace(folder / format.MANIFEST)  # last: predictors are there, or none are
+    part.replace(folder / MANIFEST)  # last: predictors are there, or none are

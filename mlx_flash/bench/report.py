@@ -11,13 +11,22 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, TypeVar
 
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from .._version import __version__
 from ..memory.stats import Stats
+from ..planning.machine import machine
 
+T = TypeVar("T")
 TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
 
 
@@ -69,7 +78,7 @@ class Row:
     memory_bytes: int | None = None
     tokens: int = 0
     std: dict[str, float] = field(default_factory=dict)
-    more: dict = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, samples: list[Sample], memory_bytes: int, **more) -> Row:
@@ -92,8 +101,22 @@ class Row:
         facts = {k: v for k, v in vars(self).items() if k != "more"}
         return facts | self.more
 
-    def get(self, key: str):
+    @classmethod
+    def from_json(cls, facts: dict) -> Row:
+        """The row that `to_json` wrote, in another process for example."""
+        own = {f.name for f in fields(cls)} & facts.keys()
+        row = cls(**{name: facts[name] for name in own})
+        row.more = {k: v for k, v in facts.items() if k not in own}
+        return row
+
+    def get(self, key: str) -> Any:
         return self.to_json().get(key)
+
+    def note_spread(self, key: str, values: Sequence[float]) -> None:
+        """Keep a mean under `key`, with its deviation where there are two values."""
+        self.more[key] = mean(values)
+        if len(values) > 1:
+            self.std[key] = stdev(values)
 
 
 @dataclass(frozen=True)
@@ -112,6 +135,8 @@ class Column:
         value = row.get(self.key)
         if value is None:
             return "–"
+        if isinstance(value, bool):
+            return "yes" if value else "NO"
         if isinstance(value, str):
             return value
         text = f"{value / self.scale:,.{self.digits}f}"
@@ -150,7 +175,7 @@ class Report:
         return {
             "benchmark": self.benchmark,
             "command": shlex.join(["mlx-flash", *sys.argv[1:]]),
-            "machine": machine(),
+            "machine": environment(),
             "notes": self.notes,
             **self.facts,
             "rows": [row.to_json() for row in self.rows],
@@ -170,24 +195,18 @@ def cache_state(direct: bool) -> str:
     return "WARM: reads went through the operating system's page cache"
 
 
-def machine() -> dict:
-    """Processor, memory, system and the versions of what does the work."""
-    import mlx.core as mx
-    import numpy as np
-    import psutil
-
-    from .. import __version__
-
+def environment() -> dict:
+    """The machine, its load, and the versions of what does the work."""
+    device, system = machine()
     return {
-        "system": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "device": device,
+        "os": system,
         "load_average": os.getloadavg(),
-        "device": str(mx.default_device()),
+        "mlx_device": str(mx.default_device()),
         "versions": {
             "mlx_flash": __version__,
-            "mlx": mx.__version__,
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
@@ -195,20 +214,8 @@ def machine() -> dict:
     }
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def progress(items: Iterable, what: str, unit: str = "it"):
+def progress(items: Iterable[T], what: str, unit: str = "it") -> Iterable[T]:
     """A bar on stderr, where a person looks at it."""
-    from tqdm import tqdm
-
     return tqdm(
         items, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty()
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import mlx.core as mx
-
 from ..errors import FlashError
-from ..loading import load_model
-from .decode import decode, random_prompt
+from .decode import Run, run_model
 from .report import Column, Report, Row, cache_state, progress
 
 COLUMNS = [
@@ -29,7 +26,7 @@ COLUMNS = [
 
 def run(
     folder: Path,
-    budgets: list[str],
+    budgets: Sequence[str],
     tokens: int = 32,
     prompt_tokens: int = 32,
     repeats: int = 2,
@@ -39,15 +36,15 @@ def run(
     Each repeat goes through all budgets, so that a slow spell does not hit one alone.
     A budget that is refused keeps its row, with the reason.
     """
-    found: dict[str, list] = {memory: [] for memory in budgets}
+    found: dict[str, list[Run]] = {memory: [] for memory in budgets}
     errors: dict[str, str] = {}
-    direct = True
     for memory in progress(list(budgets) * repeats, "measuring", "run"):
         if memory in errors:
             continue
         try:
-            found[memory].append(_measure(folder, memory, tokens, prompt_tokens))
-            direct &= found[memory][-1]["direct_io"]
+            found[memory].append(
+                run_model(folder, memory, prompt_tokens, tokens, greedy=True)
+            )
         except FlashError as error:
             errors[memory] = str(error)
     rows = [
@@ -56,9 +53,9 @@ def run(
         else _row(memory, runs)
         for memory, runs in found.items()
     ]
-    model_bytes = max(
-        (run["model_bytes"] for runs in found.values() for run in runs), default=None
-    )
+    facts_of_runs = [run.facts for runs in found.values() for run in runs]
+    direct = all(run["direct_io"] for run in facts_of_runs)
+    model_bytes = max((run["model_bytes"] for run in facts_of_runs), default=None)
     size = "" if model_bytes is None else f", {model_bytes / 1e9:.3f} GB"
     notes = [
         f"{folder.name}{size}: {repeats} runs a budget, each {tokens} tokens after a "
@@ -71,41 +68,20 @@ def run(
         "cache_state": cache_state(direct),
         "repeats": repeats,
     }
-    return Report("memory", rows, COLUMNS, notes, facts)
+    return Report("sweep", rows, COLUMNS, notes, facts)
 
 
-def _measure(folder: Path, memory: str, tokens: int, prompt_tokens: int) -> dict:
-    # two more: the first token and the one that is computed ahead
-    context = prompt_tokens + tokens + 2
-    with load_model(folder, memory, context=context) as (model, config):
-        prompt = random_prompt(prompt_tokens, config["vocab_size"])
-        flash = model.flash
-        samples = decode(model, prompt, tokens).samples
-        facts = {
-            "samples": samples,
-            "budget_bytes": flash.budget.total_bytes,
-            "model_bytes": flash.manifest.model_bytes,
-            "peak_bytes": mx.get_peak_memory(),
-            "slots": sum(flash.budget.slots),
-            "direct_io": flash.direct_io,
-        }
-    del model, flash, prompt
-    gc.collect()
-    mx.clear_cache()
-    return facts
-
-
-def _row(memory: str, runs: list[dict]) -> Row:
-    last = runs[-1]
+def _row(memory: str, runs: list[Run]) -> Row:
     row = Row.of(
         memory,
-        [sample for run in runs for sample in run["samples"]],
-        max(run["peak_bytes"] for run in runs),
-        budget_bytes=last["budget_bytes"],
-        slots=last["slots"],
+        [sample for run in runs for sample in run.samples],
+        max(run.peak_bytes for run in runs),
+        budget_bytes=runs[-1].facts["budget_bytes"],
+        slots=runs[-1].facts["slots"],
         runs_tokens_per_s=[
-            1e3 / mean(sample.total_ms for sample in run["samples"]) for run in runs
+            1e3 / mean(sample.total_ms for sample in run.samples) for run in runs
         ],
     )
-    row.more["tokens_per_s"] = 1e3 / row.total_ms
+    if row.total_ms:
+        row.more["tokens_per_s"] = 1e3 / row.total_ms
     return row

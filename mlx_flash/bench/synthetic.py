@@ -1,6 +1,6 @@
-"""An OPT of any size that nobody trained: the same random weights in every format.
+"""Models of any size that nobody trained: the same random weights in every format.
 
-A weight's values follow from its name alone, so that each file that is written of the
+A weight's values follow from its name alone, so that each file that is written of a
 model holds the same ones, a matrix in memory at a time. They have the right size, sign
 and spread, and mean nothing: only costs can be measured with them.
 """
@@ -9,87 +9,60 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from ..converters.bundles import write_bundles
+from ..arrays import parameters
 from ..errors import FlashError
-from ..models.opt import Model, ModelArgs
-from ..storage import manifest as format
-from ..storage.safetensors import DTYPES, Tensor, write_safetensors
+from ..models.registry import get_model_classes
 from .report import progress
 
-LINEARS = ("fc1", "fc2")  # the parts of a neuron's bundle
-MODULE = "model.decoder.layers.{}.mlp"
+Shapes = dict[str, tuple[int, ...]]
 
 # (sign and mantissa, exponent's bias, mantissa bits) of a dtype, as unsigned words
-FLOATS = {
-    "float32": (np.uint32, 0x807FFFFF, 127, 23),
-    "float16": (np.uint16, 0x83FF, 15, 10),
-    "bfloat16": (np.uint16, 0x807F, 127, 7),
+FLOATS: dict[str, tuple[np.dtype, int, int, int]] = {
+    "float32": (np.dtype(np.uint32), 0x807FFFFF, 127, 23),
+    "float16": (np.dtype(np.uint16), 0x83FF, 15, 10),
+    "bfloat16": (np.dtype(np.uint16), 0x807F, 127, 7),
 }
 TOKENS = 0.5  # spread of token embeddings: makes neighbours differ, as they do in text
 # What attention and FFNs add must be small beside it. Else what all tokens share grows
 # from layer to layer, and in 32 of them the tokens become one: 0.6 % of a layer was
 # then read per token where predictors had been set for 2.4 %.
 SMALL = 0.05
+UP_RANK = 64  # of OPT's up projections, so that a predictor has something to find
+ACTIVE = -1.3  # OPT's up bias in standard deviations: about a tenth is active
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of an OPT; the defaults are those of OPT-6.7B."""
+def parameter_shapes(config: dict) -> Shapes:
+    """Shapes of all weights, by the names the model's modules have."""
+    # The model's own weights are lazy: nothing is computed for them.
+    return {name: array.shape for name, array in parameters(make_model(config)).items()}
 
-    layers: int = 32
-    dims: int = 4096
-    units: int = 16384
-    heads: int = 32
-    vocab: int = 50272
-    positions: int = 2048
-    dtype: str = "float16"
 
-    def config(self) -> dict:
-        return {
-            "model_type": "opt",
-            "architectures": ["OPTForCausalLM"],
-            "vocab_size": self.vocab,
-            "hidden_size": self.dims,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "ffn_dim": self.units,
-            "max_position_embeddings": self.positions,
-            "activation_function": "relu",
-            "do_layer_norm_before": True,
-            "word_embed_proj_dim": self.dims,
-            "bos_token_id": 2,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-            "torch_dtype": self.dtype,
-        }
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all weights, by the names the model's modules have."""
-        model = Model(ModelArgs.from_dict(self.config()))
-        return {name: a.shape for name, a in tree_flatten(model.parameters())}
-
-    @property
-    def nbytes(self) -> int:
-        """Of all weights."""
-        size = DTYPES[self.dtype][1]
-        return size * sum(math.prod(shape) for shape in self.weights().values())
+def make_model(config: dict) -> nn.Module:
+    """The model of a config.json, as MLX initialises it."""
+    model_class, args_class = get_model_classes(config)
+    args = args_class.from_dict(config)  # type: ignore[attr-defined] # all have it
+    return model_class(args)
 
 
 def weight(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
     """The values of one weight: ± [1, 2) times a power of two, uniform bits."""
     if len(shape) == 1:
+        if name.endswith("fc1.bias"):
+            return mx.full(shape, ACTIVE, getattr(mx, dtype))
         kind = mx.ones if "norm.weight" in name else mx.zeros
         return kind(shape, getattr(mx, dtype))
+    if name.endswith("fc1.weight"):
+        return _low_rank(name, shape, dtype)
     spread = shape[-1] ** -0.5
     if "embed" in name:
         spread = TOKENS if "embed_tokens" in name else SMALL
@@ -97,26 +70,42 @@ def weight(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
         spread *= SMALL
     word, mask, bias, mantissa = FLOATS[dtype]
     exponent = math.floor(math.log2(spread / 1.53))  # the spread of ± [1, 2)
-    count = math.prod(shape)
-    raw = np.random.SFC64(zlib.crc32(name.encode())).random_raw(
-        -(-count * word().itemsize // 8)
-    )
-    bits = raw.view(word)[:count].reshape(shape)
-    bits &= word(mask)
-    bits |= word((exponent + bias) << mantissa)
+    bits = random_words(name, shape, word)
+    bits &= word.type(mask)
+    bits |= word.type((exponent + bias) << mantissa)
     return mx.array(bits).view(getattr(mx, dtype))
 
 
-def write_config(folder: Path, shape: Shape) -> None:
+def random_words(name: str, shape: tuple[int, ...], word: np.dtype) -> np.ndarray:
+    """Unsigned integers of which all bits are random, the same for the same name."""
+    count = math.prod(shape)
+    generator = np.random.SFC64(zlib.crc32(name.encode()))
+    raw = np.asarray(generator.random_raw(-(-count * word.itemsize // 8)))
+    return raw.view(word)[:count].reshape(shape)
+
+
+def _low_rank(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
+    """Rows that give pre-activations of unit variance, nine tenths from a low rank."""
+    rows, columns = shape
+    rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+    common = rng.standard_normal((rows, UP_RANK), np.float32)
+    common *= (0.9 / UP_RANK / columns) ** 0.5
+    values = rng.standard_normal((rows, columns), np.float32)
+    values *= (0.1 / columns) ** 0.5
+    values += common @ rng.standard_normal((UP_RANK, columns), np.float32)
+    return mx.array(values).astype(getattr(mx, dtype))
+
+
+def write_config(folder: Path, config: dict) -> None:
     """config.json, and a tokenizer that knows numbers: "17 4" are tokens 17 and 4."""
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {
             "type": "WordLevel",
-            "vocab": {str(i): i for i in range(shape.vocab)},
+            "vocab": {str(i): i for i in range(config["vocab_size"])},
             "unk_token": "0",
         },
     }
@@ -125,63 +114,50 @@ def write_config(folder: Path, shape: Shape) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
-def write_flash(folder: Path, shape: Shape) -> format.Manifest:
-    """A flash folder without predictors, whole or not at all."""
-    have_room(folder, shape.nbytes)
-    shapes = shape.weights()
+def write_checkpoint(
+    folder: Path,
+    config: dict,
+    make: Callable[[str, tuple[int, ...]], dict[str, mx.array]],
+) -> Path:
+    """Write a checkpoint, a shard a layer, each made and let go before the next.
+
+    Args:
+        config: Its config.json, with "num_hidden_layers" and "vocab_size".
+        make: Gives the arrays of a weight, by their names in the file.
+
+    Returns:
+        `folder`, which takes its name when it is whole.
+    """
+    shards: dict[str, Shapes] = {}
+    for name, shape in parameter_shapes(config).items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        shards.setdefault(layer[1] if layer else "outer", {})[name] = shape
+    part = empty_part(folder)
+    write_config(part, config)
+    weight_map: dict[str, str] = {}
+    for layer_name, shapes in progress(shards.items(), "writing a checkpoint", "shard"):
+        file = f"model-{layer_name}.safetensors"
+        made: dict[str, mx.array] = {}
+        for name, shape in shapes.items():
+            made |= make(name, shape)
+        mx.save_safetensors(str(part / file), made, {"format": "pt"})
+        weight_map |= dict.fromkeys(made, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (part / "model.safetensors.index.json").write_text(json.dumps(index))
+    return part.rename(folder)
+
+
+def plain_weights(dtype: str) -> Callable[[str, tuple[int, ...]], dict[str, mx.array]]:
+    """`make` for `write_checkpoint`: each weight as it is, under its own name."""
+    return lambda name, shape: {name: weight(name, shape, dtype)}
+
+
+def empty_part(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be renamed to it when all is written."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    (part / "ffn").mkdir(parents=True)
-    try:
-        write_config(part, shape)
-        entries = []
-        for i in progress(range(shape.layers), "writing bundles", "layer"):
-            module, parts = MODULE.format(i), {}
-            for linear in LINEARS:
-                name = f"{module}.{linear}.weight"
-                array = weight(name, shapes.pop(name), shape.dtype)
-                parts[f"{linear}.weight"] = array.T if linear == "fc2" else array
-            path = part / f"ffn/layer_{i:02d}.safetensors"
-            entries.append(write_bundles(path, module, parts))
-        resident = {name: (name, size) for name, size in shapes.items()}
-        path = part / format.RESIDENT
-        sha256, nbytes = write_tensors(path, resident, shape.dtype)
-        manifest = format.Manifest(
-            format_version=format.FORMAT_VERSION,
-            source="synthetic",
-            revision=None,
-            model_type="opt",
-            unit="neuron",
-            activation="relu",
-            dtype=shape.dtype,
-            resident=format.Weights(format.RESIDENT, sha256, nbytes),
-            predictors=None,
-            calibration=None,
-            layers=tuple(entries),
-        )
-        (part / format.MANIFEST).write_text(manifest.to_json())
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return manifest
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], dtype: str
-) -> tuple[str, int]:
-    """Write {name in the file: (weight, shape)}; returns SHA-256 and bytes."""
-
-    def made(name: str, shape: tuple[int, ...]) -> Tensor:
-        def chunks() -> Iterator[memoryview]:
-            array = weight(name, shape, dtype).reshape(-1)
-            yield np.asarray(array.view(mx.uint8)).data
-
-        return Tensor(dtype, shape, chunks)
-
-    made_tensors = {key: made(*what) for key, what in tensors.items()}
-    sha256 = write_safetensors(path, made_tensors)
-    return sha256, sum(tensor.nbytes for tensor in made_tensors.values())
+    part.mkdir(parents=True)
+    return part
 
 
 def have_room(folder: Path, nbytes: int) -> None:
@@ -200,28 +176,5 @@ def have_room(folder: Path, nbytes: int) -> None:
     if free < 1.02 * nbytes:
         raise FlashError(
             f"{folder} needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB "
-            "free. Free some space, or measure a smaller --shape."
+            "free. Free some space, or measure a smaller model."
         )
-
-
-def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
-    """The flash folder of this shape in `place`, written if it is not there.
-
-    With `memory` it has predictors, made for that budget.
-
-    Raises:
-        FlashError: If there is another model, or no room.
-    """
-    folder = place / "opt-flash"
-    if not folder.exists():
-        write_flash(folder, shape)
-    elif json.loads((folder / "config.json").read_text()) != shape.config():
-        raise FlashError(
-            f"{folder} holds a model of other sizes. Delete it, or give another "
-            "--folder."
-        )
-    if memory and not format.read_manifest(folder).predictors:
-        from .predictors import add_predictors
-
-        add_predictors(folder, memory)
-    return folder

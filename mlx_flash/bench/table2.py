@@ -2,8 +2,8 @@
 
 One reader and one set of files serve all rows (`methods.py`); the rows differ in what
 is switched on. Nothing is multiplied. The dense rows read every byte they claim; which
-neurons the sparse rows read says a SYNTHETIC trace with the paper's statistics
-(`trace.py`).
+neurons the sparse rows read is SYNTHETIC, with the paper's statistics
+(`selections.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..loading import READ_THREADS
+from ..memory.policies import Window
 from ..planning.cost import FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
 from ..storage.manifest import Layer
@@ -41,12 +42,12 @@ def run(folder: Path, options: Options) -> Report:
     """Measure all rows, in turns, so that a slow spell of the disk meets them all.
 
     Args:
-        folder: A flash folder of neurons; the trace takes the place of its predictors.
+        folder: A flash folder of neurons; SYNTHETIC selections replace its predictors.
 
     Raises:
         FlashError: If it is no such folder.
     """
-    bench = Bench(folder, options)
+    bench = Bench(folder, options, Window(options.window))
     with bench.reader:
         players = bench.players()
         for player in progress(players, "warming up", "row"):
@@ -60,11 +61,12 @@ def run(folder: Path, options: Options) -> Report:
     rows = [player.row() for player in players]
     profile = load_profile()
     for player, row in zip(players, rows, strict=True):
-        if profile is not None:
+        if profile is not None and row.bytes_per_token is not None:
             row.more["modelled_io_ms"] = 1e3 * modelled_io_s(
                 profile, bench.layers, row.bytes_per_token, player.sparse, row.name
             )
-        row.more["speedup"] = rows[0].io_ms / row.io_ms if row.io_ms else None
+        if rows[0].io_ms and row.io_ms:
+            row.more["speedup"] = rows[0].io_ms / row.io_ms
     return Report("table 2", rows, COLUMNS, notes(bench, direct), facts(bench, direct))
 
 

@@ -8,22 +8,22 @@ predictors and the slot cache. The tokens are random, the prediction is SYNTHETI
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from ..loading import load_model
 from ..memory.policies import Lru
 from ..storage.manifest import read_manifest
-from .decode import decode, random_prompt, random_sampler
+from .decode import run_model
 from .landing import KeepNothing, WholeFiles
+from .paper import TABLE_3
 from .report import Column, Report, Row, cache_state
 
-# OPT-6.7B, 32 bit on the CPU of an M1 Max: (I/O, memory management, compute) ms.
-# No hybrid row is given for it.
-PAPER = {"naive": (2196, 0, 986), "all": (105, 58, 506)}
+# OPT-6.7B, 32 bit on the CPU of an M1 Max. No hybrid row is given for it.
+PAPER = {"naive": TABLE_3[0], "all": TABLE_3[1]}
 COLUMNS = [
     Column("peak GB", "memory_bytes", 1e9, 2),
     Column("GB per token", "bytes_per_token", 1e9, 3),
@@ -56,18 +56,27 @@ def run(
         dense_tokens: Of naive and hybrid, which read the model for each.
     """
     manifest = read_manifest(folder)
-    size = prompt_tokens, memory
+    size = folder, memory, prompt_tokens
     rows = [
-        measure("naive", folder, *size, dense_tokens, predictor=False, naive=True),
-        measure("hybrid", folder, *size, dense_tokens, predictor=False),
-        measure("all", folder, *size, tokens),
+        measure(
+            "naive",
+            *size,
+            dense_tokens,
+            predictor=False,
+            policy=KeepNothing(),
+            prepare=_reread_resident,
+        ),
+        measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
+        measure("all", *size, tokens, policy=Lru()),
     ]
     for row in rows:
-        row.more["speedup"] = rows[0].total_ms / row.total_ms
-        if row.name in PAPER:
-            io, cache, compute = PAPER[row.name]
-            total = io + cache + compute
-            row.more["paper"] = f"{io:,} + {cache} + {compute} = {total:,}"
+        if rows[0].total_ms and row.total_ms:
+            row.more["speedup"] = rows[0].total_ms / row.total_ms
+        if paper := PAPER.get(row.name):
+            total = paper.io_ms + paper.cache_ms + paper.compute_ms
+            row.more["paper"] = (
+                f"{paper.io_ms:,} + {paper.cache_ms} + {paper.compute_ms} = {total:,}"
+            )
     direct = all(row.more["direct_io"] for row in rows)
     layer = manifest.layers[0]
     notes = [
@@ -94,52 +103,19 @@ def run(
 
 
 def measure(
-    name: str,
-    folder: Path,
-    prompt_tokens: int,
-    memory: str,
-    tokens: int,
-    predictor: bool = True,
-    naive: bool = False,
+    name: str, folder: Path, memory: str, prompt_tokens: int, tokens: int, **options
 ) -> Row:
-    """One row: load, read the prompt, generate, close."""
-    loaded = load_model(
-        folder,
-        memory,
-        predictor=predictor,
-        policy=KeepNothing() if naive else Lru(),
-        context=prompt_tokens + tokens + 2,
-    )
-    with loaded as (model, config):
-        flash = model.flash
-        reread = None
-        if naive:
-            files = WholeFiles(flash._reader, flash.stats)
-            files.add(folder / flash.manifest.resident.file)
-            reread = files.read
-        vocabulary = config["vocab_size"]
-        mx.random.seed(0)
-        done = decode(
-            model,
-            random_prompt(prompt_tokens, vocabulary),
-            tokens,
-            random_sampler(vocabulary),
-            reread,
-        )
-        units = sum(layer.units for layer in flash.manifest.layers)
-        asked = mean(s.hits + s.misses for s in done.samples)
-        row = Row.of(
-            name,
-            done.samples,
-            mx.get_peak_memory(),
-            budget_bytes=flash.budget.total_bytes,
-            prompt_s=done.prompt_s,
-            selected_share=asked / units,
-            missing_share=mean(s.misses for s in done.samples) / units,
-            direct_io=flash.direct_io,
-            slots=sum(flash.budget.slots),
-        )
-    del model, flash, loaded, reread
-    gc.collect()
-    mx.clear_cache()
-    return row
+    """One row: load, read the prompt, generate, close; what was selected beside it."""
+    run = run_model(folder, memory, prompt_tokens, tokens, **options)
+    misses = mean(sample.misses for sample in run.samples)
+    asked = misses + mean(sample.hits for sample in run.samples)
+    units = run.facts["units"]
+    return run.row(name, selected_share=asked / units, missing_share=misses / units)
+
+
+def _reread_resident(model: nn.Module) -> Callable[[], None]:
+    """Read what is resident for every token, too: naive keeps nothing."""
+    flash = model.flash
+    files = WholeFiles(flash._reader, flash.stats)
+    files.add(flash.folder / flash.manifest.resident.file)
+    return files.read

@@ -29,7 +29,7 @@ def probe(folder, as_json, plot, quiet):
       mlx-flash probe opt-6.7b-flash --plot reads.png
     """
     if plot:
-        from ..bench.read_plot import check_plot
+        from ..bench.plots import check_plot
 
         check_plot(plot)
     from ..planning.probe import probe as measure
@@ -44,7 +44,7 @@ def probe(folder, as_json, plot, quiet):
     path = default_path()
     save_profile(profile, path)
     if plot:
-        from ..bench.read_plot import plot_reads
+        from ..bench.plots import plot_reads
 
         plot_reads(profile, plot)
     if as_json:

@@ -25,7 +25,7 @@ def replay(trace, as_json, plot):
       mlx-flash replay story.npz --plot story.png
     """
     if plot:
-        from ..bench.read_plot import check_plot
+        from ..bench.plots import check_plot
 
         check_plot(plot)
     from ..traces.replay import SHARES, compare, table
@@ -34,7 +34,7 @@ def replay(trace, as_json, plot):
     recorded = read_trace(trace)
     rates = compare(recorded)
     if plot:
-        from ..traces.plot import plot_hit_rates
+        from ..bench.plots import plot_hit_rates
 
         plot_hit_rates(recorded, SHARES, rates, plot)
     if as_json:

@@ -8,15 +8,21 @@ results of the other layers can go.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
 
 
 class Fence:
-    """Holds the last result that was computed from slots of a model."""
+    """Holds the last result that was computed from slots of a model.
+
+    Attributes:
+        lock: Held for the length of a step: one thread at a time uses the slots.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._held: Any = None
 
     def hold(self, result: Any) -> None:

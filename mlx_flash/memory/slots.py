@@ -152,11 +152,23 @@ class UnitSlots:
         Raises:
             FlashError: If a read fails, or a file changed since the model was loaded.
         """
-        if self.listener is not None:
-            self.listener(units, tokens, keep)
-        self._begin_step()
-        self._finish_early(units)
-        waves = self.cache.waves(units, tokens, keep)
+        with self._fence.lock:
+            if self.listener is not None:
+                self.listener(units, tokens, keep)
+            self._begin_step()
+            self._finish_early(units)
+            waves = self.cache.waves(units, tokens, keep)
+            total = self._fold(waves, multiply, meanwhile)
+            self._fence.hold(total)
+            self._in_step = False
+            return total
+
+    def _fold(
+        self,
+        waves: Iterator[Wave],
+        multiply: Callable[[Total | None, Wave], Total],
+        meanwhile: Callable[[], None] | None,
+    ) -> Total | None:
         total: Total | None = None
         wave, ticket = self._submit_next(waves, total)
         while wave is not None:
@@ -172,8 +184,6 @@ class UnitSlots:
                 total = multiply(total, wave)
                 following = self._submit_next(waves, total)
             wave, ticket = following
-        self._fence.hold(total)
-        self._in_step = False
         return total
 
     def read_early(self, units: np.ndarray) -> None:
@@ -185,17 +195,18 @@ class UnitSlots:
         Args:
             units: int array of unit ids, sorted, unique.
         """
-        if self._early is not None or self._in_step or self.holds_all:
-            return
-        self._in_step = True
-        self._fence.settle()
-        begin = time.perf_counter()
-        missing, slots = self.cache.early(units.astype(np.intp, copy=False))
-        self.stats.cache_s += time.perf_counter() - begin
-        if len(missing):
-            ticket = self._reader.submit(self._source, missing, slots)
-            self._early = Early(missing, slots, ticket)
-        self._in_step = False
+        with self._fence.lock:
+            if self._early is not None or self._in_step or self.holds_all:
+                return
+            self._in_step = True
+            self._fence.settle()
+            begin = time.perf_counter()
+            missing, slots = self.cache.early(units.astype(np.intp, copy=False))
+            self.stats.cache_s += time.perf_counter() - begin
+            if len(missing):
+                ticket = self._reader.submit(self._source, missing, slots)
+                self._early = Early(missing, slots, ticket)
+            self._in_step = False
 
     def _begin_step(self) -> None:
         """Resolve whatever an exception left of the last step."""

@@ -6,6 +6,7 @@ the C reader does: Python would spend on planning what merging saves.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -15,12 +16,15 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from .base_reader import SHORT_READ, Reader
 from .limits import CHUNK_BYTES, PAGE_BYTES
 from .source import Source, address
+
+BUFFERS = threading.local()  # one of each thread, on a page
 
 
 @dataclass(slots=True)
@@ -38,25 +42,22 @@ class Job:
 
 @dataclass(eq=False)
 class Batch:
-    """A batch in flight. `running` counts threads, under the reader's lock."""
+    """A batch in flight. All but `jobs` is changed by threads of the pool alone.
+
+    The thread that waits takes no lock that they need: Ctrl-C might come while it has
+    it. `done` is locked until `left`, the number of jobs that have not ended, is zero.
+    """
 
     source: Source
     jobs: deque[Job]
     submitted: float
-    running: int = 0
+    left: int
+    done: Any = field(default_factory=threading.Lock)
+    changes: Any = field(default_factory=threading.Lock)
     bytes_read: int = 0
     reads: int = 0
     ended: float = 0.0
-    failure: tuple[int, int, int, int, int] | None = None
-
-
-@dataclass
-class Flights:
-    """What the threads of one reader share."""
-
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    batches: set[Batch] = field(default_factory=set)
-    buffers: threading.local = field(default_factory=threading.local)
+    failure: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
 
 
 class PythonReader(Reader):
@@ -68,9 +69,9 @@ class PythonReader(Reader):
         super().__init__(direct)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "mlx-flash-reader")
-        self._flights = Flights()
+        self._batches: set[Batch] = set()
         self._pid = os.getpid()
-        self._stop_with(_abandon, self._pool, self._flights)
+        self._stop_with(_abandon, self._pool, self._batches)
 
     def close(self) -> None:
         if self._stop.alive and self._pid == os.getpid():
@@ -85,32 +86,27 @@ class PythonReader(Reader):
         submitted = time.perf_counter()
         _check_ids(registered, units, slots)
         jobs = deque(_jobs(registered, units, slots))
-        batch = Batch(registered, jobs, submitted, ended=submitted)
-        with self._flights.changed:
-            self._flights.batches.add(batch)
+        batch = Batch(registered, jobs, submitted, len(jobs), ended=submitted)
+        batch.done.acquire()
+        self._batches.add(batch)
         for _ in range(min(self._threads, len(jobs))):
-            self._pool.submit(_work, batch, self._flights)
+            self._pool.submit(_work, batch)
         return batch
 
     def _wait(self, handle: Batch) -> tuple:
         self._check_process()
-        with self._flights.changed:
-            self._flights.changed.wait_for(lambda: not (handle.jobs or handle.running))
-            self._flights.batches.discard(handle)
+        if handle.left:
+            handle.done.acquire()
+        self._batches.discard(handle)
         seconds = handle.ended - handle.submitted
-        failure = handle.failure or (0, 0, 0, 0, 0)
-        return handle.bytes_read, handle.reads, seconds, *failure
+        return handle.bytes_read, handle.reads, seconds, *handle.failure
 
     def _drain(self) -> None:
         self._check_process()
-        flights = self._flights
-        with flights.changed:
-            for batch in flights.batches:
-                batch.jobs.clear()
-            flights.changed.wait_for(
-                lambda: not any(b.running for b in flights.batches)
-            )
-            flights.batches.clear()
+        for batch in list(self._batches):
+            # An exception may have come before any thread was told of the batch.
+            self._pool.submit(_work, batch)
+            self._wait(batch)
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -120,13 +116,13 @@ class PythonReader(Reader):
             )
 
 
-def _abandon(pool: ThreadPoolExecutor, flights: Flights) -> None:
+def _abandon(pool: ThreadPoolExecutor, batches: set[Batch]) -> None:
     """End a reader that nobody closed, without waiting for its threads.
 
     Garbage collection may run this in any thread, also in one that holds a lock which
     the pool's threads need: waiting for them here has been seen to hang.
     """
-    for batch in flights.batches.copy():
+    for batch in batches:
         batch.jobs.clear()
     pool.shutdown(wait=False)
 
@@ -152,36 +148,43 @@ def _jobs(source: Source, units: np.ndarray, slots: np.ndarray) -> Iterator[Job]
                     yield Job(number, begin + at + cut, len(piece), [(0, piece)])
 
 
-def _work(batch: Batch, flights: Flights) -> None:
+def _work(batch: Batch) -> None:
     """Read jobs of a batch until none is left; runs in a thread of the pool."""
     while True:
-        with flights.changed:
-            if not batch.jobs:
-                return
-            job = batch.jobs.popleft()
-            batch.running += 1
-        asked = got = error = 0
-        start = job.offset
         try:
-            start, asked, got = _read(batch.source, job, flights.buffers)
+            job = batch.jobs.popleft()
+        except IndexError:
+            return
+        start, asked, got, error = job.offset, job.size, 0, errno.EIO
+        try:
+            start, asked, got = _read(batch.source, job)
             error = 0 if got >= job.offset + job.size - start else SHORT_READ
         except OSError as failed:
-            error = failed.errno or errno.EIO
-            asked = asked or job.size
+            error = failed.errno or error
         finally:
-            with flights.changed:
-                batch.running -= 1
+            with batch.changes:
                 batch.reads += 1
                 batch.bytes_read += asked
-                batch.ended = time.perf_counter()
+                batch.left -= 1
                 if error:  # the batch is lost: leave the rest unread
                     batch.failure = error, job.extent, start, asked, got
-                    batch.jobs.clear()
-                if not (batch.jobs or batch.running):
-                    flights.changed.notify_all()
+                    batch.left -= _clear(batch.jobs)
+                if not batch.left:
+                    batch.ended = time.perf_counter()
+                    batch.done.release()
 
 
-def _read(source: Source, job: Job, buffers: threading.local) -> tuple[int, int, int]:
+def _clear(jobs: deque[Job]) -> int:
+    """Empty a queue that other threads take from; says how many jobs it took."""
+    taken = 0
+    with contextlib.suppress(IndexError):
+        while True:
+            jobs.popleft()
+            taken += 1
+    return taken
+
+
+def _read(source: Source, job: Job) -> tuple[int, int, int]:
     """Read one job: (offset and bytes asked of the file, bytes it gave)."""
     fd, align = source.descriptors[job.extent]
     if _straight(job, align):
@@ -190,16 +193,16 @@ def _read(source: Source, job: Job, buffers: threading.local) -> tuple[int, int,
             return job.offset, job.size, job.size
     # Direct I/O wants whole pages at both ends, and padding has no place in the slots:
     # such reads go through a buffer of the thread. It also ends what came short.
-    if not hasattr(buffers, "array"):
+    if not hasattr(BUFFERS, "array"):
         pages = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE_BYTES)
-        buffers.array = np.frombuffer(pages, np.uint8)
+        BUFFERS.array = np.frombuffer(pages, np.uint8)
     start = job.offset - job.offset % align
     end = job.offset + job.size
     asked = end + -end % align - start
-    got = _fill(fd, buffers.array[:asked], start, align)
+    got = _fill(fd, BUFFERS.array[:asked], start, align)
     for at, row in job.pieces:
         begin = job.offset + at - start
-        row[:] = buffers.array[begin : begin + len(row)]
+        row[:] = BUFFERS.array[begin : begin + len(row)]
     return start, asked, got
 
 

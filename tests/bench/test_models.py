@@ -7,24 +7,25 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_flash import load_model
-from mlx_flash.bench import exports, predictors, synthetic, table3
+from mlx_flash.bench import opt, predictors, synthetic, table3
 from mlx_flash.bench.decode import decode, random_prompt, random_sampler
+from mlx_flash.bench.peers import exports
 from mlx_flash.cli import main
 from mlx_flash.models.registry import get_model_classes
-from mlx_flash.storage import manifest as format
+from mlx_flash.storage.manifest import PREDICTORS, read_manifest
 
-SHAPE = synthetic.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
+SHAPE = opt.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
 MEMORY = "50%"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return synthetic.flash_folder(tmp_path_factory.mktemp("t3"), SHAPE, MEMORY)
+    return opt.flash_folder(tmp_path_factory.mktemp("t3"), SHAPE, MEMORY)
 
 
 def test_predictors_choose_and_miss_what_was_asked(folder):
     """On tokens that they were not calibrated with."""
-    manifest = format.read_manifest(folder)
+    manifest = read_manifest(folder)
     for layer in manifest.layers:
         assert layer.predictor.predicted_share == pytest.approx(0.1, abs=0.002)
     context = predictors.TOKENS  # as many slots as were reckoned with
@@ -40,21 +41,21 @@ def test_predictors_choose_and_miss_what_was_asked(folder):
 
 
 def test_a_folder_keeps_its_predictors(folder):
-    before = (folder / format.PREDICTORS).stat().st_mtime_ns
-    synthetic.flash_folder(folder.parent, SHAPE, MEMORY)
-    assert (folder / format.PREDICTORS).stat().st_mtime_ns == before
+    before = (folder / PREDICTORS).stat().st_mtime_ns
+    opt.flash_folder(folder.parent, SHAPE, MEMORY)
+    assert (folder / PREDICTORS).stat().st_mtime_ns == before
 
 
 def test_an_interrupted_calibration_leaves_no_predictors(tmp_path, monkeypatch):
-    folder = synthetic.flash_folder(tmp_path, SHAPE)
+    folder = opt.flash_folder(tmp_path, SHAPE)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predictors, "_bias", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        synthetic.flash_folder(tmp_path, SHAPE, MEMORY)
-    assert format.read_manifest(folder).predictors is None
+        opt.flash_folder(tmp_path, SHAPE, MEMORY)
+    assert read_manifest(folder).predictors is None
 
 
 def test_ranks_are_the_papers():
@@ -69,7 +70,7 @@ def test_ranks_are_the_papers():
 def test_table3_rows_read_what_they_say(folder):
     report = table3.run(folder, MEMORY, prompt_tokens=6, tokens=3, dense_tokens=2)
     naive, hybrid, everything = report.rows
-    manifest = format.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert naive.bytes_per_token >= manifest.model_bytes
     assert naive.more["hit_rate"] == 0
     held = hybrid.more["slots"] * manifest.layers[0].unit_bytes
@@ -85,7 +86,7 @@ def test_table3_rows_read_what_they_say(folder):
 def test_checkpoint_holds_the_same_weights(folder, tmp_path):
     from mlx_lm.utils import load_model as mlx_load_model
 
-    exports.write_checkpoint(tmp_path / "hf", SHAPE)
+    opt.checkpoint(tmp_path / "hf", SHAPE)
     model, _ = mlx_load_model(tmp_path / "hf", get_model_classes=get_model_classes)
     found = dict(tree_flatten(model.parameters()))
     assert found.keys() == SHAPE.weights().keys()
@@ -100,7 +101,7 @@ def test_llama_cpp_computes_the_same_network(tmp_path, monkeypatch):
     llama_cpp = pytest.importorskip("llama_cpp")
     exports.write_gguf(tmp_path / "m.gguf", SHAPE)
     config = SHAPE.config() | {"activation_function": "gelu"}
-    model = synthetic.Model(synthetic.ModelArgs.from_dict(config))
+    model = synthetic.make_model(config)
     names = SHAPE.weights().items()
     model.load_weights([(n, synthetic.weight(n, s, "float32")) for n, s in names])
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -7,13 +7,20 @@ import psutil
 import pytest
 
 from mlx_flash import FlashError
-from mlx_flash.bench import ballast, peer, peers, programs, synthetic
+from mlx_flash.bench import opt, process
+from mlx_flash.bench.peers import ballast, compare, program
 
-SHAPE = synthetic.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
+SHAPE = opt.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
+
+
+def children(module) -> list[psutil.Process]:
+    """Processes of ours that run `module`; others may have been left by other tests."""
+    ours = psutil.Process().children()
+    return [process for process in ours if module.__name__ in process.cmdline()]
 
 
 def child() -> psutil.Process:
-    (process,) = psutil.Process().children()
+    (process,) = children(ballast)
     return process
 
 
@@ -38,8 +45,9 @@ def test_ballast_ends_with_whoever_started_it():
 def test_a_ballast_that_was_ended_spoils_the_result():
     with pytest.raises(FlashError, match="memory was not limited"):
         with ballast.hold_back(4096):
-            child().kill()
-            psutil.wait_procs([child()])
+            process = child()
+            process.kill()
+            psutil.wait_procs([process])
 
 
 def test_memory_that_is_not_there_is_refused():
@@ -49,7 +57,7 @@ def test_memory_that_is_not_there_is_refused():
 
 
 def test_peer_counts_tokens_after_the_warm_up(tmp_path):
-    folder = synthetic.flash_folder(tmp_path, SHAPE, "50%")
+    folder = opt.flash_folder(tmp_path, SHAPE, "50%")
     job = {
         "path": str(folder),
         "budget_bytes": SHAPE.nbytes // 2,
@@ -58,19 +66,19 @@ def test_peer_counts_tokens_after_the_warm_up(tmp_path):
         "warm_up": 2,
         "tokens": 3,
     }
-    found = peer.run("mlx_flash", job)
+    found = program.run("mlx_flash", job)
     assert len(found["seconds"]) == len(found["bytes_read"]) == 3
     assert found["peak_bytes"] > 0 and found["load_s"] > 0
 
 
 def test_programs_that_cannot_run_say_why(tmp_path, monkeypatch):
-    mine = peers.PEERS[0]
-    absent = peers.Peer("other", "other", "no_such_package", mine.write)
-    too_big = peers.Peer("big", "mlx_lm", "mlx_lm", mine.write, resident=True)
-    monkeypatch.setattr(peers, "PEERS", [mine, absent, too_big])
-    monkeypatch.setattr(peers, "PROCESS_BYTES", 10**15)
-    options = peers.Options(tokens=2, prompt_tokens=4, ballast=False)
-    report = peers.run(tmp_path, SHAPE, options)
+    mine = compare.PEERS[0]
+    absent = compare.Peer("other", "other", "no_such_package", mine.write)
+    too_big = compare.Peer("big", "mlx_lm", "mlx_lm", mine.write, resident=True)
+    monkeypatch.setattr(compare, "PEERS", [mine, absent, too_big])
+    monkeypatch.setattr(compare, "PROCESS_BYTES", 10**15)
+    options = compare.Options(tokens=2, prompt_tokens=4, ballast=False)
+    report = compare.run(tmp_path, SHAPE, options)
     ran, missing, big = report.rows
     assert ran.tokens == 2 and ran.more["slower"] == 1
     assert "not installed" in missing.more["error"]
@@ -82,40 +90,40 @@ def test_a_program_that_fails_says_why_in_a_line(tmp_path):
     job = {"path": str(tmp_path), "budget_bytes": 1, "predictor": False}
     job |= {"prompt_tokens": 1, "warm_up": 0, "tokens": 1}
     with pytest.raises(FlashError, match="^/.* is not a flash folder"):
-        programs.run_program("mlx_flash", job)
+        compare.run_program("mlx_flash", job)
 
 
 def test_files_of_a_program_are_removed_after_it(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    monkeypatch.setattr(peers, "PEERS", [peers.PEERS[0], peers.PEERS[2]])
+    monkeypatch.setattr(compare, "PEERS", [compare.PEERS[0], compare.PEERS[2]])
     row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
-    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
-    peers.run(tmp_path, SHAPE, peers.Options(ballast=False))
+    monkeypatch.setattr(compare, "run_program", lambda *_: dict(row))
+    compare.run(tmp_path, SHAPE, compare.Options(ballast=False))
     assert [p.name for p in tmp_path.iterdir()] == ["opt-flash"]
 
 
 @pytest.mark.parametrize("memory", ["auto"])
 def test_a_share_is_needed(memory, tmp_path):
     with pytest.raises(FlashError, match="Try --memory 50%"):
-        peers.run(tmp_path, SHAPE, peers.Options(memory=memory))
+        compare.run(tmp_path, SHAPE, compare.Options(memory=memory))
 
 
 def test_a_program_ends_when_the_ballast_gives_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs, "WATCH_S", 0.05)
+    monkeypatch.setattr(process, "WATCH_S", 0.05)
 
     class Gone:
         def check(self):
             raise FlashError("gave way")
 
     with pytest.raises(FlashError, match="gave way"):
-        programs.run_program("mlx_flash", {}, Gone())
-    assert not psutil.Process().children()
+        compare.run_program("mlx_flash", {}, Gone())
+    assert not children(program)
 
 
 def test_only_the_programs_that_were_asked_for(tmp_path, monkeypatch):
     row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
-    monkeypatch.setattr(peers, "run_program", lambda *_: dict(row))
-    options = peers.Options(ballast=False, only=("accelerate",))
-    assert [r.name for r in peers.run(tmp_path, SHAPE, options).rows] == [
+    monkeypatch.setattr(compare, "run_program", lambda *_: dict(row))
+    options = compare.Options(ballast=False, only=("accelerate",))
+    assert [r.name for r in compare.run(tmp_path, SHAPE, options).rows] == [
         "accelerate, disk offload"
     ]

@@ -10,30 +10,30 @@ from machine_profile import PROFILE
 from mlx.utils import tree_flatten
 
 from mlx_flash import FlashError, load_model
-from mlx_flash.bench import methods, sweep, synthetic, table2
+from mlx_flash.bench import methods, opt, sweep, synthetic, table2
 from mlx_flash.bench.landing import KeepNothing, bundled, unbundled
 from mlx_flash.bench.report import Column, Report, Row, Sample
-from mlx_flash.bench.trace import Trace, calibrated, miss_share
+from mlx_flash.bench.selections import Selections, calibrated, miss_share
 from mlx_flash.cli import main
 from mlx_flash.memory.policies import Window
 from mlx_flash.memory.slot_cache import SlotCache
 from mlx_flash.memory.stats import Stats
-from mlx_flash.storage import manifest as format
+from mlx_flash.storage.manifest import read_manifest
 
-SHAPE = synthetic.Shape(2, 64, 512, heads=2, vocab=96, positions=256, dtype="float32")
+SHAPE = opt.Shape(2, 64, 512, heads=2, vocab=96, positions=256, dtype="float32")
 SMALL = ["--shape", "2x64x512", "--vocab", "96"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return synthetic.flash_folder(tmp_path_factory.mktemp("bench"), SHAPE)
+    return opt.flash_folder(tmp_path_factory.mktemp("bench"), SHAPE)
 
 
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory):
     """Up rows and down columns of a whole page: reads are then what is asked for."""
-    shape = synthetic.Shape(2, 1024, 512, 8, 96, 64, dtype="float32")
-    return synthetic.flash_folder(tmp_path_factory.mktemp("paged"), shape)
+    shape = opt.Shape(2, 1024, 512, 8, 96, 64, dtype="float32")
+    return opt.flash_folder(tmp_path_factory.mktemp("paged"), shape)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_sample_divides_the_time_of_a_token():
 
 def test_calibrated_trace_selects_and_misses_what_was_asked():
     noise = calibrated(2048, 0.1, 500, 0.024, Window(4))
-    chosen = list(Trace(2048, 0.1, noise, seed=3).tokens(120))
+    chosen = list(Selections(2048, 0.1, noise, seed=3).tokens(120))
     assert {len(c) for c in chosen} == {205}
     missing = miss_share(chosen, 2048, 500, Window(4), warm=30)
     assert missing == pytest.approx(0.024, abs=0.004)
@@ -97,22 +97,37 @@ def test_keep_nothing_misses_everything():
 
 
 def test_weights_follow_from_their_names():
-    a = synthetic.weight("x.fc1.weight", (6, 64), "float16")
-    assert mx.array_equal(a, synthetic.weight("x.fc1.weight", (6, 64), "float16"))
-    assert not mx.array_equal(a, synthetic.weight("y.fc1.weight", (6, 64), "float16"))
+    for part in ("fc1", "q_proj"):
+        a = synthetic.weight(f"x.{part}.weight", (6, 64), "float16")
+        same = synthetic.weight(f"x.{part}.weight", (6, 64), "float16")
+        other = synthetic.weight(f"y.{part}.weight", (6, 64), "float16")
+        assert mx.array_equal(a, same)
+        assert not mx.array_equal(a, other)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_weights_have_the_spread_of_a_projection(dtype):
-    a = synthetic.weight("x.fc1.weight", (256, 256), dtype).astype(mx.float32)
+    a = synthetic.weight("x.q_proj.weight", (256, 256), dtype).astype(mx.float32)
     assert mx.isfinite(a).all() and abs(a.mean().item()) < 1e-3
     assert 0.5 / 16 < a.std().item() <= 1 / 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_tenth_of_the_neurons_is_active(dtype):
+    """And their up rows have a low rank, so that a predictor finds them."""
+    up = synthetic.weight("x.fc1.weight", (2048, 256), dtype).astype(mx.float32)
+    bias = synthetic.weight("x.fc1.bias", (2048,), dtype).astype(mx.float32)
+    x = mx.random.normal((64, 256), key=mx.random.key(0))
+    active = (x @ up.T + bias > 0).astype(mx.float32).mean().item()
+    assert active == pytest.approx(0.1, abs=0.02)
+    sizes = np.linalg.svd(np.array(up), compute_uv=False) ** 2
+    assert sizes[: synthetic.UP_RANK].sum() > 0.85 * sizes.sum()
 
 
 def test_flash_folder_is_the_model(folder):
     """Every neuron computed from flash gives what the weights give in memory."""
     names = SHAPE.weights()
-    model = synthetic.Model(synthetic.ModelArgs.from_dict(SHAPE.config()))
+    model = synthetic.make_model(SHAPE.config())
     model.load_weights(
         [(n, synthetic.weight(n, s, "float32")) for n, s in names.items()]
     )
@@ -122,13 +137,13 @@ def test_flash_folder_is_the_model(folder):
         diff = mx.abs(streamed(tokens) - model(tokens)).max().item()
     assert diff < 1e-4, f"{diff=}"
     size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-    assert format.read_manifest(folder).model_bytes == size == SHAPE.nbytes
+    assert read_manifest(folder).model_bytes == size == SHAPE.nbytes
 
 
 def test_folder_of_another_shape_is_refused(folder):
-    other = synthetic.Shape(3, 64, 512, heads=2, vocab=96, dtype="float32")
+    other = opt.Shape(3, 64, 512, heads=2, vocab=96, dtype="float32")
     with pytest.raises(FlashError, match="other sizes"):
-        synthetic.flash_folder(folder.parent, other)
+        opt.flash_folder(folder.parent, other)
 
 
 def test_a_disk_too_small_is_refused_before_writing(tmp_path):
@@ -138,10 +153,9 @@ def test_a_disk_too_small_is_refused_before_writing(tmp_path):
 
 
 def test_layouts_cover_a_layer_once(folder):
-    layer = format.read_manifest(folder).layers[0]
-    path = folder / layer.file
-    (whole,) = bundled(path, layer)
-    up, down = unbundled(path, layer)
+    layer = read_manifest(folder).layers[0]
+    (whole,) = bundled(layer, folder)
+    up, down = unbundled(layer, folder)
     assert (whole.offset, whole.stride) == (layer.data_offset, layer.unit_bytes)
     assert up.offset == layer.data_offset
     assert down.offset == up.offset + layer.units * up.stride
@@ -149,7 +163,7 @@ def test_layouts_cover_a_layer_once(folder):
 
 
 def test_naive_reads_the_whole_model(paged, rows):
-    manifest = format.read_manifest(paged)
+    manifest = read_manifest(paged)
     files = [paged / manifest.resident.file]
     files += [paged / layer.file for layer in manifest.layers]
     size = sum(file.stat().st_size for file in files)
@@ -157,7 +171,7 @@ def test_naive_reads_the_whole_model(paged, rows):
 
 
 def test_hybrid_reads_what_it_does_not_hold(paged, rows):
-    manifest = format.read_manifest(paged)
+    manifest = read_manifest(paged)
     slots = round(0.24 * 512) * 2 * manifest.layers[0].unit_bytes
     unheld = manifest.ffn_bytes - slots
     read = rows["hybrid"].bytes_per_token
@@ -177,7 +191,7 @@ def test_each_part_of_the_method_reads_less(rows):
 
 
 def test_table2_refuses_experts(folder, monkeypatch):
-    manifest = format.read_manifest(folder)
+    manifest = read_manifest(folder)
     object.__setattr__(manifest, "unit", "expert")
     monkeypatch.setattr(methods, "read_manifest", lambda _: manifest)
     with pytest.raises(FlashError, match="about neurons"):

@@ -8,11 +8,12 @@ prints figures from them has to say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
+from ..memory.policies import Lru
 from ..memory.slot_cache import SlotCache
 from .report import progress
 
@@ -22,11 +23,11 @@ STATIC_TO_SLOW = 3 / 5
 DRIFT_TOKENS = 8
 
 
-class Trace:
+class Selections:
     """The top `share` of scores with a memory.
 
     A neuron's score at a token is the sum of three Gaussians: its popularity, a part
-    that drifts over some tokens (the topic), and noise. One trace serves one layer.
+    that drifts over some tokens (the topic), and noise. Each layer has its own.
     """
 
     def __init__(self, units: int, share: float, noise: float, seed: int):
@@ -49,24 +50,28 @@ class Trace:
             yield np.sort(chosen).astype(np.int32)
 
 
-def calibrated(units: int, share: float, slots: int, missing: float, policy) -> float:
+def calibrated(
+    units: int, share: float, slots: int, missing: float, policy: Lru
+) -> float:
     """The noise at which `slots` under `policy` miss `missing` of the layer per token.
 
-    Found by bisection, playing traces against the real bookkeeping without reading.
+    Found by bisection, playing selections against the real bookkeeping without reading.
     """
     low, high = 0.0, 1.0
-    for _ in progress(range(8), "calibrating the trace"):
+    for _ in progress(range(8), "calibrating"):
         noise = (low + high) / 2
-        trace = Trace(units, share, noise, seed=1_000).tokens(120)
-        too_few = miss_share(trace, units, slots, policy, warm=30) < missing
+        chosen = Selections(units, share, noise, seed=1_000).tokens(120)
+        too_few = miss_share(chosen, units, slots, policy, warm=30) < missing
         low, high = (noise, high) if too_few else (low, noise)
     return (low + high) / 2
 
 
-def miss_share(trace, units: int, slots: int, policy, warm: int) -> float:
+def miss_share(
+    selections: Iterable[np.ndarray], units: int, slots: int, policy: Lru, warm: int
+) -> float:
     """Share of a layer that is missing per token, after `warm` tokens."""
     cache = SlotCache(units, slots, policy)
     misses = [
-        sum(len(wave.missing) for wave in cache.waves(chosen)) for chosen in trace
+        sum(len(wave.missing) for wave in cache.waves(chosen)) for chosen in selections
     ]
     return sum(misses[warm:]) / (len(misses) - warm) / units

@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 
-from ..errors import FlashError
+from ...memory.system import peak_process_bytes
+from ..process import print_result
+
+Steps = Generator[Callable[[], object], None, None]
 
 
-def mlx_flash(job: dict) -> Iterator[Callable]:
+def mlx_flash(job: dict) -> Steps:
     """Generation from flash, as `generate` does it."""
     import mlx.core as mx
 
-    from ..loading import load_model
+    from ...loading import load_model
 
     context = job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2
     with load_model(
@@ -29,23 +33,23 @@ def mlx_flash(job: dict) -> Iterator[Callable]:
         job["mlx_peak_bytes"] = mx.get_peak_memory()
 
 
-def mlx_lm(job: dict) -> Iterator[Callable]:
+def mlx_lm(job: dict) -> Steps:
     """The whole model in memory: mlx-lm's own loader and loop."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    from ..models.registry import get_model_classes
+    from ...models.registry import get_model_classes
 
     model, config = load_model(Path(job["path"]), get_model_classes=get_model_classes)
     yield from _mlx_steps(model, config, job, 512)
     job["mlx_peak_bytes"] = mx.get_peak_memory()
 
 
-def _mlx_steps(model, config, job: dict, prefill: int) -> Iterator[Callable]:
+def _mlx_steps(model, config, job: dict, prefill: int) -> Steps:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from .decode import random_prompt, random_sampler
+    from ..decode import random_prompt, random_sampler
 
     vocabulary = config["vocab_size"]
     mx.random.seed(0)
@@ -60,7 +64,7 @@ def _mlx_steps(model, config, job: dict, prefill: int) -> Iterator[Callable]:
         yield lambda: next(steps)
 
 
-def llama_cpp(job: dict) -> Iterator[Callable]:
+def llama_cpp(job: dict) -> Steps:
     """llama.cpp with its weights mapped: the page cache is its memory."""
     from llama_cpp import Llama
 
@@ -77,10 +81,10 @@ def llama_cpp(job: dict) -> Iterator[Callable]:
     ids = _random_ids(job)
     yield lambda: model.eval(ids[: job["prompt_tokens"]])
     for token in ids[job["prompt_tokens"] :]:
-        yield lambda token=token: model.eval([token])
+        yield partial(model.eval, [token])
 
 
-def accelerate(job: dict) -> Iterator[Callable]:
+def accelerate(job: dict) -> Steps:
     """transformers with accelerate's disk offload for what does not fit."""
     import torch
     import transformers
@@ -112,7 +116,7 @@ def accelerate(job: dict) -> Iterator[Callable]:
 
     yield lambda: step(ids[: job["prompt_tokens"]])
     for token in ids[job["prompt_tokens"] :]:
-        yield lambda token=token: step([token])
+        yield partial(step, [token])
 
 
 KINDS = {f.__name__: f for f in (mlx_flash, mlx_lm, llama_cpp, accelerate)}
@@ -136,19 +140,16 @@ def bytes_read() -> int | None:
 
 def held() -> dict:
     """Peak resident and swapped bytes of this process, where the system says."""
-    from ..memory.system import peak_process_bytes
-
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return {"peak_bytes": peak_process_bytes(), "swap_bytes": None}
-    # Not from getrusage: a child inherits its parent's peak there.
-    names = {
-        "VmHWM": "peak_bytes",
-        "RssAnon": "anonymous_bytes",
-        "VmSwap": "swap_bytes",
+    found: dict[str, int | None] = {
+        "peak_bytes": peak_process_bytes(),
+        "swap_bytes": None,
     }
-    pairs = (line.split(":", 1) for line in path.read_text().splitlines())
-    return {names[k]: 1024 * int(v.split()[0]) for k, v in pairs if k in names}
+    path = Path("/proc/self/status")
+    if path.exists():
+        names = {"RssAnon": "anonymous_bytes", "VmSwap": "swap_bytes"}
+        pairs = (line.split(":", 1) for line in path.read_text().splitlines())
+        found |= {names[k]: 1024 * int(v.split()[0]) for k, v in pairs if k in names}
+    return found
 
 
 def run(kind: str, job: dict) -> dict:
@@ -161,12 +162,14 @@ def run(kind: str, job: dict) -> dict:
     prompt_s = time.perf_counter() - begin - load_s
     for _ in range(job["warm_up"]):
         next(steps)()
-    seconds, read = [], []
+    seconds: list[float] = []
+    read: list[int | None] = []
     for _ in range(job["tokens"]):
         before, begin = bytes_read(), time.perf_counter()
         next(steps)()
         seconds.append(time.perf_counter() - begin)
-        read.append(None if before is None else bytes_read() - before)
+        after = bytes_read()
+        read.append(None if after is None or before is None else after - before)
     facts = held()
     steps.close()
     return {
@@ -180,7 +183,4 @@ def run(kind: str, job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
-    except FlashError as error:
-        sys.exit(str(error))
+    print_result(lambda: run(sys.argv[1], json.loads(sys.argv[2])))

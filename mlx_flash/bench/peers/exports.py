@@ -1,4 +1,4 @@
-"""Write the synthetic OPT for other programs: the same values, in their formats.
+"""Write the synthetic OPT for llama.cpp: the same values in its format, GGUF.
 
 llama.cpp has no OPT. Its GPT-2 is the same network but for GELU in place of ReLU:
 learned positions, layer norms before attention and FFN, biases everywhere, a tied head.
@@ -7,16 +7,16 @@ All sizes are equal and so is the work, as llama.cpp looks for no zeros.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import FlashError
-from ..models.opt import POSITION_OFFSET
-from .report import progress
-from .synthetic import Shape, have_room, weight, write_config, write_tensors
+from ...errors import FlashError
+from ...models.opt import POSITION_OFFSET
+from ..opt import Shape
+from ..report import progress
+from ..synthetic import have_room, weight
 
 # the model's names → GPT-2's in GGUF; q, k and v become one
 GGUF_NAMES = {
@@ -27,25 +27,6 @@ GGUF_NAMES = {
     "mlp.fc2": "ffn_down",
 }
 LAYER = "model.decoder.layers."
-
-
-def write_checkpoint(folder: Path, shape: Shape) -> None:
-    """A Hugging Face checkpoint, a shard a layer."""
-    have_room(folder, shape.nbytes)
-    folder.mkdir(parents=True)
-    write_config(folder, shape)
-    shards: dict[str, dict] = {}
-    for name, size in shape.weights().items():
-        layer = name.removeprefix(LAYER).split(".")[0] if LAYER in name else "outer"
-        theirs = name.replace(".mlp.", ".")
-        shards.setdefault(layer, {})[theirs] = (name, size)
-    weight_map = {}
-    for layer, tensors in progress(shards.items(), "writing a checkpoint", "shard"):
-        file = f"model-{layer}.safetensors"
-        write_tensors(folder / file, tensors, shape.dtype)
-        weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_gguf(path: Path, shape: Shape) -> None:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FlashError
+import psutil
+
+from ...errors import FlashError
 
 READY = "ready"
 
@@ -24,7 +26,8 @@ class Ballast:
     """The holding process: `held_bytes` of it, and whether it still does."""
 
     def __init__(self, process: subprocess.Popen, held_bytes: int):
-        self._process, self.held_bytes = process, held_bytes
+        self._process = process
+        self.held_bytes = held_bytes
 
     def check(self) -> None:
         """Raise a FlashError if the system took the memory back in the meantime."""
@@ -43,8 +46,6 @@ def limited_memory(left_bytes: int) -> Iterator[Ballast]:
         FlashError: If so much is not there, if it cannot be held, or if the system
             took it back in the meantime, which makes what was measured worthless.
     """
-    import psutil
-
     available = psutil.virtual_memory().available
     if available < left_bytes:
         raise FlashError(
@@ -64,6 +65,7 @@ def hold_back(nbytes: int) -> Iterator[Ballast]:
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdin and process.stdout
     try:
         said = process.stdout.readline().strip()
         if said != READY:
@@ -90,8 +92,6 @@ def hold(nbytes: int) -> None:
         # seen to end the program that was measured as well.
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if reason := lock(memory, nbytes):
-            import psutil
-
             if psutil.swap_memory().total:
                 print(f"mlock: {reason}", flush=True)
                 return

@@ -1,4 +1,4 @@
-"""Tiny configurations of every family that `families.py` compares.
+"""Tiny configurations of every family that `check.py` compares.
 
 Two layers of width 64 and 96 token ids, whatever else a family's config.json needs.
 """

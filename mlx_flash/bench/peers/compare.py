@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,16 +20,17 @@ from statistics import mean, stdev
 
 import psutil
 
-from ..errors import FlashError
-from ..memory_size import parse_memory
-from ..storage.manifest import read_manifest
-from . import exports
-from .ballast import limited_memory
-from .programs import forget_pages, run_program
-from .report import Column, Report, Row, progress
-from .synthetic import Shape, flash_folder
+from ...errors import FlashError
+from ...memory_size import parse_memory
+from ...storage.manifest import read_manifest
+from ..opt import Shape, checkpoint, flash_folder
+from ..process import run_module
+from ..report import Column, Report, Row, progress
+from . import exports, program
+from .ballast import Ballast, limited_memory
 
 PROCESS_BYTES = 700_000_000  # for Python and its libraries, on top of the model's share
+PACKAGES = "llama-cpp-python", "accelerate", "transformers", "torch"
 COLUMNS = [
     Column("tokens/s", "tokens_per_s", 1, 3),
     Column("ms per token", "total_ms"),
@@ -69,11 +71,7 @@ class Peer:
 
 
 def _checkpoint(place: Path, shape: Shape) -> Path:
-    folder = place / "opt-checkpoint"
-    if not (folder / "model.safetensors.index.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        exports.write_checkpoint(folder, shape)
-    return folder
+    return checkpoint(place / "opt-checkpoint", shape)
 
 
 def _gguf(place: Path, shape: Shape) -> Path:
@@ -104,12 +102,11 @@ def run(place: Path, shape: Shape, options: Options) -> Report:
             removed as soon as no later program wants them, unless `keep`.
     """
     memory = parse_memory(options.memory)
-    share = memory if isinstance(memory, float) else None
-    if memory is None or (share is None and memory < 1):
+    if memory is None:
         raise FlashError("Peers need a size that all get. Try --memory 50% or 7GB.")
     flash_folder(place, shape, options.memory)
     model_bytes = read_manifest(place / "opt-flash").model_bytes
-    budget = int(share * model_bytes) if share else memory
+    budget = int(memory * model_bytes) if isinstance(memory, float) else memory
     rows: list[Row] = []
     peers = [p for p in PEERS if not options.only or p.kind in options.only]
     for i, peer in enumerate(progress(peers, "measuring", "program")):
@@ -134,7 +131,7 @@ def run(place: Path, shape: Shape, options: Options) -> Report:
             "budget_bytes": budget,
             "model_bytes": model_bytes,
             "shape": vars(shape),
-            "packages": _versions(),
+            "packages": {name: _version(name) for name in PACKAGES},
             "repeats": 1,
         },
     )
@@ -181,26 +178,46 @@ def _row(
     return _measured(peer.name, found)
 
 
+def run_program(kind: str, job: dict, ballast: Ballast | None = None) -> dict:
+    """Run one program and return its figures; it ends with us in every case.
+
+    Raises:
+        FlashError: If it fails, in its own last words, or if the ballast gave way.
+    """
+    watch = ballast.check if ballast else None
+    return run_module(program.__name__, kind, json.dumps(job), watch=watch)
+
+
+def forget_pages(path: Path) -> None:
+    """Drop a file's pages from the page cache, where the system takes that advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)  # pages not yet written would stay
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
 def _measured(name: str, found: dict) -> Row:
     ms = [1e3 * s for s in found.pop("seconds")]
     read = found.pop("bytes_read")
     row = Row(name, total_ms=mean(ms), memory_bytes=found.pop("peak_bytes"))
-    row.tokens, row.more = len(ms), {**found, "tokens_per_s": 1e3 / mean(ms)}
+    row.tokens = len(ms)
+    row.more = {**found, "tokens_per_s": 1e3 / mean(ms)}
     row.std["total_ms"] = stdev(ms) if len(ms) > 1 else 0.0
     if None not in read:
         row.bytes_per_token = mean(read)
     return row
 
 
-def _versions() -> dict:
-    names = "mlx", "mlx-lm", "llama-cpp-python", "accelerate", "transformers", "torch"
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _notes(shape: Shape, options: Options, budget: int, model_bytes: int) -> list[str]:

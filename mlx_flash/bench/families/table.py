@@ -1,0 +1,100 @@
+"""All families one by one, and the page that lists them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from ...layers.kinds import BLOCK, EXPERT, NEURON
+from .check import DECODED, DENSE_PROMPT, PROMPT, Verdict, check
+from .configs import DENSE, FAMILIES
+
+LIMIT_S = 180  # for one family; a crash of its process ends like this, too
+HEAD = (
+    "| family | unit | layers from flash | largest difference to the reference |",
+    "| --- | --- | --- | --- |",
+)
+
+
+def all_families(checkpoints: Path) -> dict[str, Path | None]:
+    """Every family by name, and further models with checkpoints of their own.
+
+    Args:
+        checkpoints: Holds those as FAMILY/NAME; it need not exist.
+    """
+    own = {f"{p.parent.name}/{p.name}": p for p in sorted(checkpoints.glob("*/*"))}
+    return dict.fromkeys(FAMILIES) | dict.fromkeys(DENSE) | own
+
+
+def check_all(
+    families: dict[str, Path | None], bits: int | None = None
+) -> Iterator[Verdict]:
+    """The verdicts one by one, made in a process that may crash or hang."""
+    spawn = multiprocessing.get_context("spawn")
+    rest = list(families)
+    while rest:
+        with spawn.Pool(1) as pool, tempfile.TemporaryDirectory() as work:
+            while rest:
+                name = rest.pop(0)
+                folder = Path(work) / name.replace("/", "-")
+                folder.mkdir()
+                result = pool.apply_async(check, (name, families[name], folder, bits))
+                try:
+                    yield result.get(LIMIT_S)
+                except multiprocessing.TimeoutError:
+                    yield Verdict(name, f"FAILED: crashed, or took {LIMIT_S} s")
+                    break  # with this pool
+            else:
+                pool.close()
+                pool.join()
+
+
+def summarise(verdicts: Sequence[Verdict]) -> dict:
+    """Counts, and the names of those that need somebody to look at them."""
+    units = Counter(v.unit for v in verdicts)
+    return {
+        "compared": len(verdicts) - units[""],
+        "experts": units[EXPERT.name],
+        "blocks": units[BLOCK.name],
+        "neurons": units[NEURON.name],
+        "in_place": sum("in place" in v.places for v in verdicts),
+        "identical": sum(v.difference == 0 for v in verdicts),
+        "differ": [v.family for v in verdicts if "DIFFERS" in v.verdict],
+        "failed": [v.family for v in verdicts if "FAILED" in v.verdict],
+        "not_compared": [v.family for v in verdicts if not v.unit],
+        "device": str(mx.default_device()),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+    }
+
+
+def page(verdicts: Sequence[Verdict]) -> str:
+    """The table as a page of the documentation."""
+    facts = summarise(verdicts)
+    compared = [verdict.line() for verdict in verdicts if verdict.unit]
+    others = [f"{v.family} ({v.verdict})" for v in verdicts if not v.unit]
+    lines = "\n".join([*HEAD, *compared])
+    return f"""# Families of models
+
+{facts["compared"]} models compared: {facts["experts"]} with experts,
+{facts["blocks"]} in blocks, {facts["neurons"]} in neurons.
+
+`mlx-flash bench families --write docs/families.md` wrote this. For each family a tiny
+random checkpoint, slots for a quarter of each layer's units, a prompt of {PROMPT}
+tokens ({DENSE_PROMPT} for dense models) and {DECODED} steps of decoding; the largest
+difference of any logit to the same model in memory (mlx-lm's, or ours where it has
+none), 0 being identical to the bit. float32, MLX {facts["mlx"]} on its CPU backend,
+mlx-lm {facts["mlx_lm"]}. All were streamed from converted folders, {facts["in_place"]}
+of those with experts also in place. Layers are those that have such FFNs: Gemma 3n's
+sparse ones are no sums over their neurons, and stay in memory.
+
+{lines}
+
+Not compared: {"; ".join(others) or "none"}.
+"""

@@ -1,0 +1,117 @@
+"""A mixture of experts larger than its memory, in place and converted.
+
+The checkpoint has the shape of Qwen3-30B-A3B (48 layers, 128 experts of which a token
+takes 8, 4 bits; a vocabulary of 2,048) and random weights. Every layer adds little to
+what the embedding says, so that different tokens choose different experts: routing is
+uniform, the worst case for any cache, and hit rate and bytes are not those of a trained
+model. Scales are float32, because half-precision quantised products are many times
+slower on MLX's CPU backend.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import alone
+from .report import Column, Report, Row, cache_state
+from .synthetic import random_words, write_checkpoint
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "vocab_size": 2048,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+# The embedding large and what layers add small, for uniform routing (see above)
+SPREAD = {"embed_tokens": 50.0, "o_proj": 0.02, "down_proj": 0.02}
+COLUMNS = [
+    Column("on disk, GB", "model_bytes", 1e9, 1),
+    Column("budget GB", "budget_bytes", 1e9, 2),
+    Column("growth of the process, GB", "growth_bytes", 1e9, 2),
+    Column("slots %", "slot_share", 0.01),
+    Column("prompt s", "prompt_s", 1, 1),
+    Column("ms per token", "total_ms"),
+    Column("I/O ms", "io_ms"),
+    Column("cache ms", "cache_ms", 1, 1),
+    Column("compute ms", "compute_ms"),
+    Column("MB per token", "bytes_per_token", 1e6),
+    Column("reads per token", "reads_per_token"),
+    Column("hit rate %", "hit_rate", 0.01, 1),
+]
+
+
+def checkpoint(folder: Path, layers: int) -> Path:
+    """The checkpoint in mlx-lm's layout, written if it is not there."""
+    if not folder.exists():
+        config = CONFIG | {"num_hidden_layers": layers}
+        write_checkpoint(folder, config, packed_weights)
+    return folder
+
+
+def packed_weights(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
+    """A weight's arrays, packed in 4 bits where mlx-lm would quantise it."""
+    path = name.removesuffix(".weight")
+    if len(shape) == 1:
+        return {name: mx.ones(shape)}
+    groups = (*shape[:-1], shape[-1] // 64)
+    packed = (*shape[:-1], shape[-1] * 4 // 32)
+    # 4-bit values around 7.5, with a spread like that of 1/sqrt(inputs)
+    scale = 0.2 * shape[-1] ** -0.5
+    scale *= next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
+    return {
+        name: mx.array(random_words(name, packed, np.dtype(np.uint32))),
+        f"{path}.scales": mx.full(groups, scale),
+        f"{path}.biases": mx.full(groups, -7.5 * scale),
+    }
+
+
+def run(
+    place: Path,
+    layers: int = 48,
+    memory: str = "6GB",
+    prompt_tokens: int = 16,
+    tokens: int = 8,
+    converted: bool = False,
+) -> Report:
+    """Generate in place, and with `converted` from a flash folder, too.
+
+    Args:
+        place: Where the checkpoint is or is written, and the flash folder beside it.
+    """
+    source, flash = checkpoint(place / "moe", layers), place / "moe-flash"
+    notes = ["Random weights; routing is uniform, the worst case for a cache."]
+    if converted and not flash.exists():
+        found = alone.convert(source, flash, progress=False)
+        notes.append(
+            f"Converting took {found['seconds']:.0f} s and at most "
+            f"{found['peak_bytes'] / 1e9:.2f} GB; a layer's experts are "
+            f"{found['layer_bytes'] / 1e9:.2f} GB."
+        )
+    rows: list[Row] = []
+    for name, folder in (("in place", source), ("converted", flash)):
+        if folder is source or converted:
+            row = alone.generate(
+                name, folder, memory, prompt_tokens=prompt_tokens, tokens=tokens
+            )
+            row.more["slot_share"] = row.more["slots"] / row.more["units"]
+            rows.append(row)
+    notes[0] += f" Reads: {cache_state(all(r.more['direct_io'] for r in rows))}."
+    return Report("experts", rows, COLUMNS, notes, {"routing": "uniform"})

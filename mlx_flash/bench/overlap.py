@@ -1,0 +1,76 @@
+"""Does reading while MLX computes pay?
+
+The same model three times: reading and computing in turn, what a layer lacks read while
+the rest is multiplied, and also the next layer's guessed units read early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import mlx.nn as nn
+import numpy as np
+
+from ..loading import load_model
+from .report import Column, Report, Row
+from .turns import Turns
+
+ROWS: dict[str, dict] = {
+    "in turn": {"overlap": False},
+    "overlap": {"overlap": True},
+    "overlap, look-ahead": {"overlap": True, "look_ahead": True},
+}
+WARM = 16  # tokens that fill the slots
+COLUMNS = [
+    Column("median ms per token", "median_ms", 1, 1),
+    Column("ms per token", "total_ms", 1, 1),
+    Column("I/O ms", "io_ms", 1, 1),
+    Column("cache ms", "cache_ms", 1, 1),
+    Column("compute ms", "compute_ms", 1, 1),
+    Column("of read time hidden, %", "hidden_share", 0.01),
+    Column("MB per token", "bytes_per_token", 1e6, 2),
+    Column("hit rate %", "hit_rate", 0.01, 1),
+    Column("guesses right, %", "early_precision", 0.01),
+    Column("times as fast (quartiles)", "faster"),
+]
+
+
+def run(folder: Path, memory: str, tokens: int) -> Report:
+    """A row for each way, all decoding the same random tokens in turn.
+
+    Args:
+        folder: A flash folder.
+        memory: The budget of each of the three models.
+    """
+    with contextlib.ExitStack() as stack:
+        models: dict[str, nn.Module] = {}
+        for name, options in ROWS.items():
+            loaded = load_model(folder, memory, context=tokens + WARM, **options)
+            models[name], config = stack.enter_context(loaded)
+        turns = Turns(models, WARM)
+        rng = np.random.default_rng(0)
+        turns.play(rng.integers(3, config["vocab_size"], tokens + WARM).tolist())
+        rows = [_row(name, turns) for name in models]
+    note = (
+        f"{folder.name}, memory {memory}: {tokens} random tokens in turn after {WARM} "
+        "others. The prediction of a synthetic model is SYNTHETIC."
+    )
+    return Report("overlap", rows, COLUMNS, [note], {"memory": memory})
+
+
+def _row(name: str, turns: Turns) -> Row:
+    spent = turns.spent[name]
+    budget = turns.models[name].flash.budget.total_bytes
+    row = Row.of(
+        name,
+        turns.samples[name],
+        budget,
+        median_ms=turns.median_ms(name),
+        hidden_share=spent.read_hidden_share,
+        early_precision=spent.early_precision,
+    )
+    if name != "in turn":
+        low, middle, high = turns.ratio("in turn", name)
+        row.more["faster"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return row

@@ -1,0 +1,128 @@
+"""What prediction costs in quality, and what a window saves in reads.
+
+Perplexity of a text, dense (every neuron) against predicted, on a flash folder at a
+given memory; then bytes per token while decoding the same text with windows of several
+lengths, with LRU and with LRFU. Text is cut into pieces of 128 tokens that each begin
+as the tokenizer begins a text.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..errors import FlashError
+from ..loading import load
+from ..memory.stats import Stats
+from .report import Column, Report, Row, progress
+
+LENGTH = 128  # half the model's size has little room for a longer KV cache
+WARM = 16  # tokens of each piece that are not counted
+POLICIES: dict[str, dict] = {
+    **{f"window {k}": {"policy": "window", "window": k} for k in (1, 2, 4, 8)},
+    "lru, all slots": {"policy": "lru"},
+    "lrfu, all slots": {"policy": "lrfu"},
+}
+COLUMNS = [
+    Column("MB per token", "bytes_per_token", 1e6, 3),
+    Column("reads per token", "reads_per_token"),
+    Column("hit rate %", "hit_rate", 0.01, 1),
+]
+
+
+def run(
+    text: Path, model: str | Path, memory: str, tokens: int, decode_tokens: int
+) -> Report:
+    """A row for each policy, and both perplexities in the note and the facts.
+
+    Args:
+        text: A file in UTF-8.
+        model: A flash folder with its tokenizer.
+        tokens: Of the text for perplexity.
+        decode_tokens: Of it for each policy.
+
+    Raises:
+        FlashError: If the text is too short.
+    """
+    with load(model, memory=memory, predictor=False, context=LENGTH) as loaded:
+        pieces = cut(loaded[1], text, tokens)
+        dense = perplexity(loaded[0], pieces)
+    with load(model, memory=memory, context=LENGTH) as (net, _):
+        predicted = perplexity(net, pieces)
+        slots = net.flash.budget.slots
+        found = [x.predictor for x in net.flash.manifest.layers if x.predictor]
+    some = pieces[: max(decode_tokens // LENGTH, 1)]
+    steps = some.size - WARM * len(some)
+    rows = []
+    for name, policy in POLICIES.items():
+        with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
+            spent = decode(net, some)
+        row = Row(name, tokens=steps, more={"hit_rate": spent.hit_rate})
+        row.bytes_per_token = spent.bytes_read / steps
+        row.reads_per_token = spent.reads / steps
+        rows.append(row)
+    cost = predicted / dense - 1
+    note = (
+        f"Perplexity on {pieces.size:,} tokens of {text.name}: dense {dense:.3f}, "
+        f"predicted {predicted:.3f} ({cost:+.2%}), memory {memory}."
+    )
+    facts = {
+        "model": str(model),
+        "memory": memory,
+        "text": text.name,
+        "tokens": pieces.size,
+        "dense": dense,
+        "predicted": predicted,
+        "cost": cost,
+        "slots": slots,
+        "recall": [round(x.recall, 4) for x in found],
+    }
+    return Report("kept in memory", rows, COLUMNS, [note], facts)
+
+
+def cut(tokenizer, text: Path, count: int) -> np.ndarray:
+    """Pieces of a text, [rows, LENGTH] token ids, `count` in all.
+
+    Raises:
+        FlashError: If the text does not fill one.
+    """
+    ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
+    start = tokenizer.encode("", add_special_tokens=True)[:1]
+    body = LENGTH - len(start)
+    rows = [ids[i : i + body] for i in range(0, len(ids) - body, body)]
+    if not rows:
+        raise FlashError(
+            f"{text} has {len(ids)} tokens, a piece takes {body}. Give a longer text."
+        )
+    return np.array([start + row for row in rows[: max(count // LENGTH, 1)]])
+
+
+def perplexity(model: nn.Module, rows: np.ndarray) -> float:
+    """Of all tokens but the first of each row, given those before it."""
+    for layer in model.flash.layers:
+        layer.sweep_tokens = rows.size  # predict for all: each token gets its own
+    loss = 0.0
+    for row in progress(rows, "reading", "piece"):
+        logits = model(mx.array(row[None]))[0, :-1].astype(mx.float32)
+        own = mx.take_along_axis(logits, mx.array(row[1:, None]), axis=1)[:, 0]
+        loss += float((mx.logsumexp(logits, axis=1) - own).sum())
+    return math.exp(loss / (rows.size - len(rows)))
+
+
+def decode(model: nn.Module, rows: np.ndarray) -> Stats:
+    """The counters of feeding `rows` token by token, after the first few of each."""
+    total = Stats()
+    for row in rows:
+        cache = make_prompt_cache(model)
+        before = model.flash.stats.copy()
+        for i, token in enumerate(row.tolist()):
+            if i == WARM:
+                before = model.flash.stats.copy()
+            mx.eval(model(mx.array([[token]]), cache=cache))
+        total += model.flash.stats - before
+    return total

@@ -1,0 +1,163 @@
+"""What placing neurons by co-activation saves in reads, on real activations.
+
+A flash folder's neurons are placed along their co-activations on one half of a text,
+and the other half is played through the engine's slots and reader from permuted copies
+of the bundles: the same neurons, the same slots, another order on flash. Rows differ in
+placement and in the gap that the reader reads over; they take turns, a block of tokens
+each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from ..converters.calibrate.placement import order_by_coactivation
+from ..loading import READ_THREADS, load
+from ..memory.fence import Fence
+from ..memory.policies import Lrfu, Lru
+from ..memory.slots import UnitSlots
+from ..memory.stats import Stats
+from ..storage.limits import PAGE_BYTES
+from ..storage.manifest import Layer
+from ..storage.reader import open_reader
+from ..storage.safetensors import read_header
+from ..traces.trace import Trace
+from ..tracing import record_text
+from .landing import bring, bundled
+from .methods import Player
+from .report import Column, Report, Row, cache_state, progress
+
+POLICIES = {"lru": Lru, "lrfu": Lrfu}
+GAPS = (0, 1, 4)  # pages that are read over
+COLUMNS = [
+    Column("reads per token", "reads_per_token", 1, 1),
+    Column("KB per token", "bytes_per_token", 1e3),
+    Column("KB per read", "bytes_per_read", 1e3, 2),
+    Column("neurons per read", "neurons_per_read", 1, 2),
+    Column("hit rate %", "hit_rate", 0.01, 1),
+    Column("I/O ms", "io_ms", 1, 2),
+    Column("median", "median_io_ms", 1, 2),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`tokens` are played, in `rounds` blocks; `place_tokens` others are placed by."""
+
+    memory: str = "50%"
+    tokens: int = 1024
+    place_tokens: int = 8192
+    policy: str = "lru"
+    rounds: int = 8
+
+
+def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> Report:
+    """A row for each placement and gap.
+
+    Args:
+        text: A file in UTF-8.
+        place_text: Another to place by; None for the first half of `text`.
+        folder: A flash folder of neurons.
+    """
+    words = text.read_text()
+    half = len(words) // 2
+    learn = place_text.read_text() if place_text else words[:half]
+    with load(folder, memory=options.memory, context=128) as (net, tokenizer):
+        learned = record_text(net, tokenizer, learn, options.place_tokens)
+        played = record_text(net, tokenizer, words[half:], options.tokens)
+        manifest, slots = net.flash.manifest, min(net.flash.budget.slots)
+    policy = POLICIES[options.policy]()
+    steps = [[units for units, *_ in played.steps(i)] for i in range(len(played.units))]
+    count = len(steps[0])
+    with contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=".")))
+        players = []
+        for name, orders in placements(learned).items():
+            copies = [
+                permuted_copy(layer, folder, order, place / f"{name}_{i}.safetensors")
+                for i, (layer, order) in enumerate(
+                    zip(manifest.layers, orders, strict=True)
+                )
+            ]
+            # The step's neurons by the places they have in the copy.
+            moved = [
+                [np.sort(np.argsort(order)[units]) for units in layer_steps]
+                for order, layer_steps in zip(orders, steps, strict=True)
+            ]
+            for pages in GAPS:
+                reader = open_reader(READ_THREADS, max_gap_bytes=pages * PAGE_BYTES)
+                stack.enter_context(reader)
+                stats, fence = Stats(), Fence()
+                layers = [
+                    UnitSlots(x, bundled(x, place), slots, policy, reader, fence, stats)
+                    for x in copies
+                ]
+                title = f"{name}, {pages * PAGE_BYTES // 1024} KiB"
+                players.append(_player(title, layers, moved, stats))
+        ends = np.linspace(0, count, options.rounds + 1).astype(int)
+        for length in progress(np.diff(ends).tolist(), "measuring", "block"):
+            for player in players:
+                player.play(length)
+        direct = reader.direct
+    note = (
+        f"{count} tokens of {text.name}, {slots} slots of {manifest.layers[0].units} "
+        f"neurons a layer, {options.policy}; placed by {options.place_tokens} other "
+        f"tokens. ± is the deviation over tokens; {cache_state(direct)}."
+    )
+    rows = [_row(player) for player in players]
+    facts = {"text": text.name, "slots": slots, "options": vars(options)}
+    return Report("placement, gap", rows, COLUMNS, [note], facts)
+
+
+def placements(learned: Trace) -> dict[str, list[np.ndarray]]:
+    """Orders of each layer's neurons: as they are, and by what fires together."""
+    return {
+        "checkpoint": [np.arange(units) for units in learned.units],
+        "co-activation": [
+            order_by_coactivation(bits, units)
+            for bits, units in zip(learned.bits, learned.units, strict=True)
+        ],
+    }
+
+
+def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> Layer:
+    """Write the layer's file with its bundles in another order; describes the copy."""
+    source = folder / layer.file
+    content = source.read_bytes()
+    _, start = read_header(source)
+    end = start + layer.units * layer.unit_bytes
+    bundles = np.frombuffer(content[start:end], np.uint8)
+    bundles = bundles.reshape(layer.units, layer.unit_bytes)
+    path.write_bytes(content[:start] + bundles[order].tobytes() + content[end:])
+    return dataclasses.replace(layer, file=path.name)
+
+
+def _player(
+    name: str,
+    layers: Sequence[UnitSlots],
+    steps: Sequence[Sequence[np.ndarray]],
+    stats: Stats,
+) -> Player:
+    def read(token: int) -> None:
+        for slots, units in zip(layers, steps, strict=True):
+            bring(slots, units[token])
+
+    return Player(name, read, 0, stats, 0)
+
+
+def _row(player: Player) -> Row:
+    row, spent = player.row(), player.stats
+    reads = max(spent.reads, 1)
+    row.more |= {
+        "bytes_per_read": spent.bytes_read / reads,
+        "neurons_per_read": spent.misses / reads,
+        "median_io_ms": median(sample.io_ms for sample in player.samples),
+    }
+    return row

@@ -1,0 +1,62 @@
+"""Several models decode the same tokens in turn, so that a busy machine slows all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from statistics import median, quantiles
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..memory.stats import Stats
+from .report import Sample, progress
+
+
+class Turns:
+    """What each model took for each token that counts.
+
+    Attributes:
+        samples: By the model's name, a sample a token. A model that is not from
+            flash has all its time as compute.
+        spent: What the flash models' counters rose by.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], warm_up: int):
+        self.models, self.warm_up = models, warm_up
+        self.samples: dict[str, list[Sample]] = {name: [] for name in models}
+        self.spent = {name: Stats() for name in models}
+
+    def play(self, tokens: Sequence[int]) -> None:
+        """Feed the tokens to each model, whoever begins changing from one to the next.
+
+        Args:
+            tokens: Of which the first `warm_up` only fill slots and caches.
+        """
+        caches = {name: make_prompt_cache(m) for name, m in self.models.items()}
+        names = list(self.models)
+        for i, token in enumerate(progress(tokens, "measuring", "token")):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                stats = self._stats(name)
+                before, begin = stats.copy(), time.perf_counter()
+                mx.eval(self.models[name](mx.array([[token]]), cache=caches[name]))
+                seconds = time.perf_counter() - begin
+                if i >= self.warm_up:
+                    spent = stats - before
+                    self.samples[name].append(Sample.of(spent, seconds))
+                    self.spent[name] += spent
+
+    def _stats(self, name: str) -> Stats:
+        flash = getattr(self.models[name], "flash", None)
+        return flash.stats if flash else Stats()
+
+    def median_ms(self, name: str) -> float:
+        return median(sample.total_ms for sample in self.samples[name])
+
+    def ratio(self, over: str, under: str) -> tuple[float, float, float]:
+        """Quartiles of how many times as long a token took `over` as `under`."""
+        pairs = zip(self.samples[over], self.samples[under], strict=True)
+        low, middle, high = quantiles([a.total_ms / b.total_ms for a, b in pairs], n=4)
+        return low, middle, high

@@ -1,0 +1,89 @@
+"""What does the engine cost where everything fits in memory?
+
+The same random checkpoint, as mlx-lm runs it and from flash with memory for all of it.
+One model of neurons, one of blocks, one of experts, in float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mlx_lm.utils import load_model as load_resident
+
+from ..converters.convert import convert
+from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
+from ..loading import load_model
+from ..models.registry import get_model_classes
+from .report import Column, Report, Row
+from .synthetic import plain_weights, write_checkpoint
+from .turns import Turns
+
+COMMON = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[UnitKind, dict] = {
+    NEURON: COMMON | {"model_type": "llama", "hidden_act": "relu"},
+    BLOCK: COMMON | {"model_type": "llama"},
+    EXPERT: COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+    },
+}
+WARM = 8  # the first tokens read pages for the first time
+COLUMNS = [
+    Column("mlx-lm, ms per token", "resident_ms", 1, 1),
+    Column("from flash, all in memory", "median_ms", 1, 1),
+    Column("ratio (quartiles)", "ratio"),
+]
+
+
+def run(tokens: int = 120) -> Report:
+    """A row for each kind of unit: medians, and quartiles of the ratio of each pair."""
+    rows = []
+    for kind, config in MODELS.items():
+        with tempfile.TemporaryDirectory() as work:
+            turns = compare(config, tokens, Path(work), convert_it=kind is not EXPERT)
+        low, middle, high = turns.ratio("flash", "resident")
+        more = {
+            "resident_ms": turns.median_ms("resident"),
+            "median_ms": turns.median_ms("flash"),
+            "ratio": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+        }
+        rows.append(Row(f"{kind.name}s", tokens=tokens - WARM, more=more))
+    note = (
+        f"The same weights resident and from flash; medians of {tokens - WARM} tokens, "
+        "in turn."
+    )
+    return Report("unit", rows, COLUMNS, [note], {"config": COMMON})
+
+
+def compare(config: dict, tokens: int, work: Path, convert_it: bool) -> Turns:
+    """Write a model, load it twice and let both decode in turn."""
+    stock = write_checkpoint(work / "stock", config, plain_weights("float32"))
+    folder = stock
+    if convert_it:
+        folder = convert(stock, work / "flash", rank=0, progress=False)
+    plain, _ = load_resident(stock, get_model_classes=get_model_classes)
+    with load_model(folder, "200%", context=tokens + 16) as (model, _):
+        slots, layers = model.flash.budget.slots, model.flash.manifest.layers
+        assert list(slots) == [layer.units for layer in layers], "not all fits"
+        turns = Turns({"resident": plain, "flash": model}, WARM)
+        turns.play(range(tokens))
+    return turns
