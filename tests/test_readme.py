@@ -1,11 +1,14 @@
-"""What the README tells people to type exists."""
+"""What README and docs tell people to type exists, and what they show is so."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
+from test_layout import ROWS
 
 from mlx_flash.cli import main
 
@@ -13,11 +16,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
-@pytest.fixture(scope="module")
-def readme():
-    if not README.exists():
-        pytest.skip("there is no README.md yet")
-    return README.read_text()
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+MOST_LINES = 250
 
 
 def commands_in(text, program):
@@ -41,74 +42,119 @@ def commands_in(text, program):
     return found
 
 
-def judge(args):
+def judge(args, group=main):
     """Parse as click would. Raises for an unknown command, flag or value."""
     if not args or args[0] in ("-h", "--help", "--version"):
         return
     name, *rest = args
-    if name not in main.commands:
+    if name not in group.commands:
         raise click.UsageError(f"no command {name!r}")
+    command = group.commands[name]
+    if isinstance(command, click.Group):
+        return judge(rest, command)
     if not rest or "--help" in rest or "-h" in rest:
         return  # `mlx-flash convert` in running text
-    main.commands[name].make_context(name, list(rest))
+    # Files of examples need not exist.
+    with mock.patch.object(click.Path, "convert", lambda self, value, *_: value):
+        command.make_context(name, list(rest))
 
 
-def test_every_command_line_parses(readme):
-    lines = commands_in(readme, "mlx-flash")
-    assert lines, "the README shows no mlx-flash command"
-    for args in lines:
+def all_commands(group=main):
+    for command in group.commands.values():
+        yield command
+        if isinstance(command, click.Group):
+            yield from all_commands(command)
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= MOST_LINES
+
+
+def test_the_readme_shows_commands():
+    assert commands_in(README.read_text(), "mlx-flash")
+
+
+@each_page
+def test_every_command_line_parses(page):
+    for args in commands_in(page.read_text(), "mlx-flash"):
         try:
             judge(args)
         except click.ClickException as error:
             pytest.fail(f"mlx-flash {shlex.join(args)}: {error.format_message()}")
 
 
-def test_every_flag_exists(readme):
+@each_page
+def test_every_flag_exists(page):
     """Also those that are only spoken of, such as `--memory`."""
     known = {"--help", "--version", "-h"}
-    commands = list(main.commands.values())
-    for command in commands:
-        commands += getattr(command, "commands", {}).values()  # of a group
+    for command in all_commands():
         for param in command.params:
             known |= {*param.opts, *param.secondary_opts}
-    outside = re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S)
+    outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     for span in re.findall(r"`([^`\n]+)`", outside):
         if span.startswith("-") or span.startswith("mlx-flash "):
             for flag in re.findall(r"(?<!\S)--?[a-z][a-z-]*", span):
                 assert flag in known, f"{flag} in `{span}`"
 
 
-def test_every_make_target_exists(readme):
+@each_page
+def test_every_make_target_exists(page):
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.M))
-    for args in commands_in(readme, "make"):
+    for args in commands_in(page.read_text(), "make"):
         for word in args:
             if re.fullmatch(r"[a-z][\w-]*", word):
                 assert word in targets, f"make {word}"
 
 
-def test_every_file_exists(readme):
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", readme)
+@each_page
+def test_every_file_exists(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
     for link in links:
         if not re.match(r"[a-z]+:", link):
-            assert (ROOT / link).exists(), link
-    for args in [*commands_in(readme, "python"), *commands_in(readme, "python3")]:
+            assert (page.parent / link).exists(), link
+    for args in [*commands_in(text, "python"), *commands_in(text, "python3")]:
         for word in args:
             if word.endswith(".py"):
                 assert (ROOT / word).exists(), word
 
 
-def test_the_families_that_were_compared(readme):
-    """What `python demos/families.py --readme` wrote; the families are not run here."""
-    table = readme.partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
-    rows = re.findall(r"^\| (.+) \| (\w+) \| (\d+) of (\d+) \| (.+) \|$", table, re.M)
-    units = [unit for _, unit, *_ in rows]
-    assert len({name for name, *_ in rows}) >= 25 and units.count("expert") >= 20
-    assert {"neuron", "block"} < set(units)
-    for name, unit, some, every, difference in rows:
-        assert some == every, name
-        assert float(difference) <= (0 if unit == "expert" else 1e-4), name
-    assert "DIFFERS" not in table and "FAILED" not in table
+@pytest.mark.parametrize("name", ["architecture.md", "architecture.svg", "format.md"])
+def test_every_source_file_that_is_named_exists(name):
+    text = (ROOT / "docs" / name).read_text()
+    named = re.findall(r"\b(?:\w+/)+\w+\.(?:py|c|h)\b", text)
+    assert named
+    for file in named:
+        assert (ROOT / "mlx_flash" / file).exists() or (ROOT / file).exists(), file
+
+
+def test_the_rows_of_imports_are_those_that_are_enforced():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.partition("## Who imports whom")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", section, re.M)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in rows] == list(ROWS)
+
+
+def test_the_picture_is_what_the_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
+    assert script["picture"]() == (ROOT / "docs" / "architecture.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if python_blocks(page)],
+    ids=lambda page: page.name,
+)
+def test_python_examples_run(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), {})
+    assert capsys.readouterr().out
 
 
 # The judges themselves
@@ -135,6 +181,8 @@ def test_commands_are_found_wherever_they_are_shown():
         ["generate", "a", "--wings"],
         ["generate", "a", "--memory", "7 parrots"],
         ["convert", "a", "b", "-o", "c"],
+        ["bench", "fly"],
+        ["bench", "sweep", "--wings"],
     ],
 )
 def test_wrong_commands_are_seen(args):
@@ -143,7 +191,15 @@ def test_wrong_commands_are_seen(args):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--version"], ["info"], ["generate", "a", "--memory", "7GB"]]
+    "args",
+    [
+        [],
+        ["--version"],
+        ["info"],
+        ["generate", "a", "--memory", "7GB"],
+        ["bench"],
+        ["bench", "sweep", "--memory", "7GB"],
+    ],
 )
 def test_right_commands_pass(args):
     judge(args)
