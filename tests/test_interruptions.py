@@ -35,7 +35,7 @@ MOMENTS = {
     "second prompt": ((PROMPT, STEP), PROMPT),
 }
 ERRORS = KeyboardInterrupt, RuntimeError
-SAMPLED_LINES = 60  # of each kind: 20 seconds for all kinds
+SAMPLED_LINES = 40  # of each kind: 15 seconds for all kinds
 HANG_S = 120  # thousands of times what one point takes
 
 

@@ -149,6 +149,7 @@ def small_moe(monkeypatch):
     monkeypatch.setattr(moe, "CONFIG", moe.CONFIG | SMALL_MOE)
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_experts_in_place_and_converted_read_the_same(small_moe, tmp_path):
     report, folder = tmp_path / "m.json", tmp_path / "kept"
     args = "--layers", 2, "--memory", "90%", "--tokens", 3, "--prompt-tokens", 4
@@ -174,6 +175,7 @@ class Once:
         return self.function(*args, **options)
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_memory_judges_conversions_and_budgets(tmp_path, monkeypatch):
     report = tmp_path / "m.json"
     monkeypatch.setattr(alone, "convert", once := Once(alone.convert))
