@@ -11,12 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..arrays import parameters
 from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
 from ..storage.layout import dtype_name
 from ..storage.manifest import Weights
 from ..storage.safetensors import Tensor, write_safetensors
-from .arrays import finite, parameters
+from .arrays import finite
 from .source import Source
 
 
@@ -102,10 +103,3 @@ def packing_of(model: nn.Module) -> dict[str, dict]:
             if getattr(module, "global_scale", None) is not None:
                 packed[path]["global_scale"] = True
     return packed
-
-
-def packing_config(packed: dict[str, dict]) -> dict:
-    """What config.json must say of quantised modules: each, by its path."""
-    if not packed:
-        return {}
-    return {"quantization": next(iter(packed.values())) | packed}

@@ -14,9 +14,9 @@ import mlx.nn as nn
 
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_model
+from ..checkpoints.weight_format import header_tensors, main_dtype, named_dtype
 from ..errors import FlashError
 from ..models.registry import get_model_classes
-from ..storage.layout import dtype_name
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import read_header
 from . import torch_bin
@@ -80,17 +80,12 @@ class Source:
         return weights
 
     def dtype(self) -> str:
-        """The checkpoint's own dtype: what its config says, or its largest weight."""
-        named = self.config.get("dtype") or self.config.get("torch_dtype")
-        if named in ("float16", "bfloat16", "float32"):
+        """The checkpoint's own dtype: what its config says, or that of most values."""
+        if named := named_dtype(self.config):
             return named
-        if self.files[0].suffix == ".bin":
-            raise FlashError(
-                f"{self.folder / 'config.json'} does not say which dtype the .bin "
-                "files have. Add --dtype float16, or what it was trained in."
-            )
-        largest = max(self.weights().values(), key=lambda w: w.size)
-        return dtype_name(largest.dtype)
+        files = [file for file in self.files if file.suffix == ".safetensors"]
+        sizes = header_tensors(files).values()
+        return main_dtype(sizes, self.folder / "config.json")
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every file: differs when the source changed."""

@@ -8,14 +8,17 @@ packing bit for bit. Everything else stays resident.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..arrays import parameters
 from ..checkpoints.stock import Stock, load_stock
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
-from .arrays import finite, parameters, release
-from .conversion import CutLayer, Cutter, Job, Rest
+from .arrays import finite, release
+from .conversion import Cutter, Job
 from .resident import packing_of, quantize_modules
 from .source import Source
 
@@ -55,20 +58,20 @@ class TensorCutter(Cutter):
         for index in range(done):
             self.finish(index)
 
-    def cut(self, index: int) -> CutLayer:
+    def cut(self, index: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
         path, module = list(self.modules.items())[index]
         parts = {}
         for name, array in self.kind.split(module).items():
             parts[name] = self._cast(name, array)
             if mx.issubdtype(array.dtype, mx.floating):
                 finite(f"{path}.{name}", parts[name])
-        return CutLayer(parts)
+        return parts, {}
 
     def finish(self, index: int) -> None:
         module = list(self.modules.values())[index]
         release(module, self.kind.arrays(module))
 
-    def rest(self) -> Rest:
+    def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         bundled = {
             f"{path}.{name}"
             for path, module in self.modules.items()
@@ -81,7 +84,7 @@ class TensorCutter(Cutter):
         }
         packed = packing_of(self._model)
         release(self._model)  # it would hold what is evaluated for writing
-        return Rest(kept, packed)
+        return kept, packed
 
     def _cast(self, name: str, array: mx.array) -> mx.array:
         floating = mx.issubdtype(array.dtype, mx.floating)

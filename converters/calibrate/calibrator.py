@@ -22,7 +22,7 @@ from ..arrays import load_arrays, release
 from ..conversion import Job
 from ..resident import write_weights
 from . import text
-from .fit import FitOptions, fit_predictor, split
+from .fit import fit_predictor, split
 from .layerwise import LayerwiseModel
 from .placement import order_by_coactivation
 
@@ -97,8 +97,17 @@ class Calibrator:
         ffn = self.model.load_module(path, self.dtype)
         self._as_stored(ffn)
         rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
-        options = FitOptions(rank, asked.threshold, asked.recall, asked.fit_steps)
-        arrays, facts = fit_predictor(inputs, ffn, self.dtype, options, length, index)
+        arrays, facts = fit_predictor(
+            inputs,
+            ffn,
+            self.dtype,
+            length,
+            rank,
+            asked.threshold,
+            asked.recall,
+            asked.fit_steps,
+            seed=index,
+        )
         release(ffn)
         if asked.order == "coactivation":
             order = _order_by_use(arrays, facts, inputs)

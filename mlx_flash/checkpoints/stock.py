@@ -18,6 +18,7 @@ from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
 from ..storage.safetensors import read_header
 from .config import read_config
+from .weight_format import main_dtype
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ class Stock:
         return None
 
     def dtype(self) -> str:
-        """The dtype of the largest unquantised weight: what the model computes in."""
-        floats = [a for a in self.raw.values() if mx.issubdtype(a.dtype, mx.floating)]
-        largest = max(floats, key=lambda a: a.size)
-        return dtype_name(largest.dtype)
+        """The dtype of most unquantised values: what the model computes in."""
+        sizes = [(dtype_name(a.dtype), a.size) for a in self.raw.values()]
+        return main_dtype(sizes, self.folder / "config.json")
 
 
 def load_stock(folder: Path) -> Stock:

@@ -16,11 +16,9 @@ from ..assembly import empty_model
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
-from ..errors import FlashError
-from ..layers.dense import gives_zeros
-from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
+from ..checkpoints.units import find_units
+from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
-from ..layers.projections import known_projections, rows_per_neuron
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
 from ..storage.manifest import MANIFEST, Layer, Manifest, Weights, parse_manifest
@@ -91,7 +89,7 @@ def _of_checkpoint(
     packing = weight_format.quantization(config, name)
     names = weight_format.indexed_names(folder)
     if not names and not remote_sizes:
-        names = set(weight_format.header_tensors(folder))
+        names = set(_header_tensors(folder))
     dtype = _dtype(name, folder, config, remote_sizes)
 
     def build() -> nn.Module:
@@ -102,13 +100,7 @@ def _of_checkpoint(
         return model
 
     model = build()
-    kind, modules = _units(model, bool(packing))
-    if not modules:
-        raise FlashError(
-            f"{name}: a model of type {config['model_type']!r} has no FFN that can be "
-            "brought from flash: neither experts (SwitchGLU or SwitchMLP of mlx-lm) "
-            "nor dense FFNs of two or three projections."
-        )
+    kind, modules, _ = find_units(model, config, name)
     layers = tuple(
         weight_format.layer_of(path, kind.split(module))
         for path, module in modules.items()
@@ -146,39 +138,20 @@ def _of_checkpoint(
 
 def _dtype(name: str, folder: Path, config: dict, remote_sizes: dict[str, int]) -> str:
     """What most weights are stored in: as config.json says, else as headers do."""
-    dtype = weight_format.named_dtype(config)
-    if dtype is None and remote_sizes:
-        # One shard's header is enough to know the dtype.
-        shards = [file for file in remote_sizes if file.endswith(".safetensors")]
-        for shard in shards[:1]:
-            tensors = remote_tensors(name, shard, folder.name)
-            dtype = weight_format.main_dtype(tensors)
-    elif dtype is None:
-        dtype = weight_format.main_dtype(weight_format.header_tensors(folder))
-    if dtype is None:
-        raise FlashError(
-            f"{folder / 'config.json'} does not say which dtype the weights have, and "
-            'there is no safetensors file that would. Add "dtype": "float16", or '
-            "what they were saved in."
-        )
-    return dtype
+    if dtype := weight_format.named_dtype(config):
+        return dtype
+    # Of a repository, one shard's header is enough to know the dtype.
+    shards = [file for file in remote_sizes if file.endswith(".safetensors")][:1]
+    if remote_sizes:
+        found = [remote_tensors(name, shard, folder.name) for shard in shards]
+    else:
+        found = [_header_tensors(folder)]
+    sizes = [size for tensors in found for size in tensors.values()]
+    return weight_format.main_dtype(sizes, folder / "config.json")
 
 
-def _units(model: nn.Module, quantized: bool) -> tuple[UnitKind, dict[str, nn.Module]]:
-    """The kind of unit that `convert` would choose, and the modules it would cut."""
-    if experts := EXPERT.find(model):
-        return EXPERT, experts
-    modules = BLOCK.find(model)
-    if modules and not quantized and _are_neurons(model, list(modules.values())):
-        return NEURON, modules
-    return BLOCK, modules
-
-
-def _are_neurons(model: nn.Module, ffns: list[nn.Module]) -> bool:
-    """Whether every layer has an FFN that gives zeros, with one row for each neuron."""
-    ins, out = known_projections(ffns[0])
-    rows = rows_per_neuron(ffns[0], ins[0], out)
-    return gives_zeros(ffns[0]) and rows == 1 and len(ffns) == len(model.layers)
+def _header_tensors(folder: Path) -> weight_format.Tensors:
+    return weight_format.header_tensors(sorted(folder.glob("model*.safetensors")))
 
 
 def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:
