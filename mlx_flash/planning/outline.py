@@ -43,8 +43,8 @@ class Outline:
     manifest: Manifest
     shapes: Shapes
     download_bytes: int
-    disk_bytes: int
-    in_place: bool
+    disk_bytes: int = 0
+    in_place: bool = False
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:
@@ -59,33 +59,19 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     sizes = weight_sizes(str(name), folder.name) if remote else {}
     config = read_config(folder)
     if (folder / MANIFEST).exists():
-        return _of_flash_folder(folder, config, sum(sizes.values()))
-    return _of_checkpoint(str(name), folder, config, sizes)
-
-
-def _of_flash_folder(folder: Path, config: dict, download_bytes: int) -> Outline:
-    manifest = parse_manifest(folder)
-    return Outline(
-        kind="flash folder",
-        model=empty_model(manifest, config, folder),
-        config=config,
-        manifest=manifest,
+        manifest = parse_manifest(folder)
         # Some models keep what they compute in their first run: these are thrown away.
-        shapes=find_shapes(empty_model(manifest, config, folder), config),
-        download_bytes=download_bytes,
-        disk_bytes=0,
-        in_place=False,
-    )
+        shapes = find_shapes(empty_model(manifest, config, folder), config)
+        model = empty_model(manifest, config, folder)
+        download_bytes = sum(sizes.values())
+        return Outline("flash folder", model, config, manifest, shapes, download_bytes)
+    return _of_checkpoint(str(name), folder, config, sizes)
 
 
 def _of_checkpoint(
     name: str, folder: Path, config: dict, remote_sizes: dict[str, int]
 ) -> Outline:
-    """Outline a checkpoint.
-
-    Args:
-        remote_sizes: Bytes of its weight files on the hub, {} for a local folder.
-    """
+    """Outline a checkpoint, whose weight files on the hub are `remote_sizes` long."""
     packing = weight_format.quantization(config, name)
     names = weight_format.indexed_names(folder)
     if not names and not remote_sizes:

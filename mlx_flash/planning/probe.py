@@ -72,7 +72,7 @@ def probe(
         else:
             files = _files(folder)
         say("reading the flash")
-        cold = _is_cold(files, notes)
+        _make_cold(files, notes)
         points, sequential = measure_flash(files, notes)
     say("multiplying")
     name, system = machine.machine()
@@ -82,8 +82,8 @@ def probe(
         device=f"{name}, MLX on {mx.default_device().type.name}",
         os=system,
         source=f"mlx-flash probe {__version__}, {datetime.date.today()}",
-        cold=cold and not notes,
-        notes=tuple(notes),
+        cold=not notes,
+        notes=tuple(dict.fromkeys(notes)),
         memory_bytes=psutil.virtual_memory().total,
         flash=tuple(points),
         sequential_bytes_per_s=sequential,
@@ -159,7 +159,7 @@ def _measure(
             for f, s in zip(files, sizes, strict=True)
         ]
         if not reader.direct:
-            _note(notes, "this file system has no direct I/O: the page cache took part")
+            notes.append("this file system has no direct I/O: the page cache took part")
         flying: deque = deque()
         half = 0
         begin = time.perf_counter()
@@ -242,7 +242,7 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _is_cold(files: list[Path], notes: list[str]) -> bool:
+def _make_cold(files: list[Path], notes: list[str]) -> None:
     """Drop the files from the page cache; note what may still have answered."""
     for file in files:
         direct_io.drop_cached(file)
@@ -250,15 +250,8 @@ def _is_cold(files: list[Path], notes: list[str]) -> bool:
         # Direct I/O of Linux goes to the disk whatever the page cache holds.
         if sys.platform == "darwin" and (share is None or share > CACHED_SHARE):
             part = "an unknown part" if share is None else f"{share:.0%}"
-            _note(notes, f"{part} of {file.name} was in the page cache")
+            notes.append(f"{part} of {file.name} was in the page cache")
     if machine.is_virtual():
-        _note(
-            notes,
-            "this is a virtual machine: its host may have answered from memory",
+        notes.append(
+            "this is a virtual machine: its host may have answered from memory"
         )
-    return not notes
-
-
-def _note(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)
