@@ -45,9 +45,9 @@ class Calibrator:
     def __init__(
         self, job: Job, model: LayerwiseModel, paths: list[str], dtype: mx.Dtype
     ):
+        self.job = job
         self.work = job.work
         self.options = job.options
-        self.bars = job.bars
         self.model = model
         self.paths = paths
         self.dtype = dtype
@@ -58,12 +58,11 @@ class Calibrator:
         name = "tokens.npy"
         if not self.work.path(name).exists():
             count = self.options.calibration_tokens
-            file = self.options.calibration
-            if file:
+            if file := self.options.calibration:
                 path = Path(file).expanduser()
                 tokens = text.text_tokens(self.model.source, path, count)
             else:
-                tokens = text.sample_tokens(self.model, count, self.bars)
+                tokens = text.sample_tokens(self.model, count, self.job.bars)
             self.work.save_array(name, tokens)
         return np.load(self.work.path(name))
 
@@ -72,7 +71,7 @@ class Calibrator:
         tokens = self.tokens[: max(MEASURED_TOKENS // self.tokens.shape[1], 1)]
         hidden = self.model.embed_text(tokens)
         shares = []
-        for index in self.bars(range(len(self.paths)), "measuring", unit="layer"):
+        for index in self.job.bars(range(len(self.paths)), "measuring", unit="layer"):
             path = self.paths[index]
             inputs = mx.array(self.model.run_text(index, path, hidden, tokens))
             ffn = self.model.load_module(path)

@@ -17,8 +17,9 @@ import mlx.nn as nn
 
 from ..arrays import parameters
 from ..errors import FlashError
+from ..layers.kinds import UnitKind
 from ..storage.layout import lay_out
-from ..storage.manifest import Layer
+from ..storage.manifest import FORMAT_VERSION, Layer, Manifest, Weights
 from ..storage.safetensors import DTYPES, read_header
 
 Tensors = dict[str, tuple[str, int]]  # (safetensors code of the dtype, values) by name
@@ -55,6 +56,32 @@ def layer_of(module: str, arrays: Mapping[str, mx.array], file: str = "") -> Lay
         parts=parts,
         order="checkpoint",
         predictor=None,
+    )
+
+
+def manifest_of(
+    source: str,
+    model: nn.Module,
+    model_type: str,
+    kind: UnitKind,
+    dtype: str,
+    layers: tuple[Layer, ...],
+    predictor_bytes: int = 0,
+) -> Manifest:
+    """The manifest that a checkpoint would have: sizes, and no files."""
+    resident_bytes = weight_bytes(model) - sum(layer.nbytes for layer in layers)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        source=source,
+        revision=None,
+        model_type=model_type,
+        unit=kind.name,
+        activation=kind.activation,
+        dtype=dtype,
+        resident=Weights("", "", resident_bytes),
+        predictors=Weights("", "", predictor_bytes) if predictor_bytes else None,
+        calibration=None,
+        layers=layers,
     )
 
 

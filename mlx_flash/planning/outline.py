@@ -21,7 +21,7 @@ from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
-from ..storage.manifest import MANIFEST, Layer, Manifest, Weights, parse_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,9 @@ def _of_checkpoint(
         weight_format.layer_of(path, kind.split(module))
         for path, module in modules.items()
     )
-    on_flash = sum(layer.nbytes for layer in layers)
-    resident_bytes = weight_format.weight_bytes(model) - on_flash
-    predictors = _predictor_bytes(layers, dtype) if kind is NEURON else 0
-    manifest = Manifest(
-        format_version=1,
-        source=name,
-        revision=None,
-        model_type=config["model_type"],
-        unit=kind.name,
-        activation="module",
-        dtype=dtype,
-        resident=Weights("", "", resident_bytes),
-        predictors=Weights("", "", predictors) if predictors else None,
-        calibration=None,
-        layers=layers,
+    predictor_bytes = _predictor_bytes(layers, dtype) if kind is NEURON else 0
+    manifest = weight_format.manifest_of(
+        name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
     # Experts that are tensors of their own have to be brought together first.
     apart = any(".experts.0." in tensor for tensor in names)
