@@ -1,7 +1,5 @@
 """Arrays of files and modules: list them, check them, let go of them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 

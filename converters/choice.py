@@ -1,7 +1,5 @@
 """Decide what becomes of a checkpoint's FFNs: neurons, experts or blocks."""
 
-from __future__ import annotations
-
 from ..checkpoints.units import activation, find_units
 from ..errors import FlashError
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind

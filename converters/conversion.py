@@ -4,8 +4,6 @@ What differs between them is a `Cutter`, which gives a layer as the parts of its
 one layer at a time, and in the end all that is in no bundle.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import sys

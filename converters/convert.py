@@ -1,7 +1,5 @@
 """Write a flash folder from a checkpoint, one layer at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

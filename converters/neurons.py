@@ -7,8 +7,6 @@ in memory, each layer is run on calibration text and gets a predictor fitted to 
 Shapes: D model width, N neurons.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

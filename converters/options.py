@@ -1,7 +1,5 @@
 """What a conversion may be asked for. Imports no MLX: the command line reads it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a flash folder holds besides bundles: whole weights and the config."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Collection, Iterator

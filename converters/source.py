@@ -4,8 +4,6 @@ Nothing is held: every call of `weights` opens the files anew, and an array occu
 memory only from its evaluation until the caller lets go of it.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -6,8 +6,6 @@ scales, biases. A block's is a run of neurons, whose quantised weights keep thei
 packing bit for bit. Everything else stays resident.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

@@ -5,8 +5,6 @@ the hidden states that the next layer gets, each finished layer's predictor and 
 Shapes: D model width, N neurons.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 

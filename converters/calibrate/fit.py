@@ -9,8 +9,6 @@ LLM in a flash (section 3.2). The threshold comes last, on tokens not trained on
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 

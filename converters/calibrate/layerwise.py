@@ -6,8 +6,6 @@ would have returned. What is kept between layers are the hidden states of all of
 text, [sequences, length, D], and nothing of the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx

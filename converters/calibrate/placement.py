@@ -11,8 +11,6 @@ Any order gives the same model: rows, columns, biases and predictor outputs perm
 Shapes: T tokens, N neurons, k partners.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 PARTNERS = 32  # kept of each neuron in a round; 64 gave 0.6 % more links, 8 2 % fewer

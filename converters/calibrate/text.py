@@ -1,7 +1,5 @@
 """Tokens for calibration: from a text file, or sampled from the model itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Find a model: a local folder, or a repository on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fnmatch

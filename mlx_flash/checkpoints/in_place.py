@@ -4,8 +4,6 @@ mlx-lm's own files hold the experts of a layer in one tensor for each part, so t
 expert is a run of bytes at a fixed stride: one read for each part.
 """
 
-from __future__ import annotations
-
 import mlx.nn as nn
 
 from ..errors import FlashError

@@ -5,8 +5,6 @@ they are evaluated. An expert tensor that reached the model as it came from the 
 be streamed from there; one that was stacked or transposed on the way cannot.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

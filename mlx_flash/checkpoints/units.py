@@ -1,7 +1,5 @@
 """Which units a model's FFNs can be cut into, found by what its modules do."""
 
-from __future__ import annotations
-
 import mlx.nn as nn
 
 from ..errors import FlashError

@@ -4,8 +4,6 @@ Names and dtypes are in the headers of its safetensors files, the quantisation i
 config.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """What several commands share: the demo model, and options of one meaning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`mlx-flash convert`: make a flash folder of a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

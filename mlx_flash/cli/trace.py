@@ -1,7 +1,5 @@
 """`mlx-flash trace`: record which units a run asks for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -6,8 +6,6 @@ weights, on arrays that grow until a run takes some milliseconds.
 Shapes: T tokens, D model width, N neurons.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import statistics

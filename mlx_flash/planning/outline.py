@@ -4,8 +4,6 @@ From a flash folder, a checkpoint's folder, or a repository on the hub of which 
 weights have come: the model is built without weights, and lazy arrays have sizes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Sizes are exact, as the budget divides them. Times are modelled from a machine's
 locality that was measured of real models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass

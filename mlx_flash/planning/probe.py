@@ -5,8 +5,6 @@ around the page cache. No byte is read twice, so that no cache can answer; wheth
 might have done so all the same is said with the figures.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -1,7 +1,5 @@
 """What a model within a budget asks of a machine, put as the cost model wants it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

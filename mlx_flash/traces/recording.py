@@ -4,8 +4,6 @@ What a layer asks for does not depend on what memory holds (a layer that memory 
 as a whole asks for nothing), so one recording serves for every policy and budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

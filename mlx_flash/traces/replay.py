@@ -5,8 +5,6 @@ as many slots counts. Beside them stands what no policy can exceed: Belady's opt
 which knows the future and keeps what is wanted soonest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ The file is NumPy's compressed npz: `facts`, JSON as uint8, and for layer i
     tokens_i  int32 [steps]: how many tokens each step brought
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
