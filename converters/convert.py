@@ -5,11 +5,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.units import activation, find_units
+from ..errors import FlashError
 from ..inspection import verify
-from ..layers.kinds import BLOCK, NEURON, UnitKind
+from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
-from .choice import choose
 from .conversion import Cutter, Job, write_folder
 from .neurons import NeuronCutter
 from .options import ConvertOptions
@@ -72,6 +73,29 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     if asked.delete_source:
         _delete_weights(source, work.dst)
     return work.dst
+
+
+def choose(source: Source, unit: str | None = None) -> tuple[UnitKind, str]:
+    """The kind of unit for a checkpoint, and a sentence that says why.
+
+    `unit` is "neuron" or "block" if somebody asked for it.
+    """
+    name = source.name
+    kind, ffns, why_not = find_units(source.make_model(), source.config, name)
+    if kind is EXPERT:
+        if unit:
+            raise FlashError(
+                f"{name} is a mixture of experts: each becomes a bundle. Leave out "
+                f"--unit {unit}."
+            )
+        return EXPERT, f"{len(ffns)} layers of experts."
+    if unit == NEURON.name and why_not:
+        raise FlashError(f"{name} {why_not}. It can become blocks: leave out --unit.")
+    if unit == BLOCK.name or why_not:
+        reason = f"{name} {why_not}" if why_not else "Blocks were asked for"
+        return BLOCK, f"{reason}: its {len(ffns)} FFNs become blocks."
+    zeros = f"whose activation ({activation(source.config)}) gives exact zeros"
+    return NEURON, f"{len(ffns)} FFNs {zeros}."
 
 
 def _cutter(job: Job, kind: UnitKind) -> Cutter:

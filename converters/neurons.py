@@ -25,17 +25,9 @@ from .resident import check_names, packing_of, quantize_modules
 
 
 class NeuronCutter(Cutter):
-    """Cuts dense FFNs into neurons.
+    """Cuts dense FFNs into neurons; all weights are cast to the job's `dtype`.
 
-    Args:
-        job: With a `dtype`, which all weights are cast to.
-
-    Attributes:
-        calibrator: Fits the predictors; None if `rank` 0 asks for none.
-
-    Raises:
-        FlashError: If the weights are not those of the model type, cannot be quantised
-            as asked, or the disk has too little room.
+    `calibrator` fits the predictors; it is None if `rank` 0 asks for none.
     """
 
     kind = NEURON
@@ -106,10 +98,8 @@ class NeuronCutter(Cutter):
                 bias = f"{path}.{name}.bias"
                 if order is not None and bias in kept:
                     kept[bias] = kept[bias][order]
-        packed: dict[str, dict] = {}
-        if options.packing:
-            names = sorted(name.removesuffix(".weight") for name in on_flash)
-            packed = dict.fromkeys(names, options.packing)
+        names = sorted(name.removesuffix(".weight") for name in on_flash)
+        packed = dict.fromkeys(names, options.packing) if options.packing else {}
         if options.resident_packing:
             model = self.job.source.make_model()
             model.load_weights(list(kept.items()), strict=False)
@@ -129,9 +119,7 @@ class NeuronCutter(Cutter):
         return self.calibrator.order(index) if self.calibrator else None
 
     def _check_packing(self) -> None:
-        if not self.job.options.packing:
-            return
-        group_size = self.job.options.packing["group_size"]
+        group_size = (self.job.options.packing or {"group_size": 1})["group_size"]
         for path, ffn in self.modules.items():
             for name, rows in neuron_rows(ffn).items():
                 if any(size % group_size for size in rows.shape):

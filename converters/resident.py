@@ -20,11 +20,7 @@ from .source import Source
 
 
 def check_names(source: Source, model: nn.Module) -> None:
-    """Hold the checkpoint's tensors against those the model has.
-
-    Raises:
-        FlashError: Naming the first tensors that are missing, unknown or misshapen.
-    """
+    """Refuse tensors that are missing, unknown or misshapen, naming the first."""
     want = {name: w.shape for name, w in parameters(model).items()}
     have = {name: w.shape for name, w in source.weights().items()}
     for names, what in (

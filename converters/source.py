@@ -24,16 +24,9 @@ from .arrays import load_arrays
 class Source:
     """A checkpoint, found locally or on the hub.
 
-    Args:
-        name: Folder or hub name.
-        revision: Branch, tag or commit on the hub.
-
     Attributes:
         folder, config, files: Where it is, its config.json, its weight files.
-
-    Raises:
-        FlashError: If it is no checkpoint, lacks a file, was cut short, or is of a
-            kind that is not supported.
+        revision: The commit if it came from the hub.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None):

@@ -12,13 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..arrays import parameters
-from ..checkpoints.stock import Stock, load_stock
+from ..checkpoints.stock import load_stock
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
 from .arrays import finite, release
 from .conversion import Cutter, Job
 from .resident import packing_of, quantize_modules
-from .source import Source
 
 PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 
@@ -26,20 +25,19 @@ PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 class TensorCutter(Cutter):
     """Cuts the stacked tensors of experts, or whole dense FFNs.
 
-    Args:
-        job: Unquantised weights are cast to its `dtype`; without one, each stays as
-            it is.
-        kind: EXPERT or BLOCK.
-
-    Raises:
-        FlashError: If mlx-lm cannot load the checkpoint, its FFNs cannot be quantised
-            as asked, or the disk has too little room.
+    Unquantised weights are cast to the `dtype` asked for; without one, each stays as
+    it is.
     """
 
     def __init__(self, job: Job, kind: UnitKind):
         self.kind = kind
         self.activation = kind.activation
-        stock = _load(job.source)
+        if job.source.copied_bytes():
+            raise FlashError(
+                f"{job.source.name} has .bin files, which mlx-lm does not read. "
+                "Convert them to safetensors first."
+            )
+        stock = load_stock(job.source.folder)
         self._model = stock.model
         self.dtype = job.options.dtype or stock.dtype()
         self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
@@ -89,15 +87,6 @@ class TensorCutter(Cutter):
         if self._cast_to is None or not floating or name.endswith(PACKING):
             return array
         return array.astype(self._cast_to)
-
-
-def _load(source: Source) -> Stock:
-    if source.copied_bytes():
-        raise FlashError(
-            f"{source.name} has .bin files, which mlx-lm does not read. Convert them "
-            "to safetensors first."
-        )
-    return load_stock(source.folder)
 
 
 def _quantize(modules: dict[str, nn.Module], packing: dict, name: str) -> None:

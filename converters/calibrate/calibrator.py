@@ -32,8 +32,6 @@ class Calibrator:
     """One conversion's calibration, layer by layer.
 
     Args:
-        job: The conversion.
-        model: Its checkpoint, run one layer at a time.
         paths: Of the FFNs, one a layer.
         dtype: Of the predictors, and of the FFNs on flash.
     """
@@ -81,7 +79,7 @@ class Calibrator:
     def resume(self, done: int) -> None:
         """Bring the states that layer `done` gets."""
         if done:
-            self.hidden = np.load(self.work.path(_hidden_name(done)))
+            self.hidden = np.load(self.work.path(f"hidden_{done:02d}.npy"))
         else:
             self.hidden = self.model.embed_text(self.tokens)
 
@@ -108,23 +106,23 @@ class Calibrator:
         release(ffn)
         if asked.order == "coactivation":
             order = _order_by_use(arrays, facts, inputs)
-            self.work.save_array(_order_name(index), order)
+            self.work.save_array(f"order_{index:02d}.npy", order)
             for name, array in arrays.items():
                 if not name.startswith("reduce."):  # the others have a row a neuron
                     arrays[name] = array[mx.array(order)]
         named = {f"{path}.predictor.{k}": w for k, w in arrays.items()}
         write_weights(self._predictor_path(index), named)
-        self.work.save_array(_hidden_name(index + 1), self.hidden)
+        self.work.save_array(f"hidden_{index + 1:02d}.npy", self.hidden)
         return facts
 
     def order(self, index: int) -> mx.array | None:
         """Place i on flash is for neuron `order[i]`; None: as in the checkpoint."""
-        path = self.work.path(_order_name(index))
+        path = self.work.path(f"order_{index:02d}.npy")
         return mx.array(np.load(path)) if path.exists() else None
 
     def finish(self, index: int) -> None:
         """Drop what only a layer that is done by now needed."""
-        self.work.path(_hidden_name(index)).unlink(missing_ok=True)
+        self.work.path(f"hidden_{index:02d}.npy").unlink(missing_ok=True)
 
     def predictors(self) -> dict[str, mx.array]:
         """The arrays of all layers' predictors, lazily, by their paths in the model."""
@@ -173,11 +171,3 @@ def _order_by_use(
         if len(x)
     ]
     return order_by_coactivation(np.concatenate(bits), units)
-
-
-def _order_name(index: int) -> str:
-    return f"order_{index:02d}.npy"
-
-
-def _hidden_name(index: int) -> str:
-    return f"hidden_{index:02d}.npy"

@@ -94,14 +94,11 @@ def fit_predictor(
     else:
         cut = math.log(threshold / (1 - threshold))
     predictor.bias = (weights["bias"] - cut).astype(dtype)
-    facts = _measure(outcomes(test), rank, bits, _sigmoid(cut))
+    probability = 0.5 + 0.5 * math.tanh(cut / 2)  # a sigmoid that does not overflow
+    facts = _measure(outcomes(test), rank, bits, probability)
     arrays = parameters(predictor)
     mx.eval(arrays)
     return arrays, facts
-
-
-def _sigmoid(score: float) -> float:
-    return 0.5 + 0.5 * math.tanh(score / 2)  # does not overflow
 
 
 def _scores(weights: Weights, x: mx.array) -> mx.array:

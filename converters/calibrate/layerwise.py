@@ -54,12 +54,7 @@ class _Recorder(nn.Module):
 
 
 class LayerwiseModel:
-    """A checkpoint's model whose layers get their weights when they are run.
-
-    Args:
-        source: The checkpoint.
-        dtype: What to compute in.
-    """
+    """A checkpoint's model whose layers get their weights when they are run."""
 
     def __init__(self, source: Source, dtype: mx.Dtype):
         self.source, self.dtype = source, dtype

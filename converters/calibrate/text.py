@@ -21,10 +21,6 @@ def text_tokens(source: Source, file: Path, count: int) -> np.ndarray:
     """About `count` tokens of a text file as sequences [n, SEQUENCE_TOKENS].
 
     Windows are spread over the whole file; each begins as the tokenizer begins a text.
-
-    Raises:
-        FlashError: If the file cannot be read, is no text, or is shorter than two
-            sequences.
     """
     tokenizer = load_tokenizer(source.folder)
     length = _sequence_tokens(source)

@@ -1,4 +1,7 @@
-"""Find a model: a local folder, or a repository on the Hugging Face hub."""
+"""Find a model: a local folder, or a repository on the Hugging Face hub.
+
+All functions raise a FlashError if the hub cannot be reached or refuses.
+"""
 
 import contextlib
 import errno
@@ -55,11 +58,7 @@ def find_model(
 
 
 def find_config(name: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub repository's configuration without weights.
-
-    Raises:
-        FlashError: If it is neither, or the hub cannot be reached or refuses.
-    """
+    """A local folder as it is, or a hub repository's configuration without weights."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -74,11 +73,7 @@ def find_config(name: str | Path, revision: str | None = None) -> Path:
 
 
 def weight_sizes(name: str, commit: str) -> dict[str, int]:
-    """The bytes of a repository's weight files by name, as the hub lists them.
-
-    Raises:
-        FlashError: If the hub cannot be asked.
-    """
+    """The bytes of a repository's weight files by name, as the hub lists them."""
     from huggingface_hub import HfApi, constants
 
     with _said(name, commit):
@@ -98,11 +93,7 @@ def weight_sizes(name: str, commit: str) -> dict[str, int]:
 
 
 def remote_tensors(name: str, file: str, commit: str) -> dict[str, tuple[str, int]]:
-    """(dtype, values) of each tensor of one file on the hub, read from its header.
-
-    Raises:
-        FlashError: If the hub cannot be asked, or the file is no safetensors file.
-    """
+    """(dtype, values) of each tensor of one file on the hub, read from its header."""
     from huggingface_hub import HfApi, constants
 
     with _said(name, commit):

@@ -61,29 +61,24 @@ class ModelArgs(BaseModelArgs):
                 "rotary positions."
             )
         check_sizes("Falcon", self, "activation", tuple(ACTIVATIONS))
-        self._set_kv_heads()
-        self._set_norms()
+        if self.new_decoder_architecture:
+            self._check_new_architecture()
+        else:  # whatever config.json says
+            self.num_kv_heads = 1 if self.multi_query else self.num_attention_heads
+            self.num_ln_in_parallel_attn = 1
         if not self.ffn_hidden_size:
             self.ffn_hidden_size = 4 * self.hidden_size
         read_rope("Falcon", self)
 
-    def _set_kv_heads(self):
-        """The number used: config.json decides in the new architecture only."""
-        if not self.new_decoder_architecture:
-            self.num_kv_heads = 1 if self.multi_query else self.num_attention_heads
-        elif self.num_kv_heads is None:
+    def _check_new_architecture(self):
+        self.parallel_attn = True  # always so there, whatever config.json says
+        if self.num_kv_heads is None:
             self.num_kv_heads = self.num_attention_heads
-        elif self.num_kv_heads < 1 or self.num_attention_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_attention_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} cannot be grouped "
                 f"over num_kv_heads {self.num_kv_heads}."
             )
-
-    def _set_norms(self):
-        if not self.new_decoder_architecture:
-            self.num_ln_in_parallel_attn = 1
-            return
-        self.parallel_attn = True  # always so there, whatever config.json says
         if self.num_ln_in_parallel_attn is None:
             self.num_ln_in_parallel_attn = 2
         if self.num_ln_in_parallel_attn not in (1, 2):

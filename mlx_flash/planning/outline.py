@@ -46,12 +46,7 @@ class Outline:
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:
-    """Find out what `name`, a folder or a hub name, is made of.
-
-    Raises:
-        FlashError: If there is no such model, its kind is not supported, or nothing of
-            it could be brought from flash.
-    """
+    """Find out what `name`, a folder or a hub name, is made of."""
     folder = find_config(name, revision)
     remote = folder.parent.name == "snapshots" and not Path(name).is_dir()
     sizes = weight_sizes(str(name), folder.name) if remote else {}

@@ -147,7 +147,11 @@ def _measure(
     block = deal.block_bytes
     rows = int(np.clip((1 << 24) // block, deal.threads, 512))
     _, slots = allocate((2 * rows, block), mx.uint8)
-    batches = _batches(deal.blocks, rows)
+    batches = (
+        (file, units[start : start + rows])
+        for file, units in enumerate(deal.blocks)
+        for start in range(0, len(units), rows)
+    )
     done_bytes = 0
     with open_reader(deal.threads, direct=True) as reader:
         sources = [
@@ -179,12 +183,6 @@ def _measure(
         )
     speed = done_bytes / seconds
     return FlashPoint(block, deal.threads, speed, speed / block)
-
-
-def _batches(blocks: list[np.ndarray], rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    for file, units in enumerate(blocks):
-        for start in range(0, len(units), rows):
-            yield file, units[start : start + rows]
 
 
 def _files(folder: Path) -> list[Path]:
