@@ -103,12 +103,7 @@ class Cutter:
 
 
 def write_folder(job: Job, cutter: Cutter) -> None:
-    """Write every layer that is missing, then all else, and the manifest last.
-
-    Raises:
-        FlashError: If the checkpoint changed since the conversion began, holds no
-            numbers, or the disk is full or fails.
-    """
+    """Write every layer that is missing, then all else, and the manifest last."""
     work = job.work
     done, total = len(work.layers), len(cutter.modules)
     cutter.resume(done)

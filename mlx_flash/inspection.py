@@ -80,11 +80,10 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
-    if manifest.predictors:
-        files.insert(1, manifest.predictors)
+    files: list[Weights | Layer | None]
+    files = [manifest.resident, manifest.predictors, *manifest.layers]
     damaged = []
-    for entry in files:
+    for entry in filter(None, files):
         try:
             sound = file_sha256(folder / entry.file) == entry.sha256
         except OSError as error:

@@ -73,10 +73,7 @@ def sample_tokens(
     """About `count` tokens of text sampled from the model itself, [n, length].
 
     Every layer is loaded once per position, for all sequences together; so many run
-    side by side as their KV cache has room.
-
-    Args:
-        bars: Makes a progress bar, as `Job.bars`.
+    side by side as their KV cache has room. `bars` is that of a `Job`.
     """
     config, source = model.source.config, model.source
     length = min(_sequence_tokens(source), 64)

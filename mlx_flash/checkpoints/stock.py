@@ -32,10 +32,7 @@ class Place:
 class Stock:
     """A checkpoint as mlx-lm loads it, nothing evaluated.
 
-    Attributes:
-        model, config: From `mlx_lm.utils.load_model(lazy=True)`.
-        raw: The tensors as the files name them.
-        places: Where each of these lies.
+    `raw` are the tensors as the files name them, `places` where each of these lies.
     """
 
     folder: Path
@@ -46,10 +43,8 @@ class Stock:
 
     def place(self, array: mx.array) -> Place | None:
         """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
-        for name, raw in self.raw.items():
-            if raw is array:
-                return self.places.get(name)
-        return None
+        names = (name for name, raw in self.raw.items() if raw is array)
+        return self.places.get(next(names, ""))
 
     def dtype(self) -> str:
         """The dtype of most unquantised values: what the model computes in."""

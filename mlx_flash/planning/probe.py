@@ -99,11 +99,7 @@ def measure_flash(
 ) -> tuple[list[FlashPoint], float]:
     """(random reads, sequential bytes per second) of `files`, each offset once."""
     sizes = [os.path.getsize(file) for file in files]
-    stripes = [
-        (index, stripe)
-        for index, size in enumerate(sizes)
-        for stripe in range(size // STRIPE)
-    ]
+    stripes = [(i, n) for i, size in enumerate(sizes) for n in range(size // STRIPE)]
     # The end of the largest file is read in order, the rest is dealt out at random.
     largest = int(np.argmax(sizes))
     whole = sizes[largest] // STRIPE

@@ -58,11 +58,9 @@ def compare(
     """Hit rate of every policy at every budget, by the policy's name."""
     policies: dict[str, Lru | None] = {f"window {k}": Window(k) for k in WINDOWS}
     policies |= {"lru": Lru(), "lrfu": Lrfu(half_life), OPTIMUM: None}
+    budgets = [even_slots(trace, share) for share in shares]
     return {
-        name: [
-            hit_rate(replay(trace, policy, even_slots(trace, share)))
-            for share in shares
-        ]
+        name: [hit_rate(replay(trace, policy, slots)) for slots in budgets]
         for name, policy in policies.items()
     }
 
