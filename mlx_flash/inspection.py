@@ -80,10 +80,11 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    files: list[Weights | Layer | None]
-    files = [manifest.resident, manifest.predictors, *manifest.layers]
+    files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
+    if manifest.predictors:
+        files.insert(1, manifest.predictors)
     damaged = []
-    for entry in filter(None, files):
+    for entry in files:
         try:
             sound = file_sha256(folder / entry.file) == entry.sha256
         except OSError as error:
