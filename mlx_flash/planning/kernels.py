@@ -63,10 +63,10 @@ def measure_rates(budget_s: float = 10.0) -> list[Rate]:
     return rates
 
 
-def memory_bytes_per_s(nbytes: int = 1 << 27) -> float:
+def memory_bytes_per_s() -> float:
     """Copying speed; bytes read and bytes written both count."""
-    array = mx.zeros((nbytes // 4,), mx.float32)
-    return 2 * nbytes / _typical(lambda: array + 1)
+    array = mx.zeros((MAX_BYTES // 4,), mx.float32)
+    return 2 * array.nbytes / _typical(lambda: array + 1)
 
 
 def layer_s(layers: int = 8) -> float:
