@@ -85,17 +85,8 @@ def sampling_options(temp: float, seed: int | None) -> Callable:
 
 def plot_option(drawn: str) -> Callable:
     """--plot FILE.png of a command that draws `drawn`."""
-
-    def check(ctx, param, path: Path | None) -> Path | None:
-        from ..bench.plots import check_plot
-
-        if path:
-            check_plot(path)  # before anything is measured
-        return path
-
     return click.option(
         "--plot",
-        callback=check,
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE.png",
         help=f"Draw {drawn} (needs matplotlib).",
