@@ -1,14 +1,13 @@
 """Arrays of files and modules: list them, check them, let go of them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from ..arrays import parameters
 from ..errors import FlashError
 
 
@@ -16,13 +15,6 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, unevaluated."""
     arrays = mx.load(str(path))
     assert isinstance(arrays, dict)  # files of one array have another suffix
-    return arrays
-
-
-def parameters(module: nn.Module) -> dict[str, mx.array]:
-    """All arrays of a module, by their paths in it."""
-    arrays: dict[str, mx.array] = {}
-    tree_flatten(module.parameters(), destination=arrays)
     return arrays
 
 

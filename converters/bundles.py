@@ -1,7 +1,5 @@
 """Write one layer's bundles: any parts, side by side, unit after unit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

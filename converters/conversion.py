@@ -4,14 +4,13 @@ What differs between them is a `Cutter`, which gives a layer as the parts of its
 one layer at a time, and in the end all that is in no bundle.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,12 +26,11 @@ from ..storage.manifest import (
     Calibration,
     Layer,
     Manifest,
-    PredictorFacts,
     check_manifest,
 )
 from .bundles import write_bundles
 from .options import ConvertOptions
-from .resident import copy_config, packing_config, write_weights
+from .resident import copy_config, write_weights
 from .source import Source
 from .workfolder import WorkFolder
 
@@ -69,32 +67,6 @@ class Job:
             )
 
 
-@dataclass(frozen=True)
-class CutLayer:
-    """One layer for flash: `parts` are those of all units, [units, …] each."""
-
-    parts: dict[str, mx.array]
-    order: str = "checkpoint"
-    predictor: PredictorFacts | None = None
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What is in no bundle.
-
-    Attributes:
-        arrays: All weights that stay in memory.
-        packed: How quantised modules are packed, by their paths.
-        predictors: The arrays of all predictors, {} without any.
-        calibration: The text that they were fitted to.
-    """
-
-    arrays: dict[str, mx.array]
-    packed: dict[str, dict]
-    predictors: dict[str, mx.array] = field(default_factory=dict)
-    calibration: Calibration | None = None
-
-
 class Cutter:
     """Cuts one checkpoint's FFNs into units of one kind.
 
@@ -102,34 +74,36 @@ class Cutter:
         kind: Of the units.
         activation, dtype: What the manifest says of them.
         modules: The FFNs by path, in the order of the layers.
+        calibration: The text that predictors were fitted to, if there are any.
     """
 
     kind: UnitKind
     activation: str
     dtype: str
     modules: dict[str, nn.Module]
+    calibration: Calibration | None = None
 
     def resume(self, done: int) -> None:
         """Get ready for the first layer, or the next after `done` finished ones."""
 
-    def cut(self, index: int) -> CutLayer:
+    def cut(self, index: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """One layer's parts, [units, …] each, and more for its entry: see `Layer`."""
         raise NotImplementedError
 
     def finish(self, index: int) -> None:
         """Let go of a layer that is on flash, and noted."""
 
-    def rest(self) -> Rest:
-        """All else; called when all layers are done."""
+    def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
+        """All weights that stay in memory, and how quantised modules are packed."""
         raise NotImplementedError
+
+    def predictors(self) -> dict[str, mx.array]:
+        """The arrays of all predictors."""
+        return {}
 
 
 def write_folder(job: Job, cutter: Cutter) -> None:
-    """Write every layer that is missing, then all else, and the manifest last.
-
-    Raises:
-        FlashError: If the checkpoint changed since the conversion began, holds no
-            numbers, or the disk is full or fails.
-    """
+    """Write every layer that is missing, then all else, and the manifest last."""
     work = job.work
     done, total = len(work.layers), len(cutter.modules)
     cutter.resume(done)
@@ -146,20 +120,20 @@ def write_folder(job: Job, cutter: Cutter) -> None:
 
 def _write_layer(work: WorkFolder, cutter: Cutter, index: int) -> Layer:
     # A function of its own, so that nothing holds the parts while the next are made.
-    layer = cutter.cut(index)
+    parts, facts = cutter.cut(index)
     path = work.folder / f"ffn/layer_{index:02d}.safetensors"
-    entry = write_bundles(path, list(cutter.modules)[index], layer.parts)
-    return dataclasses.replace(entry, order=layer.order, predictor=layer.predictor)
+    entry = write_bundles(path, list(cutter.modules)[index], parts)
+    return dataclasses.replace(entry, **facts)
 
 
 def _write_rest(job: Job, cutter: Cutter) -> None:
     source, folder = job.source, job.work.folder
-    rest = cutter.rest()
-    held = write_weights(folder / RESIDENT, rest.arrays)
-    predictors = None
-    if rest.predictors:
-        predictors = write_weights(folder / PREDICTORS, rest.predictors)
-    config = {"dtype": cutter.dtype} | packing_config(rest.packed)
+    arrays, packed = cutter.rest()
+    resident = write_weights(folder / RESIDENT, arrays)
+    predictors = cutter.predictors()
+    config: dict = {"dtype": cutter.dtype}
+    if packed:
+        config["quantization"] = next(iter(packed.values())) | packed
     copy_config(source, folder, config)
     local = Path(source.name)
     manifest = Manifest(
@@ -171,9 +145,11 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         unit=cutter.kind.name,
         activation=cutter.activation,
         dtype=cutter.dtype,
-        resident=held,
-        predictors=predictors,
-        calibration=rest.calibration,
+        resident=resident,
+        predictors=write_weights(folder / PREDICTORS, predictors)
+        if predictors
+        else None,
+        calibration=cutter.calibration,
         layers=tuple(job.work.layers),
     )
     (folder / MANIFEST).write_text(manifest.to_json())

@@ -1,19 +1,16 @@
 """Write a flash folder from a checkpoint, one layer at a time."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.units import activation, find_units
+from ..errors import FlashError
 from ..inspection import verify
-from ..layers.kinds import BLOCK, NEURON
+from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
-from .choice import Choice, choose
 from .conversion import Cutter, Job, write_folder
 from .neurons import NeuronCutter
 from .options import ConvertOptions
@@ -54,32 +51,58 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     work.check_destination(asked.overwrite)
     source = Source(src, asked.revision)
     work.check_source(source.folder)
-    choice = choose(source, asked.unit)
-    if choice.kind is NEURON and asked.dtype is None:
+    kind, reason = choose(source, asked.unit)
+    if kind is NEURON and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
     job = Job(source, work, asked)
+    # MLX keeps freed memory for reuse; a conversion would rather not hold it.
+    before = mx.set_cache_limit(0)
     try:
         work.begin({"source": source.fingerprint(), "options": asked.facts()})
         try:
-            with _no_mlx_cache():
-                job.say(choice.reason)
-                write_folder(job, _cutter(job, choice))
+            job.say(reason)
+            write_folder(job, _cutter(job, kind))
         except BaseException:
             work.drop_if_empty()
             raise
         work.publish()
     except OSError as error:
         raise write_error(Path(error.filename or work.folder), error) from error
+    finally:
+        mx.set_cache_limit(before)
     if asked.delete_source:
         _delete_weights(source, work.dst)
     return work.dst
 
 
-def _cutter(job: Job, choice: Choice) -> Cutter:
+def choose(source: Source, unit: str | None = None) -> tuple[UnitKind, str]:
+    """The kind of unit for a checkpoint, and a sentence that says why.
+
+    `unit` is "neuron" or "block" if somebody asked for it.
+    """
+    name = source.name
+    kind, ffns, why_not = find_units(source.make_model(), source.config, name)
+    if kind is EXPERT:
+        if unit:
+            raise FlashError(
+                f"{name} is a mixture of experts: each becomes a bundle. Leave out "
+                f"--unit {unit}."
+            )
+        return EXPERT, f"{len(ffns)} layers of experts."
+    if unit == NEURON.name and why_not:
+        raise FlashError(f"{name} {why_not}. It can become blocks: leave out --unit.")
+    if unit == BLOCK.name or why_not:
+        reason = f"{name} {why_not}" if why_not else "Blocks were asked for"
+        return BLOCK, f"{reason}: its {len(ffns)} FFNs become blocks."
+    zeros = f"whose activation ({activation(source.config)}) gives exact zeros"
+    return NEURON, f"{len(ffns)} FFNs {zeros}."
+
+
+def _cutter(job: Job, kind: UnitKind) -> Cutter:
     """Who cuts the FFNs: into blocks where too many neurons are active for neurons."""
-    if choice.kind is not NEURON:
-        return TensorCutter(job, choice.kind)
-    neurons = NeuronCutter(job, choice.activation)
+    if kind is not NEURON:
+        return TensorCutter(job, kind)
+    neurons = NeuronCutter(job)
     calibrator = neurons.calibrator
     if job.options.unit or calibrator is None or _pays(job, calibrator):
         return neurons
@@ -106,13 +129,3 @@ def _delete_weights(source: Source, folder: Path) -> None:
     for file in source.files:
         file.resolve().unlink()  # in the hub's cache, the link leads to the bytes
         file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _no_mlx_cache() -> Iterator[None]:
-    """MLX keeps freed memory for reuse; a conversion would rather not hold it."""
-    before = mx.set_cache_limit(0)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)

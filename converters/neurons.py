@@ -7,43 +7,35 @@ in memory, each layer is run on calibration text and gets a predictor fitted to 
 Shapes: D model width, N neurons.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import mlx.core as mx
 
+from ..arrays import parameters
+from ..checkpoints.units import activation
 from ..errors import FlashError
 from ..layers.kinds import NEURON
 from ..layers.projections import neuron_rows, pack
 from ..storage.safetensors import DTYPES
-from .arrays import finite, parameters, release
+from .arrays import finite, release
 from .calibrate.calibrator import Calibrator
 from .calibrate.layerwise import LayerwiseModel
-from .conversion import CutLayer, Cutter, Job, Rest
+from .conversion import Cutter, Job
 from .resident import check_names, packing_of, quantize_modules
 
 
 class NeuronCutter(Cutter):
-    """Cuts dense FFNs into neurons.
+    """Cuts dense FFNs into neurons; all weights are cast to the job's `dtype`.
 
-    Args:
-        job: With a `dtype`, which all weights are cast to.
-        activation: What the config calls the cause of the zeros.
-
-    Attributes:
-        calibrator: Fits the predictors; None if `rank` 0 asks for none.
-
-    Raises:
-        FlashError: If the weights are not those of the model type, cannot be quantised
-            as asked, or the disk has too little room.
+    `calibrator` fits the predictors; it is None if `rank` 0 asks for none.
     """
 
     kind = NEURON
 
-    def __init__(self, job: Job, activation: str):
-        if job.options.dtype is None:
-            raise ValueError("neurons need a dtype")
+    def __init__(self, job: Job):
+        assert job.options.dtype is not None
         self.job = job
-        self.activation = activation
+        self.activation = activation(job.source.config)
         self.dtype = job.options.dtype
         self._cast_to = getattr(mx, self.dtype)
         # float16 is emulated on MLX's CPU backend, many times slower than float32.
@@ -66,7 +58,7 @@ class NeuronCutter(Cutter):
         if self.calibrator:
             self.calibrator.resume(done)
 
-    def cut(self, index: int) -> CutLayer:
+    def cut(self, index: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
         facts = self.calibrator.fit(index) if self.calibrator else None
         path = list(self.modules)[index]
         order = self._order(index)
@@ -80,14 +72,14 @@ class NeuronCutter(Cutter):
             for key, array in pack(weight[rows], self.job.options.packing).items()
         }
         order_name = "checkpoint" if order is None else "coactivation"
-        return CutLayer(parts, order_name, facts)
+        return parts, {"order": order_name, "predictor": facts}
 
     def finish(self, index: int) -> None:
         release(list(self.modules.values())[index])
         if self.calibrator:
             self.calibrator.finish(index)
 
-    def rest(self) -> Rest:
+    def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         options = self.job.options
         on_flash = {
             f"{path}.{name}"
@@ -106,10 +98,8 @@ class NeuronCutter(Cutter):
                 bias = f"{path}.{name}.bias"
                 if order is not None and bias in kept:
                     kept[bias] = kept[bias][order]
-        packed: dict[str, dict] = {}
-        if options.packing:
-            names = sorted(name.removesuffix(".weight") for name in on_flash)
-            packed = dict.fromkeys(names, options.packing)
+        names = sorted(name.removesuffix(".weight") for name in on_flash)
+        packed = dict.fromkeys(names, options.packing) if options.packing else {}
         if options.resident_packing:
             model = self.job.source.make_model()
             model.load_weights(list(kept.items()), strict=False)
@@ -117,19 +107,19 @@ class NeuronCutter(Cutter):
             packed |= packing_of(model)
             arrays = parameters(model).items()
             kept = {name: array for name, array in arrays if name not in on_flash}
-        if self.calibrator is None:
-            return Rest(kept, packed)
-        calibrator = self.calibrator
-        return Rest(kept, packed, calibrator.predictors(), calibrator.facts())
+        if self.calibrator:
+            self.calibration = self.calibrator.facts()
+        return kept, packed
+
+    def predictors(self) -> dict[str, mx.array]:
+        return self.calibrator.predictors() if self.calibrator else {}
 
     def _order(self, index: int) -> mx.array | None:
         """Which neuron lies where in a layer's bundles; None: as in the checkpoint."""
         return self.calibrator.order(index) if self.calibrator else None
 
     def _check_packing(self) -> None:
-        if not self.job.options.packing:
-            return
-        group_size = self.job.options.packing["group_size"]
+        group_size = (self.job.options.packing or {"group_size": 1})["group_size"]
         for path, ffn in self.modules.items():
             for name, rows in neuron_rows(ffn).items():
                 if any(size % group_size for size in rows.shape):

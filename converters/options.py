@@ -1,7 +1,5 @@
 """What a conversion may be asked for. Imports no MLX: the command line reads it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,19 +119,12 @@ class ConvertOptions:
 
     def facts(self) -> dict:
         """All that decides what is written, as JSON: a resumed run must repeat it."""
-        return {
-            "unit": self.unit,
-            "dtype": self.dtype,
-            "calibration": str(self.calibration) if self.calibration else None,
-            "calibration_tokens": self.calibration_tokens,
-            "rank": self.rank,
-            "threshold": self.threshold,
-            "recall": self.recall,
-            "fit_steps": self.fit_steps,
-            "order": self.order,
-            "quantize": self.packing,
-            "quantize_resident": self.resident_packing,
-        }
+        names = ("unit", "dtype", "calibration_tokens", "rank", "threshold", "recall")
+        facts = {name: getattr(self, name) for name in (*names, "fit_steps", "order")}
+        facts["calibration"] = str(self.calibration) if self.calibration else None
+        facts["quantize"] = self.packing
+        facts["quantize_resident"] = self.resident_packing
+        return facts
 
 
 def _packing(bits: int | None, group_size: int | None, mode: str) -> dict | None:

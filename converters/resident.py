@@ -1,7 +1,5 @@
 """What a flash folder holds besides bundles: whole weights and the config."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Collection, Iterator
@@ -11,21 +9,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..arrays import parameters
 from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
 from ..storage.layout import dtype_name
 from ..storage.manifest import Weights
 from ..storage.safetensors import Tensor, write_safetensors
-from .arrays import finite, parameters
+from .arrays import finite
 from .source import Source
 
 
 def check_names(source: Source, model: nn.Module) -> None:
-    """Hold the checkpoint's tensors against those the model has.
-
-    Raises:
-        FlashError: Naming the first tensors that are missing, unknown or misshapen.
-    """
+    """Refuse tensors that are missing, unknown or misshapen, naming the first."""
     want = {name: w.shape for name, w in parameters(model).items()}
     have = {name: w.shape for name, w in source.weights().items()}
     for names, what in (
@@ -102,10 +97,3 @@ def packing_of(model: nn.Module) -> dict[str, dict]:
             if getattr(module, "global_scale", None) is not None:
                 packed[path]["global_scale"] = True
     return packed
-
-
-def packing_config(packed: dict[str, dict]) -> dict:
-    """What config.json must say of quantised modules: each, by its path."""
-    if not packed:
-        return {}
-    return {"quantization": next(iter(packed.values())) | packed}

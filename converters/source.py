@@ -4,8 +4,6 @@ Nothing is held: every call of `weights` opens the files anew, and an array occu
 memory only from its evaluation until the caller lets go of it.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import mlx.nn as nn
 
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_model
+from ..checkpoints.weight_format import header_tensors, main_dtype, named_dtype
 from ..errors import FlashError
 from ..models.registry import get_model_classes
-from ..storage.layout import dtype_name
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import read_header
 from . import torch_bin
@@ -26,16 +24,9 @@ from .arrays import load_arrays
 class Source:
     """A checkpoint, found locally or on the hub.
 
-    Args:
-        name: Folder or hub name.
-        revision: Branch, tag or commit on the hub.
-
     Attributes:
         folder, config, files: Where it is, its config.json, its weight files.
-
-    Raises:
-        FlashError: If it is no checkpoint, lacks a file, was cut short, or is of a
-            kind that is not supported.
+        revision: The commit if it came from the hub.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None):
@@ -80,17 +71,12 @@ class Source:
         return weights
 
     def dtype(self) -> str:
-        """The checkpoint's own dtype: what its config says, or its largest weight."""
-        named = self.config.get("dtype") or self.config.get("torch_dtype")
-        if named in ("float16", "bfloat16", "float32"):
+        """The checkpoint's own dtype: what its config says, or that of most values."""
+        if named := named_dtype(self.config):
             return named
-        if self.files[0].suffix == ".bin":
-            raise FlashError(
-                f"{self.folder / 'config.json'} does not say which dtype the .bin "
-                "files have. Add --dtype float16, or what it was trained in."
-            )
-        largest = max(self.weights().values(), key=lambda w: w.size)
-        return dtype_name(largest.dtype)
+        files = [file for file in self.files if file.suffix == ".safetensors"]
+        sizes = header_tensors(files).values()
+        return main_dtype(sizes, self.folder / "config.json")
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of change of every file: differs when the source changed."""

@@ -6,18 +6,18 @@ scales, biases. A block's is a run of neurons, whose quantised weights keep thei
 packing bit for bit. Everything else stays resident.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.stock import Stock, load_stock
+from ..arrays import parameters
+from ..checkpoints.stock import load_stock
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
-from .arrays import finite, parameters, release
-from .conversion import CutLayer, Cutter, Job, Rest
+from .arrays import finite, release
+from .conversion import Cutter, Job
 from .resident import packing_of, quantize_modules
-from .source import Source
 
 PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 
@@ -25,20 +25,19 @@ PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 class TensorCutter(Cutter):
     """Cuts the stacked tensors of experts, or whole dense FFNs.
 
-    Args:
-        job: Unquantised weights are cast to its `dtype`; without one, each stays as
-            it is.
-        kind: EXPERT or BLOCK.
-
-    Raises:
-        FlashError: If mlx-lm cannot load the checkpoint, its FFNs cannot be quantised
-            as asked, or the disk has too little room.
+    Unquantised weights are cast to the `dtype` asked for; without one, each stays as
+    it is.
     """
 
     def __init__(self, job: Job, kind: UnitKind):
         self.kind = kind
         self.activation = kind.activation
-        stock = _load(job.source)
+        if job.source.copied_bytes():
+            raise FlashError(
+                f"{job.source.name} has .bin files, which mlx-lm does not read. "
+                "Convert them to safetensors first."
+            )
+        stock = load_stock(job.source.folder)
         self._model = stock.model
         self.dtype = job.options.dtype or stock.dtype()
         self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
@@ -55,20 +54,20 @@ class TensorCutter(Cutter):
         for index in range(done):
             self.finish(index)
 
-    def cut(self, index: int) -> CutLayer:
+    def cut(self, index: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
         path, module = list(self.modules.items())[index]
         parts = {}
         for name, array in self.kind.split(module).items():
             parts[name] = self._cast(name, array)
             if mx.issubdtype(array.dtype, mx.floating):
                 finite(f"{path}.{name}", parts[name])
-        return CutLayer(parts)
+        return parts, {}
 
     def finish(self, index: int) -> None:
         module = list(self.modules.values())[index]
         release(module, self.kind.arrays(module))
 
-    def rest(self) -> Rest:
+    def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         bundled = {
             f"{path}.{name}"
             for path, module in self.modules.items()
@@ -81,22 +80,13 @@ class TensorCutter(Cutter):
         }
         packed = packing_of(self._model)
         release(self._model)  # it would hold what is evaluated for writing
-        return Rest(kept, packed)
+        return kept, packed
 
     def _cast(self, name: str, array: mx.array) -> mx.array:
         floating = mx.issubdtype(array.dtype, mx.floating)
         if self._cast_to is None or not floating or name.endswith(PACKING):
             return array
         return array.astype(self._cast_to)
-
-
-def _load(source: Source) -> Stock:
-    if source.copied_bytes():
-        raise FlashError(
-            f"{source.name} has .bin files, which mlx-lm does not read. Convert them "
-            "to safetensors first."
-        )
-    return load_stock(source.folder)
 
 
 def _quantize(modules: dict[str, nn.Module], packing: dict, name: str) -> None:

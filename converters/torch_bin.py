@@ -3,8 +3,6 @@
 `weights_only=True` runs no code from the file, `mmap=True` keeps it out of memory.
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 import zipfile

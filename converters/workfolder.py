@@ -5,8 +5,6 @@ with what is needed to go on after an interruption. `progress.json` is written l
 by renaming, so a layer it counts is on disk.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """What a flash folder holds, for `info`; whether it is intact, for `verify`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

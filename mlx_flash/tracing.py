@@ -1,7 +1,5 @@
 """Run a model to record a trace: on a prompt that it continues, or along a text."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 

@@ -5,8 +5,6 @@ the hidden states that the next layer gets, each finished layer's predictor and 
 Shapes: D model width, N neurons.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from ..arrays import load_arrays, release
 from ..conversion import Job
 from ..resident import write_weights
 from . import text
-from .fit import FitOptions, fit_predictor, split
+from .fit import fit_predictor, split
 from .layerwise import LayerwiseModel
 from .placement import order_by_coactivation
 
@@ -34,8 +32,6 @@ class Calibrator:
     """One conversion's calibration, layer by layer.
 
     Args:
-        job: The conversion.
-        model: Its checkpoint, run one layer at a time.
         paths: Of the FFNs, one a layer.
         dtype: Of the predictors, and of the FFNs on flash.
     """
@@ -45,9 +41,9 @@ class Calibrator:
     def __init__(
         self, job: Job, model: LayerwiseModel, paths: list[str], dtype: mx.Dtype
     ):
+        self.job = job
         self.work = job.work
         self.options = job.options
-        self.bars = job.bars
         self.model = model
         self.paths = paths
         self.dtype = dtype
@@ -58,12 +54,11 @@ class Calibrator:
         name = "tokens.npy"
         if not self.work.path(name).exists():
             count = self.options.calibration_tokens
-            file = self.options.calibration
-            if file:
+            if file := self.options.calibration:
                 path = Path(file).expanduser()
                 tokens = text.text_tokens(self.model.source, path, count)
             else:
-                tokens = text.sample_tokens(self.model, count, self.bars)
+                tokens = text.sample_tokens(self.model, count, self.job.bars)
             self.work.save_array(name, tokens)
         return np.load(self.work.path(name))
 
@@ -72,7 +67,7 @@ class Calibrator:
         tokens = self.tokens[: max(MEASURED_TOKENS // self.tokens.shape[1], 1)]
         hidden = self.model.embed_text(tokens)
         shares = []
-        for index in self.bars(range(len(self.paths)), "measuring", unit="layer"):
+        for index in self.job.bars(range(len(self.paths)), "measuring", unit="layer"):
             path = self.paths[index]
             inputs = mx.array(self.model.run_text(index, path, hidden, tokens))
             ffn = self.model.load_module(path)
@@ -84,7 +79,7 @@ class Calibrator:
     def resume(self, done: int) -> None:
         """Bring the states that layer `done` gets."""
         if done:
-            self.hidden = np.load(self.work.path(_hidden_name(done)))
+            self.hidden = np.load(self.work.path(f"hidden_{done:02d}.npy"))
         else:
             self.hidden = self.model.embed_text(self.tokens)
 
@@ -97,28 +92,37 @@ class Calibrator:
         ffn = self.model.load_module(path, self.dtype)
         self._as_stored(ffn)
         rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
-        options = FitOptions(rank, asked.threshold, asked.recall, asked.fit_steps)
-        arrays, facts = fit_predictor(inputs, ffn, self.dtype, options, length, index)
+        arrays, facts = fit_predictor(
+            inputs,
+            ffn,
+            self.dtype,
+            length,
+            rank,
+            asked.threshold,
+            asked.recall,
+            asked.fit_steps,
+            seed=index,
+        )
         release(ffn)
         if asked.order == "coactivation":
             order = _order_by_use(arrays, facts, inputs)
-            self.work.save_array(_order_name(index), order)
+            self.work.save_array(f"order_{index:02d}.npy", order)
             for name, array in arrays.items():
                 if not name.startswith("reduce."):  # the others have a row a neuron
                     arrays[name] = array[mx.array(order)]
         named = {f"{path}.predictor.{k}": w for k, w in arrays.items()}
         write_weights(self._predictor_path(index), named)
-        self.work.save_array(_hidden_name(index + 1), self.hidden)
+        self.work.save_array(f"hidden_{index + 1:02d}.npy", self.hidden)
         return facts
 
     def order(self, index: int) -> mx.array | None:
         """Place i on flash is for neuron `order[i]`; None: as in the checkpoint."""
-        path = self.work.path(_order_name(index))
+        path = self.work.path(f"order_{index:02d}.npy")
         return mx.array(np.load(path)) if path.exists() else None
 
     def finish(self, index: int) -> None:
         """Drop what only a layer that is done by now needed."""
-        self.work.path(_hidden_name(index)).unlink(missing_ok=True)
+        self.work.path(f"hidden_{index:02d}.npy").unlink(missing_ok=True)
 
     def predictors(self) -> dict[str, mx.array]:
         """The arrays of all layers' predictors, lazily, by their paths in the model."""
@@ -167,11 +171,3 @@ def _order_by_use(
         if len(x)
     ]
     return order_by_coactivation(np.concatenate(bits), units)
-
-
-def _order_name(index: int) -> str:
-    return f"order_{index:02d}.npy"
-
-
-def _hidden_name(index: int) -> str:
-    return f"hidden_{index:02d}.npy"

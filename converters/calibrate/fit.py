@@ -9,22 +9,19 @@ LLM in a flash (section 3.2). The threshold comes last, on tokens not trained on
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from ...arrays import parameters
 from ...layers.dense import hidden_values
 from ...layers.predictor import Predictor, possible_bits
 from ...layers.projections import neuron_rows
 from ...storage.manifest import PredictorFacts
-from ..arrays import parameters
 
 BATCH = 256
 RATE = 0.01  # Adam's step, relative to the size of what it trains
@@ -32,23 +29,6 @@ START_TOKENS = 4096  # enough for the principal directions
 
 Weights = dict[str, mx.array]
 Outcome = tuple[mx.array, mx.array]  # hidden values and predicted scores, [T, N]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How a predictor is fitted.
-
-    Attributes:
-        rank: r.
-        threshold: A probability, as in the paper; None finds the one that gives
-            `recall` of the active neurons.
-        steps: At least; two passes are made where there is more text.
-    """
-
-    rank: int
-    threshold: float | None = None
-    recall: float = 0.95
-    steps: int = 400
 
 
 def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
@@ -68,8 +48,11 @@ def fit_predictor(
     inputs: np.ndarray,
     ffn: nn.Module,
     dtype: mx.Dtype,
-    options: FitOptions,
     length: int,
+    rank: int,
+    threshold: float | None = None,
+    recall: float = 0.95,
+    steps: int = 400,
     seed: int = 0,
 ) -> tuple[Weights, PredictorFacts]:
     """Fit and measure one layer's predictor.
@@ -78,18 +61,21 @@ def fit_predictor(
         inputs: What the FFN was given, [T, D] float32, sequences of `length` tokens.
         ffn: The FFN with its weights in float32.
         dtype: Of the predictor's arrays.
+        rank: r.
+        threshold: A probability, as in the paper; None finds the one that gives
+            `recall` of the active neurons.
+        steps: At least; two passes are made where there is more text.
 
     Returns:
         Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in `dtype` or
         quantised from it), and what it does on held-out tokens.
     """
-    rank = options.rank
     train, choose, test = split(len(inputs), length)
     deciding = ffn[next(iter(neuron_rows(ffn)))]
     up, up_bias = deciding.weight, deciding.get("bias", mx.zeros(len(deciding.weight)))
     active = _active(inputs[train], ffn)
     weights = _start(inputs[train], up, up_bias, rank, seed)
-    weights = _train(weights, inputs[train], active, options.steps, seed)
+    weights = _train(weights, inputs[train], active, steps, seed)
 
     predictor = Predictor(up.shape[1], len(up), rank)
     stored = {k: w.astype(dtype) for k, w in weights.items()}
@@ -103,19 +89,16 @@ def fit_predictor(
             yield hidden_values(ffn, x), predictor.scores(x)
 
     # Threshold and measurement are those of the weights as they are stored.
-    if options.threshold is None:
-        cut = _cut_for_recall(outcomes(choose), options.recall)
+    if threshold is None:
+        cut = _cut_for_recall(outcomes(choose), recall)
     else:
-        cut = math.log(options.threshold / (1 - options.threshold))
+        cut = math.log(threshold / (1 - threshold))
     predictor.bias = (weights["bias"] - cut).astype(dtype)
-    facts = _measure(outcomes(test), rank, bits, _sigmoid(cut))
+    probability = 0.5 + 0.5 * math.tanh(cut / 2)  # a sigmoid that does not overflow
+    facts = _measure(outcomes(test), rank, bits, probability)
     arrays = parameters(predictor)
     mx.eval(arrays)
     return arrays, facts
-
-
-def _sigmoid(score: float) -> float:
-    return 0.5 + 0.5 * math.tanh(score / 2)  # does not overflow
 
 
 def _scores(weights: Weights, x: mx.array) -> mx.array:

@@ -6,8 +6,6 @@ would have returned. What is kept between layers are the hidden states of all of
 text, [sequences, length, D], and nothing of the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
@@ -56,12 +54,7 @@ class _Recorder(nn.Module):
 
 
 class LayerwiseModel:
-    """A checkpoint's model whose layers get their weights when they are run.
-
-    Args:
-        source: The checkpoint.
-        dtype: What to compute in.
-    """
+    """A checkpoint's model whose layers get their weights when they are run."""
 
     def __init__(self, source: Source, dtype: mx.Dtype):
         self.source, self.dtype = source, dtype

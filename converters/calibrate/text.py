@@ -1,7 +1,5 @@
 """Tokens for calibration: from a text file, or sampled from the model itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,10 +21,6 @@ def text_tokens(source: Source, file: Path, count: int) -> np.ndarray:
     """About `count` tokens of a text file as sequences [n, SEQUENCE_TOKENS].
 
     Windows are spread over the whole file; each begins as the tokenizer begins a text.
-
-    Raises:
-        FlashError: If the file cannot be read, is no text, or is shorter than two
-            sequences.
     """
     tokenizer = load_tokenizer(source.folder)
     length = _sequence_tokens(source)
@@ -79,10 +73,7 @@ def sample_tokens(
     """About `count` tokens of text sampled from the model itself, [n, length].
 
     Every layer is loaded once per position, for all sequences together; so many run
-    side by side as their KV cache has room.
-
-    Args:
-        bars: Makes a progress bar, as `Job.bars`.
+    side by side as their KV cache has room. `bars` is that of a `Job`.
     """
     config, source = model.source.config, model.source
     length = min(_sequence_tokens(source), 64)

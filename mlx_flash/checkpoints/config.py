@@ -1,7 +1,5 @@
 """config.json, and the model without weights that it describes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

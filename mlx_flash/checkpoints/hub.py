@@ -1,6 +1,7 @@
-"""Find a model: a local folder, or a repository on the Hugging Face hub."""
+"""Find a model: a local folder, or a repository on the Hugging Face hub.
 
-from __future__ import annotations
+All functions raise a FlashError if the hub cannot be reached or refuses.
+"""
 
 import contextlib
 import errno
@@ -57,11 +58,7 @@ def find_model(
 
 
 def find_config(name: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub repository's configuration without weights.
-
-    Raises:
-        FlashError: If it is neither, or the hub cannot be reached or refuses.
-    """
+    """A local folder as it is, or a hub repository's configuration without weights."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -76,11 +73,7 @@ def find_config(name: str | Path, revision: str | None = None) -> Path:
 
 
 def weight_sizes(name: str, commit: str) -> dict[str, int]:
-    """The bytes of a repository's weight files by name, as the hub lists them.
-
-    Raises:
-        FlashError: If the hub cannot be asked.
-    """
+    """The bytes of a repository's weight files by name, as the hub lists them."""
     from huggingface_hub import HfApi, constants
 
     with _said(name, commit):
@@ -88,24 +81,19 @@ def weight_sizes(name: str, commit: str) -> dict[str, int]:
             name, revision=commit, recursive=True
         )
         sizes = {f.path: f.size for f in files if hasattr(f, "size")}
-    choices = [FLASH_FILES] if MANIFEST in sizes else [[p] for p in WEIGHT_FILES]
-    for patterns in choices:
+    for patterns in [FLASH_FILES] if MANIFEST in sizes else [[p] for p in WEIGHT_FILES]:
         found = {
             path: size
             for path, size in sizes.items()
             if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
         }
         if found:
-            return found
-    return {}
+            break
+    return found
 
 
 def remote_tensors(name: str, file: str, commit: str) -> dict[str, tuple[str, int]]:
-    """(dtype, values) of each tensor of one file on the hub, read from its header.
-
-    Raises:
-        FlashError: If the hub cannot be asked, or the file is no safetensors file.
-    """
+    """(dtype, values) of each tensor of one file on the hub, read from its header."""
     from huggingface_hub import HfApi, constants
 
     with _said(name, commit):
@@ -126,33 +114,32 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 @contextlib.contextmanager
 def _said(name: str, revision: str | None) -> Iterator[None]:
     """Say in one line what the hub or its library refused."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except GatedRepoError as error:
-        raise FlashError(
-            f"{name} is gated: accept its licence on huggingface.co and log in "
-            "(hf auth login), then run the command again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FlashError(
-            f"The hub has no model {name} (or it is private: hf auth login), and "
-            "there is no such folder."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FlashError(f"{name} has no revision {revision!r} on the hub.") from error
     except Exception as error:  # each version of the library has its own HTTP client's
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise FlashError(
+        if isinstance(error, errors.GatedRepoError):
+            refusal = (
+                f"{name} is gated: accept its licence on huggingface.co and log in "
+                "(hf auth login), then run the command again."
+            )
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            refusal = (
+                f"The hub has no model {name} (or it is private: hf auth login), and "
+                "there is no such folder."
+            )
+        elif isinstance(error, errors.RevisionNotFoundError):
+            refusal = f"{name} has no revision {revision!r} on the hub."
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            refusal = (
                 f"The disk is full: {name} could not be downloaded. Free some space or "
                 "set HF_HOME to another disk, then run the command again."
-            ) from error
-        raise FlashError(
-            f"{name} is no local folder, and could not be downloaded from the Hugging "
-            f"Face hub ({type(error).__name__}). Check the name and the network."
-        ) from error
+            )
+        else:
+            refusal = (
+                f"{name} is no local folder, and could not be downloaded from the "
+                f"Hugging Face hub ({type(error).__name__}). Check the name and the "
+                "network."
+            )
+        raise FlashError(refusal) from error

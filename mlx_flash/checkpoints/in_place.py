@@ -4,19 +4,16 @@ mlx-lm's own files hold the experts of a layer in one tensor for each part, so t
 expert is a run of bytes at a fixed stride: one read for each part.
 """
 
-from __future__ import annotations
-
-import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import FlashError
 from ..layers.kinds import EXPERT
 from ..storage.layout import lay_out
-from ..storage.manifest import Manifest, Weights
+from ..storage.manifest import Manifest
 from ..storage.safetensors import DTYPES
 from ..storage.source import Extent
 from .stock import Stock
-from .weight_format import layer_of, weight_bytes
+from .weight_format import layer_of, manifest_of
 
 
 def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
@@ -38,21 +35,9 @@ def describe_in_place(stock: Stock) -> tuple[Manifest, list[list[Extent]]]:
         extents.append(_extents(stock, module, switch))
         arrays = EXPERT.arrays(switch)
         layers.append(layer_of(module, arrays, extents[-1][0].path.name))
-    on_flash = sum(layer.nbytes for layer in layers)
-    manifest = Manifest(
-        format_version=1,
-        source=folder.name,
-        revision=None,
-        model_type=stock.config["model_type"],
-        unit=EXPERT.name,
-        activation=EXPERT.activation,
-        dtype=stock.dtype(),
-        resident=Weights(
-            file="", sha256="", bytes=weight_bytes(stock.model) - on_flash
-        ),
-        predictors=None,
-        calibration=None,
-        layers=tuple(layers),
+    model_type, dtype = stock.config["model_type"], stock.dtype()
+    manifest = manifest_of(
+        folder.name, stock.model, model_type, EXPERT, dtype, tuple(layers)
     )
     return manifest, extents
 
@@ -65,7 +50,7 @@ def _extents(stock: Stock, module: str, switch: nn.Module) -> list[Extent]:
         zip(lay_out(arrays), arrays.items(), strict=True)
     ):
         place = stock.place(array)
-        if place is None or not _as_used(place.bytes, array, part.dtype):
+        if place is None or place.bytes != array.nbytes or part.dtype not in DTYPES:
             raise FlashError(
                 f"{stock.folder}: {module}.{name} does not lie in the shards as mlx-lm "
                 "uses it (experts stored one by one, or transposed). Convert it: "
@@ -74,7 +59,3 @@ def _extents(stock: Stock, module: str, switch: nn.Module) -> list[Extent]:
         whole = ((index, 0, part.bytes),)
         extents.append(Extent(place.file, place.offset, part.bytes, whole))
     return extents
-
-
-def _as_used(nbytes: int, array: mx.array, dtype: str) -> bool:
-    return nbytes == array.nbytes and dtype in DTYPES

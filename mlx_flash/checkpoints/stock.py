@@ -5,8 +5,6 @@ they are evaluated. An expert tensor that reached the model as it came from the 
 be streamed from there; one that was stacked or transposed on the way cannot.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
 from ..storage.safetensors import read_header
 from .config import read_config
+from .weight_format import main_dtype
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,7 @@ class Place:
 class Stock:
     """A checkpoint as mlx-lm loads it, nothing evaluated.
 
-    Attributes:
-        model, config: From `mlx_lm.utils.load_model(lazy=True)`.
-        raw: The tensors as the files name them.
-        places: Where each of these lies.
+    `raw` are the tensors as the files name them, `places` where each of these lies.
     """
 
     folder: Path
@@ -48,16 +44,13 @@ class Stock:
 
     def place(self, array: mx.array) -> Place | None:
         """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
-        for name, raw in self.raw.items():
-            if raw is array:
-                return self.places.get(name)
-        return None
+        names = (name for name, raw in self.raw.items() if raw is array)
+        return self.places.get(next(names, ""))
 
     def dtype(self) -> str:
-        """The dtype of the largest unquantised weight: what the model computes in."""
-        floats = [a for a in self.raw.values() if mx.issubdtype(a.dtype, mx.floating)]
-        largest = max(floats, key=lambda a: a.size)
-        return dtype_name(largest.dtype)
+        """The dtype of most unquantised values: what the model computes in."""
+        sizes = [(dtype_name(a.dtype), a.size) for a in self.raw.values()]
+        return main_dtype(sizes, self.folder / "config.json")
 
 
 def load_stock(folder: Path) -> Stock:

@@ -4,21 +4,20 @@ Names and dtypes are in the headers of its safetensors files, the quantisation i
 config.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
 
+from ..arrays import parameters
 from ..errors import FlashError
+from ..layers.kinds import UnitKind
 from ..storage.layout import lay_out
-from ..storage.manifest import Layer
+from ..storage.manifest import FORMAT_VERSION, Layer, Manifest, Weights
 from ..storage.safetensors import DTYPES, read_header
 
 Tensors = dict[str, tuple[str, int]]  # (safetensors code of the dtype, values) by name
@@ -33,7 +32,7 @@ FOREIGN = {
 
 def weight_bytes(module: nn.Module) -> int:
     """Of all weights of a module, which may be lazy."""
-    return tree_reduce(lambda n, array: n + array.nbytes, module.parameters(), 0)
+    return sum(array.nbytes for array in parameters(module).values())
 
 
 def layer_of(module: str, arrays: Mapping[str, mx.array], file: str = "") -> Layer:
@@ -58,14 +57,38 @@ def layer_of(module: str, arrays: Mapping[str, mx.array], file: str = "") -> Lay
     )
 
 
-def header_tensors(folder: Path) -> Tensors:
-    """Every tensor that the headers in a folder name."""
+def manifest_of(
+    source: str,
+    model: nn.Module,
+    model_type: str,
+    kind: UnitKind,
+    dtype: str,
+    layers: tuple[Layer, ...],
+    predictor_bytes: int = 0,
+) -> Manifest:
+    """The manifest that a checkpoint would have: sizes, and no files."""
+    resident_bytes = weight_bytes(model) - sum(layer.nbytes for layer in layers)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        source=source,
+        revision=None,
+        model_type=model_type,
+        unit=kind.name,
+        activation=kind.activation,
+        dtype=dtype,
+        resident=Weights("", "", resident_bytes),
+        predictors=Weights("", "", predictor_bytes) if predictor_bytes else None,
+        calibration=None,
+        layers=layers,
+    )
+
+
+def header_tensors(files: Iterable[Path]) -> Tensors:
+    """Every tensor that the headers of safetensors files name."""
     found: Tensors = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        header, _ = read_header(file)
-        found |= {
-            k: (entry["dtype"], prod(entry["shape"])) for k, entry in header.items()
-        }
+    for file in files:
+        for name, entry in read_header(file)[0].items():
+            found[name] = (entry["dtype"], prod(entry["shape"]))
     return found
 
 
@@ -88,13 +111,27 @@ def named_dtype(config: dict) -> str | None:
     return None
 
 
-def main_dtype(tensors: Tensors) -> str | None:
-    """The float dtype of the most values; None if no tensor has one."""
+def main_dtype(tensors: Iterable[tuple[str, int]], config_file: Path) -> str:
+    """The float dtype of the most values.
+
+    Args:
+        tensors: (dtype, values) of each, in safetensors' codes or by name.
+        config_file: Where the dtype could have been named, for the error.
+
+    Raises:
+        FlashError: If no tensor has a float dtype.
+    """
     values: Counter[str] = Counter()
-    for code, count in tensors.values():
-        if code in FLOATS:
-            values[FLOATS[code]] += count
-    return max(values, key=values.__getitem__) if values else None
+    for code, count in tensors:
+        if (dtype := FLOATS.get(code, code)) in FLOATS.values():
+            values[dtype] += count
+    if not values:
+        raise FlashError(
+            f"{config_file} does not say which dtype the weights have, and there is no "
+            'safetensors file that would. Add "dtype": "float16", or what they were '
+            "saved in (to convert, --dtype float16 will do)."
+        )
+    return values.most_common(1)[0][0]
 
 
 def quantization(config: dict, name: str) -> dict | None:

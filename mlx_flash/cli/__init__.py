@@ -4,8 +4,6 @@ Text goes to stdout, progress and figures to stderr. Nothing here imports MLX be
 command runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """What several commands share: the demo model, and options of one meaning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,11 +52,7 @@ def run_options(command: Callable) -> Callable:
 
 
 def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
-    """The folder and the memory that `run_options` stand for.
-
-    Raises:
-        FlashError: If there is no such model.
-    """
+    """The folder and the memory that `run_options` stand for."""
     from ..assembly import can_stream
     from ..checkpoints.hub import find_model
 

@@ -1,18 +1,17 @@
 """`mlx-flash convert`: make a flash folder of a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click
 
 from ..converters.options import DENSE_UNITS, ORDERS, WEIGHT_DTYPES, ConvertOptions
+from .common import revision_option
 
 
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", required=True, metavar="FOLDER", help="Where to write.")
-@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@revision_option
 @click.option(
     "--dtype",
     type=click.Choice(WEIGHT_DTYPES),

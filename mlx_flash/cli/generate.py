@@ -1,7 +1,5 @@
 """`mlx-flash generate`: continue a prompt, and say what it cost."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """`mlx-flash info` and `verify`: what a folder holds, and whether it is whole."""
 
-from __future__ import annotations
-
 import json
 
 import click

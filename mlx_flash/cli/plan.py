@@ -1,7 +1,5 @@
 """`mlx-flash plan`: what a model will take and how fast it will be, before it comes."""
 
-from __future__ import annotations
-
 import json
 
 import click

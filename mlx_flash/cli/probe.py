@@ -1,7 +1,5 @@
 """`mlx-flash probe`: measure this machine, and keep the figures for `plan`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`mlx-flash replay`: which cache would have served a recorded run best."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

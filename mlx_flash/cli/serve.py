@@ -1,7 +1,5 @@
 """`mlx-flash serve`: mlx-lm's server on a model from flash."""
 
-from __future__ import annotations
-
 import click
 
 from .common import memory_option

@@ -1,7 +1,5 @@
 """`mlx-flash trace`: record which units a run asks for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click
@@ -44,10 +42,7 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     if (prompt is None) == (text is None):
         raise click.UsageError("Give either a PROMPT or --text FILE.")
     words = None if text is None else _read(text)
-    if words is None:
-        recorded = _of_prompt(prompt, model, memory, max_tokens or 100, temp, seed)
-    else:
-        recorded = _of_text(words, model, memory, max_tokens or 1024)
+    recorded = _record(prompt, words, model, memory, max_tokens, temp, seed)
     recorded.save(output)
     steps = len(recorded.tokens[0]) - recorded.warm[0]
     click.echo(
@@ -58,32 +53,26 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     )
 
 
-def _of_prompt(prompt, model, memory, max_tokens, temp, seed):
+def _record(prompt, words, model, memory, max_tokens, temp, seed):
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
     from ..generation import context_for, encode_prompt
     from ..loading import load_model, load_tokenizer
-    from ..tracing import record_prompt
+    from ..tracing import PIECE_TOKENS, record_prompt, record_text
 
     folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder)
+    if words is not None:
+        with load_model(folder, memory, context=PIECE_TOKENS) as (network, _):
+            return record_text(network, tokenizer, words, max_tokens or 1024)
     tokens = encode_prompt(tokenizer, prompt)
+    max_tokens = max_tokens or 100
     context = context_for(folder, len(tokens), max_tokens)
     mx.random.seed(seed)
-    sampler = make_sampler(temp)
     with load_model(folder, memory, context=context) as (network, _):
+        sampler = make_sampler(temp)
         return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)
-
-
-def _of_text(words, model, memory, max_tokens):
-    from ..loading import load_model, load_tokenizer
-    from ..tracing import PIECE_TOKENS, record_text
-
-    folder, memory = chosen_model(model, memory)
-    tokenizer = load_tokenizer(folder)
-    with load_model(folder, memory, context=PIECE_TOKENS) as (network, _):
-        return record_text(network, tokenizer, words, max_tokens)
 
 
 def _read(path: Path) -> str:

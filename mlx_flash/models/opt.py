@@ -13,18 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import BatchKVCache
+
+from .decoder import ACTIVATIONS, CausalModel, Decoder, attend, check_sizes, run_layers
 
 # Rows 0 and 1 of the position table were fairseq's padding; no token uses them.
 POSITION_OFFSET = 2
-
-# The OPT models use relu; gelu is what Galactica, the same network, uses.
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu}
 
 
 @dataclass
@@ -47,16 +42,8 @@ class ModelArgs(BaseModelArgs):
     def __post_init__(self):
         if not self.word_embed_proj_dim:
             self.word_embed_proj_dim = self.hidden_size
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"OPT with activation_function {self.activation_function!r} is not "
-                f"supported; known: {', '.join(ACTIVATIONS)}."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} cannot be divided among "
-                f"num_attention_heads {self.num_attention_heads}."
-            )
+        # The OPT models use relu; gelu is what Galactica, the same network, uses.
+        check_sizes("OPT", self, "activation_function", ("relu", "gelu"))
 
 
 def _layer_norm(args: ModelArgs) -> nn.LayerNorm:
@@ -68,26 +55,20 @@ class Attention(nn.Module):
         super().__init__()
         D = args.hidden_size
         self.n_heads = args.num_attention_heads
-        self.scale = (D // self.n_heads) ** -0.5
         self.q_proj = nn.Linear(D, D, bias=args.enable_bias)
         self.k_proj = nn.Linear(D, D, bias=args.enable_bias)
         self.v_proj = nn.Linear(D, D, bias=args.enable_bias)
         self.out_proj = nn.Linear(D, D, bias=args.enable_bias)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        B, L, D = x.shape
+        B, L, _ = x.shape
 
         def heads(y):
             return y.reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
 
         queries = heads(self.q_proj(x))
         keys, values = heads(self.k_proj(x)), heads(self.v_proj(x))
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
-        )
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+        return self.out_proj(attend(queries, keys, values, mask, cache))
 
 
 class MLP(nn.Module):
@@ -119,7 +100,7 @@ class DecoderLayer(nn.Module):
         return self.final_layer_norm(h + self.mlp(h))
 
 
-class Decoder(nn.Module):
+class OPTDecoder(Decoder):
     def __init__(self, args: ModelArgs):
         super().__init__()
         D, E = args.hidden_size, args.word_embed_proj_dim
@@ -166,17 +147,11 @@ class Decoder(nn.Module):
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        if cache is None:
-            cache = [None] * len(self.layers)
-
         if self.project_in is not None:
             h = self.project_in(h)
-        h = h + self.embed_positions(self._positions(h.shape[1], cache[0]))
-
-        mask = create_attention_mask(h, cache[0])
-        for layer, c in zip(self.layers, cache, strict=True):
-            h = layer(h, mask, cache=c)
-
+        first = cache[0] if cache else None
+        h = h + self.embed_positions(self._positions(h.shape[1], first))
+        h = run_layers(self.layers, h, cache)
         if self.final_layer_norm is not None:
             h = self.final_layer_norm(h)
         return h if self.project_out is None else self.project_out(h)
@@ -200,52 +175,25 @@ def _row_ends(cache: Any, L: int) -> mx.array:
 class OPTModel(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.decoder = Decoder(args)
-
-    def __call__(
-        self,
-        inputs: mx.array,
-        cache: list[Any] | None = None,
-        input_embeddings: mx.array | None = None,
-    ) -> mx.array:
-        return self.decoder(inputs, cache, input_embeddings)
+        self.decoder = OPTDecoder(args)
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = OPTModel(args)
-        if not args.tie_word_embeddings:
-            E = args.word_embed_proj_dim
-            self.lm_head = nn.Linear(E, args.vocab_size, bias=False)
+        super().__init__(args, args.word_embed_proj_dim, model=OPTModel(args))
 
-    def __call__(
-        self,
-        inputs: mx.array,
-        cache: list[Any] | None = None,
-        input_embeddings: mx.array | None = None,
-    ) -> mx.array:
-        out = self.model(inputs, cache, input_embeddings)
-        if self.args.tie_word_embeddings:
-            return self.model.decoder.embed_tokens.as_linear(out)
-        return self.lm_head(out)
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint names to module names; names already right stay as they are."""
         renamed = {}
-        for name, weight in weights.items():
+        for name, weight in super().sanitize(weights).items():
             if name.startswith("decoder."):  # the first .bin files lack the prefix
                 name = f"model.{name}"
             if name == "model.decoder.version":  # a fairseq marker, not a weight
                 continue
-            if name.startswith("lm_head.") and self.args.tie_word_embeddings:
-                continue
             name = re.sub(r"(\.layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2.", name)
             renamed[name] = weight
         return renamed
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        return self.model.decoder.layers

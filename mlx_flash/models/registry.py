@@ -1,7 +1,5 @@
 """Which classes build a model: ours where we have a file for it, else mlx-lm's."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

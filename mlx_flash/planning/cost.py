@@ -9,7 +9,7 @@ reading's time is hidden.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from ..storage.limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
 from .profile import Profile, Rate
@@ -113,13 +113,8 @@ class Cost:
         return 1 / self.total_s if self.total_s else math.inf
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.io_s + other.io_s,
-            self.cache_s + other.cache_s,
-            self.compute_s + other.compute_s,
-            self.bytes_read + other.bytes_read,
-            self.reads + other.reads,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Cost(*(mine + theirs for mine, theirs in pairs))
 
 
 def token_bytes(work: Work) -> float:
@@ -129,9 +124,8 @@ def token_bytes(work: Work) -> float:
 
 def token_cost(profile: Profile, work: Work) -> Cost:
     """What one more token costs."""
-    compute_s = (
-        work.steps * profile.layer_s + work.kv_bytes / profile.memory_bytes_per_s
-    )
+    compute_s = work.steps * profile.layer_s
+    compute_s += work.kv_bytes / profile.memory_bytes_per_s
     for weights in work.resident:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
@@ -209,9 +203,9 @@ def _read(profile: Profile, layer: FlashLayer, missing: float) -> Cost:
     If less than one unit is missing on average, most tokens wait for nothing and the
     others wait for a whole unit.
     """
-    cache_s = profile.cache_layer_s + profile.cache_slot_s * layer.slots
     if layer.slots >= layer.units:
         return Cost()  # held whole, and never asked for
+    cache_s = profile.cache_layer_s + profile.cache_slot_s * layer.slots
     if missing <= 0:
         return Cost(cache_s=cache_s)
     nbytes, reads = _asked(layer, missing)

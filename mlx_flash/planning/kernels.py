@@ -6,8 +6,7 @@ weights, on arrays that grow until a run takes some milliseconds.
 Shapes: T tokens, D model width, N neurons.
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import statistics
 import time
@@ -40,10 +39,6 @@ class Run(NamedTuple):
     values: int
 
 
-# Makes a run of (rows, dtype, bits, tokens).
-Kernel = Callable[[int, str, int, int], Run]
-
-
 def measure_rates(budget_s: float = 10.0) -> list[Rate]:
     """Every kernel that this MLX device has, for each dtype and packing.
 
@@ -56,17 +51,22 @@ def measure_rates(budget_s: float = 10.0) -> list[Rate]:
             for name, make in KERNELS.items():
                 if rates and time.perf_counter() - begin > budget_s:
                     return rates
-                try:
-                    rates.append(_rate(name, make, dtype, bits))
-                except (RuntimeError, ValueError):
-                    continue  # gather_mm has float32 alone on the CPU
+                # gather_mm has float32 alone on the CPU.
+                with contextlib.suppress(RuntimeError, ValueError):
+                    one_s, one = _timed(make, dtype, bits, 1)
+                    many_s, many = _timed(make, dtype, bits, PROMPT)
+                    flops_per_s = 2 * PROMPT * many.values / many_s
+                    token_bytes_per_s = one.nbytes / one_s
+                    rates.append(
+                        Rate(name, dtype, bits, token_bytes_per_s, flops_per_s)
+                    )
     return rates
 
 
-def memory_bytes_per_s(nbytes: int = 1 << 27) -> float:
+def memory_bytes_per_s() -> float:
     """Copying speed; bytes read and bytes written both count."""
-    array = mx.zeros((nbytes // 4,), mx.float32)
-    return 2 * nbytes / _typical(lambda: array + 1)
+    array = mx.zeros((MAX_BYTES // 4,), mx.float32)
+    return 2 * array.nbytes / _typical(lambda: array + 1)
 
 
 def layer_s(layers: int = 8) -> float:
@@ -103,7 +103,7 @@ def layer_s(layers: int = 8) -> float:
 def cache_costs() -> tuple[float, float]:
     """Seconds of a layer's slot bookkeeping: (for any layer, more for each slot)."""
     few, many = 16, 4096
-    small, large = (_bookkeeping_s(slots) for slots in (few, many))
+    small, large = _bookkeeping_s(few), _bookkeeping_s(many)
     per_slot = max((large - small) / (many - few), 0.0)
     return max(small - few * per_slot, 0.0), per_slot
 
@@ -123,21 +123,16 @@ def _bookkeeping_s(slots: int) -> float:
     return statistics.median(times)
 
 
-def _rate(name: str, make: Kernel, dtype: str, bits: int) -> Rate:
-    one_s, one = _timed(lambda rows: make(rows, dtype, bits, 1))
-    many_s, many = _timed(lambda rows: make(rows, dtype, bits, PROMPT))
-    flops = 2 * PROMPT * many.values
-    return Rate(name, dtype, bits, one.nbytes / one_s, flops / many_s)
-
-
-def _timed(make: Callable[[int], Run]) -> tuple[float, Run]:
+def _timed(
+    make: Callable[..., Run], dtype: str, bits: int, tokens: int
+) -> tuple[float, Run]:
     """(seconds of a run, the run) of as many rows as it takes.
 
     The arrays grow until a run takes `RUN_S`, or are as large as they may be.
     """
     rows = LEAST_ROWS
     while True:
-        run = make(rows)
+        run = make(rows, dtype, bits, tokens)
         seconds = _typical(run.once, 1)
         more = min(RUN_S / seconds, 16.0, MAX_BYTES / run.nbytes)
         if more < 2:
@@ -174,25 +169,21 @@ def _experts(rows: int, dtype: str, bits: int, tokens: int) -> Run:
     mx.eval(weights)
     x = _filled((tokens, 1, 1, WIDTH), dtype)
     picks = np.arange(tokens * chosen) * 8 // (tokens * chosen)
-    index = mx.array(picks.reshape(tokens, chosen))
-
-    options: dict[str, Any] = dict(rhs_indices=index, sorted_indices=tokens > 1)
-
-    def once() -> mx.array:
-        if not bits:
-            return mx.gather_mm(x, weights[0].swapaxes(-1, -2), **options)
+    options: dict[str, Any] = dict(
+        rhs_indices=mx.array(picks.reshape(tokens, chosen)), sorted_indices=tokens > 1
+    )
+    if bits:
         packed, scales, biases = weights
-        packing: dict[str, Any] = dict(transpose=True, group_size=GROUP, bits=bits)
-        return mx.gather_qmm(x, packed, scales, biases, **packing, **options)
-
+        options |= dict(transpose=True, group_size=GROUP, bits=bits)
+        once = functools.partial(mx.gather_qmm, x, packed, scales, biases, **options)
+    else:
+        once = functools.partial(
+            mx.gather_mm, x, weights[0].swapaxes(-1, -2), **options
+        )
     return Run(once, _bytes(weights) * chosen // 8, rows * WIDTH * chosen // 8)
 
 
-KERNELS: dict[str, Kernel] = {
-    "matmul": _matmul,
-    "gathered": _gathered,
-    "experts": _experts,
-}
+KERNELS = {"matmul": _matmul, "gathered": _gathered, "experts": _experts}
 
 
 def _times(
@@ -207,12 +198,11 @@ def _times(
 def _weights(shape: tuple[int, int], dtype: str, bits: int) -> list[mx.array]:
     """Weights of one value: how long a product takes does not depend on values."""
     rows, width = shape
+    weights = [_filled(shape, dtype)]
     if bits:
         packed = mx.full((rows, width * bits // 32), 0x76543210, mx.uint32)
         groups = (rows, width // GROUP)
         weights = [packed, _filled(groups, dtype), _filled(groups, dtype)]
-    else:
-        weights = [_filled(shape, dtype)]
     mx.eval(weights)
     return weights
 

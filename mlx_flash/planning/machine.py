@@ -1,7 +1,5 @@
 """The machine in words, and whether it is a virtual one."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

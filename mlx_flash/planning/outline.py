@@ -4,8 +4,6 @@ From a flash folder, a checkpoint's folder, or a repository on the hub of which 
 weights have come: the model is built without weights, and lazy arrays have sizes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +14,12 @@ from ..assembly import empty_model
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
-from ..errors import FlashError
-from ..layers.dense import gives_zeros
-from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
+from ..checkpoints.units import find_units
+from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
-from ..layers.projections import known_projections, rows_per_neuron
 from ..memory.footprint import Shapes, find_shapes
 from ..models.registry import get_model_classes
-from ..storage.manifest import MANIFEST, Layer, Manifest, Weights, parse_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest
 
 
 @dataclass(frozen=True)
@@ -45,53 +41,34 @@ class Outline:
     manifest: Manifest
     shapes: Shapes
     download_bytes: int
-    disk_bytes: int
-    in_place: bool
+    disk_bytes: int = 0
+    in_place: bool = False
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:
-    """Find out what `name`, a folder or a hub name, is made of.
-
-    Raises:
-        FlashError: If there is no such model, its kind is not supported, or nothing of
-            it could be brought from flash.
-    """
+    """Find out what `name`, a folder or a hub name, is made of."""
     folder = find_config(name, revision)
     remote = folder.parent.name == "snapshots" and not Path(name).is_dir()
     sizes = weight_sizes(str(name), folder.name) if remote else {}
     config = read_config(folder)
     if (folder / MANIFEST).exists():
-        return _of_flash_folder(folder, config, sum(sizes.values()))
-    return _of_checkpoint(str(name), folder, config, sizes)
-
-
-def _of_flash_folder(folder: Path, config: dict, download_bytes: int) -> Outline:
-    manifest = parse_manifest(folder)
-    return Outline(
-        kind="flash folder",
-        model=empty_model(manifest, config, folder),
-        config=config,
-        manifest=manifest,
+        manifest = parse_manifest(folder)
         # Some models keep what they compute in their first run: these are thrown away.
-        shapes=find_shapes(empty_model(manifest, config, folder), config),
-        download_bytes=download_bytes,
-        disk_bytes=0,
-        in_place=False,
-    )
+        shapes = find_shapes(empty_model(manifest, config, folder), config)
+        model = empty_model(manifest, config, folder)
+        download_bytes = sum(sizes.values())
+        return Outline("flash folder", model, config, manifest, shapes, download_bytes)
+    return _of_checkpoint(str(name), folder, config, sizes)
 
 
 def _of_checkpoint(
     name: str, folder: Path, config: dict, remote_sizes: dict[str, int]
 ) -> Outline:
-    """Outline a checkpoint.
-
-    Args:
-        remote_sizes: Bytes of its weight files on the hub, {} for a local folder.
-    """
+    """Outline a checkpoint, whose weight files on the hub are `remote_sizes` long."""
     packing = weight_format.quantization(config, name)
     names = weight_format.indexed_names(folder)
     if not names and not remote_sizes:
-        names = set(weight_format.header_tensors(folder))
+        names = set(_header_tensors(folder))
     dtype = _dtype(name, folder, config, remote_sizes)
 
     def build() -> nn.Module:
@@ -102,32 +79,14 @@ def _of_checkpoint(
         return model
 
     model = build()
-    kind, modules = _units(model, bool(packing))
-    if not modules:
-        raise FlashError(
-            f"{name}: a model of type {config['model_type']!r} has no FFN that can be "
-            "brought from flash: neither experts (SwitchGLU or SwitchMLP of mlx-lm) "
-            "nor dense FFNs of two or three projections."
-        )
+    kind, modules, _ = find_units(model, config, name)
     layers = tuple(
         weight_format.layer_of(path, kind.split(module))
         for path, module in modules.items()
     )
-    on_flash = sum(layer.nbytes for layer in layers)
-    resident_bytes = weight_format.weight_bytes(model) - on_flash
-    predictors = _predictor_bytes(layers, dtype) if kind is NEURON else 0
-    manifest = Manifest(
-        format_version=1,
-        source=name,
-        revision=None,
-        model_type=config["model_type"],
-        unit=kind.name,
-        activation="module",
-        dtype=dtype,
-        resident=Weights("", "", resident_bytes),
-        predictors=Weights("", "", predictors) if predictors else None,
-        calibration=None,
-        layers=layers,
+    predictor_bytes = _predictor_bytes(layers, dtype) if kind is NEURON else 0
+    manifest = weight_format.manifest_of(
+        name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
     # Experts that are tensors of their own have to be brought together first.
     apart = any(".experts.0." in tensor for tensor in names)
@@ -146,39 +105,20 @@ def _of_checkpoint(
 
 def _dtype(name: str, folder: Path, config: dict, remote_sizes: dict[str, int]) -> str:
     """What most weights are stored in: as config.json says, else as headers do."""
-    dtype = weight_format.named_dtype(config)
-    if dtype is None and remote_sizes:
-        # One shard's header is enough to know the dtype.
-        shards = [file for file in remote_sizes if file.endswith(".safetensors")]
-        for shard in shards[:1]:
-            tensors = remote_tensors(name, shard, folder.name)
-            dtype = weight_format.main_dtype(tensors)
-    elif dtype is None:
-        dtype = weight_format.main_dtype(weight_format.header_tensors(folder))
-    if dtype is None:
-        raise FlashError(
-            f"{folder / 'config.json'} does not say which dtype the weights have, and "
-            'there is no safetensors file that would. Add "dtype": "float16", or '
-            "what they were saved in."
-        )
-    return dtype
+    if dtype := weight_format.named_dtype(config):
+        return dtype
+    # Of a repository, one shard's header is enough to know the dtype.
+    shards = [file for file in remote_sizes if file.endswith(".safetensors")][:1]
+    if remote_sizes:
+        found = [remote_tensors(name, shard, folder.name) for shard in shards]
+    else:
+        found = [_header_tensors(folder)]
+    sizes = [size for tensors in found for size in tensors.values()]
+    return weight_format.main_dtype(sizes, folder / "config.json")
 
 
-def _units(model: nn.Module, quantized: bool) -> tuple[UnitKind, dict[str, nn.Module]]:
-    """The kind of unit that `convert` would choose, and the modules it would cut."""
-    if experts := EXPERT.find(model):
-        return EXPERT, experts
-    modules = BLOCK.find(model)
-    if modules and not quantized and _are_neurons(model, list(modules.values())):
-        return NEURON, modules
-    return BLOCK, modules
-
-
-def _are_neurons(model: nn.Module, ffns: list[nn.Module]) -> bool:
-    """Whether every layer has an FFN that gives zeros, with one row for each neuron."""
-    ins, out = known_projections(ffns[0])
-    rows = rows_per_neuron(ffns[0], ins[0], out)
-    return gives_zeros(ffns[0]) and rows == 1 and len(ffns) == len(model.layers)
+def _header_tensors(folder: Path) -> weight_format.Tensors:
+    return weight_format.header_tensors(sorted(folder.glob("model*.safetensors")))
 
 
 def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:

@@ -5,8 +5,6 @@ Sizes are exact, as the budget divides them. Times are modelled from a machine's
 locality that was measured of real models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -148,7 +146,7 @@ def make_plan(
         bytes_per_token=read,
         ms_per_token=_range(1e3 * c.total_s for c in costs) if costs else None,
         tokens_per_s=_range(c.tokens_per_s for c in costs) if costs else None,
-        ms_of_slowest=_ms_of_slowest(costs) if costs else None,
+        ms_of_slowest=_ms_of_slowest(costs),
         load_s=loading,
         first_token_s=first,
         prompt_tokens=prompt_tokens,
@@ -171,13 +169,12 @@ def _range(values: Iterable[float]) -> tuple[float, float]:
     return min(found), max(found)
 
 
-def _ms_of_slowest(costs: list[Cost]) -> dict[str, float]:
-    cost = max(costs, key=lambda c: c.total_s)
-    return {
-        "io": 1e3 * cost.io_s,
-        "cache": 1e3 * cost.cache_s,
-        "compute": 1e3 * cost.compute_s,
-    }
+def _ms_of_slowest(costs: list[Cost]) -> dict[str, float] | None:
+    if not costs:
+        return None
+    slowest = max(costs, key=lambda cost: cost.total_s)
+    parts = ("io", "cache", "compute")
+    return {part: 1e3 * getattr(slowest, f"{part}_s") for part in parts}
 
 
 def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:

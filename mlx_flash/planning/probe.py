@@ -5,8 +5,6 @@ around the page cache. No byte is read twice, so that no cache can answer; wheth
 might have done so all the same is said with the figures.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os
@@ -72,7 +70,7 @@ def probe(
         else:
             files = _files(folder)
         say("reading the flash")
-        cold = _is_cold(files, notes)
+        _make_cold(files, notes)
         points, sequential = measure_flash(files, notes)
     say("multiplying")
     name, system = machine.machine()
@@ -82,8 +80,8 @@ def probe(
         device=f"{name}, MLX on {mx.default_device().type.name}",
         os=system,
         source=f"mlx-flash probe {__version__}, {datetime.date.today()}",
-        cold=cold and not notes,
-        notes=tuple(notes),
+        cold=not notes,
+        notes=tuple(dict.fromkeys(notes)),
         memory_bytes=psutil.virtual_memory().total,
         flash=tuple(points),
         sequential_bytes_per_s=sequential,
@@ -101,11 +99,7 @@ def measure_flash(
 ) -> tuple[list[FlashPoint], float]:
     """(random reads, sequential bytes per second) of `files`, each offset once."""
     sizes = [os.path.getsize(file) for file in files]
-    stripes = [
-        (index, stripe)
-        for index, size in enumerate(sizes)
-        for stripe in range(size // STRIPE)
-    ]
+    stripes = [(i, n) for i, size in enumerate(sizes) for n in range(size // STRIPE)]
     # The end of the largest file is read in order, the rest is dealt out at random.
     largest = int(np.argmax(sizes))
     whole = sizes[largest] // STRIPE
@@ -149,7 +143,11 @@ def _measure(
     block = deal.block_bytes
     rows = int(np.clip((1 << 24) // block, deal.threads, 512))
     _, slots = allocate((2 * rows, block), mx.uint8)
-    batches = _batches(deal.blocks, rows)
+    batches = (
+        (file, units[start : start + rows])
+        for file, units in enumerate(deal.blocks)
+        for start in range(0, len(units), rows)
+    )
     done_bytes = 0
     with open_reader(deal.threads, direct=True) as reader:
         sources = [
@@ -159,7 +157,7 @@ def _measure(
             for f, s in zip(files, sizes, strict=True)
         ]
         if not reader.direct:
-            _note(notes, "this file system has no direct I/O: the page cache took part")
+            notes.append("this file system has no direct I/O: the page cache took part")
         flying: deque = deque()
         half = 0
         begin = time.perf_counter()
@@ -181,12 +179,6 @@ def _measure(
         )
     speed = done_bytes / seconds
     return FlashPoint(block, deal.threads, speed, speed / block)
-
-
-def _batches(blocks: list[np.ndarray], rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    for file, units in enumerate(blocks):
-        for start in range(0, len(units), rows):
-            yield file, units[start : start + rows]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -242,7 +234,7 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _is_cold(files: list[Path], notes: list[str]) -> bool:
+def _make_cold(files: list[Path], notes: list[str]) -> None:
     """Drop the files from the page cache; note what may still have answered."""
     for file in files:
         direct_io.drop_cached(file)
@@ -250,15 +242,8 @@ def _is_cold(files: list[Path], notes: list[str]) -> bool:
         # Direct I/O of Linux goes to the disk whatever the page cache holds.
         if sys.platform == "darwin" and (share is None or share > CACHED_SHARE):
             part = "an unknown part" if share is None else f"{share:.0%}"
-            _note(notes, f"{part} of {file.name} was in the page cache")
+            notes.append(f"{part} of {file.name} was in the page cache")
     if machine.is_virtual():
-        _note(
-            notes,
-            "this is a virtual machine: its host may have answered from memory",
+        notes.append(
+            "this is a virtual machine: its host may have answered from memory"
         )
-    return not notes
-
-
-def _note(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)

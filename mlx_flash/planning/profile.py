@@ -4,8 +4,6 @@
 are bytes and times are seconds, GB is 1e9 wherever they are shown.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,6 @@
 """What a model within a budget asks of a machine, put as the cost model wants it."""
 
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -59,15 +58,12 @@ def make_work(
     if manifest.predictor_bytes:
         resident.append(_predictors(manifest))
     modules = dict(found.model.named_modules())
+    pairs = list(zip(manifest.layers, budget.slots, strict=True))
     layers = tuple(
         _flash_layer(found, layer, slots, modules[layer.module], selection)
-        for layer, slots in zip(manifest.layers, budget.slots, strict=True)
+        for layer, slots in pairs
     )
-    kept = sum(
-        layer.nbytes
-        for layer, slots in zip(manifest.layers, budget.slots, strict=True)
-        if slots == layer.units
-    )
+    kept = sum(layer.nbytes for layer, slots in pairs if slots == layer.units)
     shapes = found.shapes
     return Work(
         resident=tuple(resident),
@@ -85,7 +81,8 @@ def resident_matrices(
 
     A table of embeddings is only looked into, unless it gives the logits, too.
     """
-    found: dict[tuple[str, int], list[float]] = {}
+    nbytes: Counter[tuple[str, int]] = Counter()
+    values: Counter[tuple[str, int]] = Counter()
     tables, heads = [], False
     for path, module in model.named_modules():
         if any(path == top or path.startswith(f"{top}.") for top in on_flash):
@@ -94,27 +91,20 @@ def resident_matrices(
         if "weight" not in arrays or arrays["weight"].ndim < 2:
             continue
         bits = getattr(module, "bits", 0)
-        nbytes = sum(arrays[k].nbytes for k in arrays if k != "bias")
+        taken = sum(arrays[k].nbytes for k in arrays if k != "bias")
         weight = arrays["weight"]
-        values = weight.nbytes * 8 / bits if bits else weight.size
+        size = weight.nbytes * 8 // bits if bits else weight.size
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            tables.append((len(weight), bits, nbytes, values))
+            tables.append((len(weight), bits, taken, size))
             continue
         heads |= path.endswith("lm_head")
-        _add(found, _name(arrays, dtype), bits, nbytes, values)
+        nbytes[_name(arrays, dtype), bits] += taken
+        values[_name(arrays, dtype), bits] += size
     if tables and not heads:
-        _, bits, nbytes, values = max(tables)  # positions have a smaller table
-        _add(found, dtype, bits, nbytes, values)
-    return [
-        Matrices("matmul", kind, bits, nbytes, values)
-        for (kind, bits), (nbytes, values) in found.items()
-    ]
-
-
-def _add(found: dict, dtype: str, bits: int, nbytes: float, values: float) -> None:
-    have = found.setdefault((dtype, bits), [0.0, 0.0])
-    have[0] += nbytes
-    have[1] += values
+        _, bits, taken, size = max(tables)  # positions have a smaller table
+        nbytes[dtype, bits] += taken
+        values[dtype, bits] += size
+    return [Matrices("matmul", *kind, nbytes[kind], values[kind]) for kind in nbytes]
 
 
 def _name(arrays: dict[str, mx.array], dtype: str) -> str:
@@ -140,13 +130,15 @@ def _flash_layer(
 ) -> FlashLayer:
     manifest, units = found.manifest, layer.units
     kind = kind_of(manifest)
-    per_token = found.shapes.experts_per_token
-    asked = kind.asked(layer, per_token, _predicted_share(found, layer))
-    if asked is None:
-        selected, computed, kernel = float(units), float(units), "matmul"
-        hits = slots / units
-    else:
-        selected, computed, kernel = asked, asked, KERNELS[kind.name]
+    predicted = PAPER_PREDICTED if found.kind == "checkpoint" else None
+    if layer.predictor:
+        predicted = layer.predictor.predicted_share
+    asked = kind.asked(layer, found.shapes.experts_per_token, predicted)
+    selected = float(units) if asked is None else asked
+    computed, kernel = selected, "matmul"
+    hits = slots / units
+    if asked is not None:
+        kernel = KERNELS[kind.name]
         hits = selection.hit_rate(slots / units)
         if kind is NEURON and (slots == units or 2 * selected > slots):
             # So many neurons are not gathered: all slots are multiplied as they lie.
@@ -176,22 +168,10 @@ def _unit_matrices(
     if dtype not in ("float32", "float16", "bfloat16"):
         dtype = manifest.dtype
     packed_bytes = sum(part.bytes for part in layer.parts if part.dtype == "uint32")
-    bits = _bits(module) if packed_bytes else 0
-    if bits:
+    bits = 0
+    values = sum(part.bytes for part in layer.parts) / value_bytes(manifest)
+    if packed_bytes:
+        widths = (getattr(m, "bits", 0) for _, m in module.named_modules())
+        bits = next((width for width in widths if width), 4)
         values = packed_bytes * 8 / bits
-    else:
-        values = sum(part.bytes for part in layer.parts) / value_bytes(manifest)
     return Matrices(kernel, dtype, bits, layer.nbytes, layer.units * values)
-
-
-def _predicted_share(found: Outline, layer: Layer) -> float | None:
-    """The share of a layer's neurons that is predicted for a token."""
-    if layer.predictor:
-        return layer.predictor.predicted_share
-    return PAPER_PREDICTED if found.kind == "checkpoint" else None
-
-
-def _bits(module: nn.Module) -> int:
-    """The width of a module's packed weights."""
-    named = (getattr(m, "bits", 0) for _, m in module.named_modules())
-    return next((bits for bits in named if bits), 4)

@@ -1,7 +1,5 @@
 """Plans and profiles as a person reads them. GB is 1e9, MB is 1e6."""
 
-from __future__ import annotations
-
 from .plan import Plan
 from .profile import Profile
 

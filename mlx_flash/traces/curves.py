@@ -3,8 +3,6 @@
 The engine's own cache and policy replay the trace at several numbers of slots.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -4,8 +4,6 @@ What a layer asks for does not depend on what memory holds (a layer that memory 
 as a whole asks for nothing), so one recording serves for every policy and budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,14 +29,14 @@ class Recorder:
 
     def __init__(self, flash: Recorded):
         self._flash = flash
-        self._bits: list[list[np.ndarray]] = [[] for _ in flash.layers]
-        self._keep: list[list[np.ndarray]] = [[] for _ in flash.layers]
-        self._tokens: list[list[int]] = [[] for _ in flash.layers]
+        # Of each layer and step: units asked for and to keep, both packed, and tokens.
+        self._steps: list[list[tuple[np.ndarray, np.ndarray, int]]]
+        self._steps = [[] for _ in flash.layers]
         self._warm = [0] * len(flash.layers)
 
     def mark_warm(self) -> None:
         """What came so far was the prompt: it fills caches and counts as no hit."""
-        self._warm = [len(steps) for steps in self._tokens]
+        self._warm = [len(steps) for steps in self._steps]
 
     def trace(self) -> Trace:
         """What was heard so far.
@@ -47,21 +45,24 @@ class Recorder:
             FlashError: If a layer asked for nothing, which one held whole does.
         """
         manifest = self._flash.manifest
-        heard = [len(t) - w for t, w in zip(self._tokens, self._warm, strict=True)]
+        heard = [len(t) - w for t, w in zip(self._steps, self._warm, strict=True)]
         if not heard or min(heard) < 1:
             raise FlashError(
                 f"{heard.count(0)} of {len(heard)} FFN layers asked for nothing: they "
                 "are held in memory whole, or nothing was generated. Give less "
                 "--memory, or more --max-tokens."
             )
+        bits, keep, tokens = zip(
+            *(zip(*steps, strict=True) for steps in self._steps), strict=True
+        )
         return Trace(
             model=self._flash.folder.name,
             unit=manifest.unit,
             units=tuple(layer.units for layer in manifest.layers),
             unit_bytes=tuple(layer.unit_bytes for layer in manifest.layers),
-            bits=tuple(np.stack(bits) for bits in self._bits),
-            keep=tuple(np.stack(bits) for bits in self._keep),
-            tokens=tuple(np.array(tokens, np.int32) for tokens in self._tokens),
+            bits=tuple(np.stack(marks) for marks in bits),
+            keep=tuple(np.stack(marks) for marks in keep),
+            tokens=tuple(np.array(counts, np.int32) for counts in tokens),
             warm=tuple(self._warm),
         )
 
@@ -73,9 +74,7 @@ class Recorder:
             return np.packbits(marks)
 
         def hear(asked: np.ndarray, tokens: int, keep: np.ndarray | None) -> None:
-            self._bits[index].append(packed(asked))
-            self._keep[index].append(packed(keep))
-            self._tokens[index].append(tokens)
+            self._steps[index].append((packed(asked), packed(keep), tokens))
 
         return hear
 
@@ -90,10 +89,8 @@ def record(flash: Recorded) -> Iterator[Recorder]:
     """
     recorder = Recorder(flash)
     all_slots = [layer.slots for layer in flash.layers]
-    for i, (slots, layer) in enumerate(
-        zip(all_slots, flash.manifest.layers, strict=True)
-    ):
-        slots.listener = recorder._listener(i, layer.units)
+    for i, slots in enumerate(all_slots):
+        slots.listener = recorder._listener(i, flash.manifest.layers[i].units)
     try:
         yield recorder
     finally:

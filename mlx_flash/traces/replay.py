@@ -5,8 +5,6 @@ as many slots counts. Beside them stands what no policy can exceed: Belady's opt
 which knows the future and keeps what is wanted soonest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,17 +52,13 @@ def even_slots(trace: Trace, share: float) -> tuple[int, ...]:
     return tuple(min(max(int(share * n), 1), n) for n in trace.units)
 
 
-def compare(
-    trace: Trace, shares: Sequence[float] = SHARES, half_life: int = Lrfu.HALF_LIFE
-) -> dict[str, list[float]]:
+def compare(trace: Trace, shares: Sequence[float] = SHARES) -> dict[str, list[float]]:
     """Hit rate of every policy at every budget, by the policy's name."""
     policies: dict[str, Lru | None] = {f"window {k}": Window(k) for k in WINDOWS}
-    policies |= {"lru": Lru(), "lrfu": Lrfu(half_life), OPTIMUM: None}
+    policies |= {"lru": Lru(), "lrfu": Lrfu(), OPTIMUM: None}
+    budgets = [even_slots(trace, share) for share in shares]
     return {
-        name: [
-            hit_rate(replay(trace, policy, even_slots(trace, share)))
-            for share in shares
-        ]
+        name: [hit_rate(replay(trace, policy, slots)) for slots in budgets]
         for name, policy in policies.items()
     }
 

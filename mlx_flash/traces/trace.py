@@ -6,19 +6,19 @@ The file is NumPy's compressed npz: `facts`, JSON as uint8, and for layer i
     tokens_i  int32 [steps]: how many tokens each step brought
 """
 
-from __future__ import annotations
-
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from ..errors import FlashError
 
 VERSION = 1
+FACTS = ("model", "unit", "units", "unit_bytes", "warm")
+ARRAYS = ("bits", "keep", "tokens")
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,11 @@ class Trace:
         Raises:
             FlashError: If the file cannot be written.
         """
-        facts = {
-            "version": VERSION,
-            "model": self.model,
-            "unit": self.unit,
-            "units": self.units,
-            "unit_bytes": self.unit_bytes,
-            "warm": self.warm,
-        }
+        facts = {"version": VERSION} | {name: getattr(self, name) for name in FACTS}
         arrays = {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-        for i in range(len(self.units)):
-            arrays[f"bits_{i}"] = self.bits[i]
-            arrays[f"keep_{i}"] = self.keep[i]
-            arrays[f"tokens_{i}"] = self.tokens[i]
+        for name in ARRAYS:
+            for i, array in enumerate(getattr(self, name)):
+                arrays[f"{name}_{i}"] = array
         try:
             with open(path, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
@@ -95,19 +87,15 @@ def read_trace(path: Path) -> Trace:
                 )
             trace = _parse(facts, file)
         _check(trace)
-    except OSError as error:
-        if error.strerror is None:  # NumPy's: neither zip nor pickle
-            raise _no_trace(path, error) from error
-        raise FlashError(f"{path} cannot be read: {error.strerror}.") from error
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise _no_trace(path, error) from error
+    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
+        # NumPy has an OSError of its own for what is neither zip nor pickle.
+        if isinstance(error, OSError) and error.strerror:
+            raise FlashError(f"{path} cannot be read: {error.strerror}.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FlashError(
+            f"{path} is no whole trace ({reason}). "
+            "Record one: mlx-flash trace PROMPT -o FILE"
+        ) from error
     return trace
 
 
@@ -138,11 +126,3 @@ def _check(trace: Trace) -> None:
                 raise ValueError(f"layer {i} is not of {units} units")
         if units < 1 or not steps > trace.warm[i] >= 0:
             raise ValueError(f"layer {i} has no steps")
-
-
-def _no_trace(path: Path, error: Exception) -> FlashError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return FlashError(
-        f"{path} is no whole trace ({reason}). "
-        "Record one: mlx-flash trace PROMPT -o FILE"
-    )

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conversions import LAYER, assert_holds, convert_plain
 from opt_checkpoints import CONFIG, files_of, load, make_checkpoint, random_weights
 
+from mlx_flash.checkpoints.stock import load_stock
 from mlx_flash.converters.calibrate import layerwise, text
 from mlx_flash.converters.convert import convert
 from mlx_flash.converters.source import Source
+from mlx_flash.planning.outline import outline
 from mlx_flash.storage.manifest import read_manifest
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "opt"
@@ -184,3 +187,20 @@ def test_activations_are_those_of_the_whole_model(tmp_path, checkpoint):
     mx.eval(whole(mx.array(tokens)))
     for inputs, recorder in zip(seen, recorders, strict=True):
         assert np.abs(inputs - recorder.inputs[0]).max() < 1e-4
+
+
+def test_the_dtype_is_that_of_most_values(tmp_path):
+    """Not that of the largest tensor, and alike wherever it is asked for."""
+    folder = make_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    file = str(folder / "model.safetensors")
+    weights = {name: array.astype(mx.float16) for name, array in mx.load(file).items()}
+    largest = max(weights, key=lambda name: weights[name].size)
+    weights[largest] = weights[largest].astype(mx.float32)
+    mx.eval(weights)
+    mx.save_safetensors(file, weights)
+    assert Source(folder).dtype() == "float16"
+    assert load_stock(folder).dtype() == "float16"
+    assert outline(folder).manifest.dtype == "float16"

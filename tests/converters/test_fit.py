@@ -8,7 +8,7 @@ import pytest
 from conftest import FFN
 
 from mlx_flash.converters.calibrate import fit
-from mlx_flash.converters.calibrate.fit import FitOptions, fit_predictor, split
+from mlx_flash.converters.calibrate.fit import fit_predictor, split
 from mlx_flash.layers.predictor import Predictor, default_rank
 
 D, N, LENGTH = 48, 192, 64
@@ -48,9 +48,7 @@ def guess(inputs, arrays):
 
 
 def fit_it(inputs, layer, rank=6, seed=0, dtype=mx.float32, **options):
-    return fit_predictor(
-        inputs, layer, dtype, FitOptions(rank, **options), LENGTH, seed
-    )
+    return fit_predictor(inputs, layer, dtype, LENGTH, rank, seed=seed, **options)
 
 
 @pytest.mark.parametrize("recall", [0.9, 0.95, 0.99])
