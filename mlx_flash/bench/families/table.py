@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ...layers.kinds import BLOCK, EXPERT, NEURON
 from .check import DECODED, DENSE_PROMPT, PROMPT, Verdict, check
-from .configs import DENSE, FAMILIES
+from .configs import DENSE, EXPERTS
 
 LIMIT_S = 180  # for one family; a crash of its process ends like this, too
 HEAD = (
@@ -29,7 +29,7 @@ def all_families(checkpoints: Path) -> dict[str, Path | None]:
         checkpoints: Holds those as FAMILY/NAME; it need not exist.
     """
     own = {f"{p.parent.name}/{p.name}": p for p in sorted(checkpoints.glob("*/*"))}
-    return dict.fromkeys(FAMILIES) | dict.fromkeys(DENSE) | own
+    return dict.fromkeys(EXPERTS) | dict.fromkeys(DENSE) | own
 
 
 def check_all(
