@@ -67,7 +67,8 @@ def generate(name: str, folder: Path, memory: str, **options) -> Row:
     """
     job = {"folder": str(folder), "memory": memory, **options}
     facts = run_module(__name__, "generate", json.dumps(job))
-    return Row.from_json(facts | {"name": name})
+    slot_share = facts["slots"] / facts["units"]
+    return Row.from_json(facts | {"name": name, "slot_share": slot_share})
 
 
 def convert(source: Path, target: Path, **options) -> dict:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import FlashError
 from ..layers.kinds import NEURON, kind_of
 from ..loading import READ_THREADS
@@ -50,7 +52,7 @@ class Player:
     read: Callable[[int], None]  # of the token with this number
     memory_bytes: int
     stats: Stats
-    tokens: int  # per round
+    tokens: int = 0  # per round
     sparse: bool = True  # follows the selections, and needs their warm-up
     layers: Sequence[UnitSlots] = ()  # where it keeps units
     samples: list[Sample] = dataclasses.field(default_factory=list)
@@ -75,6 +77,45 @@ class Player:
             paper_gb=paper.gb if paper else None,
             paper_io_ms=paper.io_ms if paper else None,
         )
+
+
+def warm_up(players: Sequence[Player], tokens: int) -> None:
+    """Let those that follow the selections play some tokens that do not count."""
+    for player in progress(players, "warming up", "row"):
+        if player.sparse:
+            player.play(tokens, keep=False)
+            player.stats.reset()
+
+
+def slots_player(
+    name: str,
+    layers: Sequence[Layer],
+    extents: Sequence[list[Extent]],
+    slots: Sequence[int],
+    steps: Sequence[Sequence[np.ndarray]],
+    policy: Lru,
+    reader: Reader,
+    **more,
+) -> Player:
+    """Brings what a token selects and slots do not hold.
+
+    Args:
+        extents: Where the units of each layer lie.
+        slots: Of each layer.
+        steps: Of each layer, the units that each token selects.
+        more: Further fields of the `Player`.
+    """
+    stats, fence = Stats(), Fence()
+    made = [
+        UnitSlots(layer, extent, n, policy, reader, fence, stats)
+        for layer, extent, n in zip(layers, extents, slots, strict=True)
+    ]
+
+    def read(token: int) -> None:
+        for unit_slots, units in zip(made, steps, strict=True):
+            bring(unit_slots, units[token])
+
+    return Player(name, read, stats=stats, layers=made, **more)
 
 
 class Bench:
@@ -174,26 +215,16 @@ class Bench:
         reader: Reader | None = None,
     ) -> Player:
         """What is selected and not in slots, through a reader of its own if given."""
-        stats, fence = Stats(), Fence()
-        layers = [
-            UnitSlots(
-                x,
-                layout(x, self.folder),
-                n,
-                policy,
-                reader or self.reader,
-                fence,
-                stats,
-            )
-            for n, x in zip(self.slots, self.layers, strict=True)
-        ]
-
-        def read(token: int) -> None:
-            for slots, tokens in zip(layers, self.selections, strict=True):
-                bring(slots, tokens[token])
-
-        return Player(
-            name, read, self.held_bytes(), stats, self.sparse_tokens, layers=layers
+        return slots_player(
+            name,
+            self.layers,
+            [layout(layer, self.folder) for layer in self.layers],
+            self.slots,
+            self.selections,
+            policy,
+            reader or self.reader,
+            memory_bytes=self.held_bytes(),
+            tokens=self.sparse_tokens,
         )
 
 

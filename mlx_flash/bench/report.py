@@ -97,6 +97,11 @@ class Row:
             row.more["hit_rate"] = sum(sample.hits for sample in samples) / asked
         return row
 
+    @classmethod
+    def failed(cls, name: str, error: object) -> Row:
+        """A row that could not be measured, and why."""
+        return cls(name, more={"error": str(error)})
+
     def to_json(self) -> dict:
         facts = {k: v for k, v in vars(self).items() if k != "more"}
         return facts | self.more

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..loading import READ_THREADS
 from ..memory.policies import Window
 from ..planning.cost import FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
 from ..storage.manifest import Layer
-from .methods import Bench, Options
+from .methods import Bench, Options, warm_up
+from .options import (
+    OPT_6_7B,
+    OPT_VOCAB,
+    Count,
+    DenseTokens,
+    Folder,
+    Model,
+    OptDtype,
+    OptShape,
+    OptVocab,
+    model_or_opt,
+    parse_shape,
+)
 from .report import Column, Report, cache_state, progress
-
-__all__ = ["Options", "run"]
 
 COLUMNS = [
     Column("memory GB", "memory_bytes", 1e9, 2),
@@ -38,26 +48,38 @@ COLUMNS = [
 ]
 
 
-def run(folder: Path, options: Options) -> Report:
-    """Measure all rows, in turns, so that a slow spell of the disk meets them all.
+def run(
+    model: Model = None,
+    shape: OptShape = OPT_6_7B,
+    vocab: OptVocab = OPT_VOCAB,
+    dtype: OptDtype = "float16",
+    folder: Folder = None,
+    tokens: Count = 96,
+    dense_tokens: DenseTokens = 3,
+    rounds: Count = 3,
+    window: Count = 4,
+) -> Report:
+    """The I/O of a token: naive, hybrid, predictor, windowing, bundling.
 
-    Args:
-        folder: A flash folder of neurons; SYNTHETIC selections replace its predictors.
+    Reads for real, through the reader that generation uses; which neurons a token
+    needs is SYNTHETIC, with the paper's statistics.
 
-    Raises:
-        FlashError: If it is no such folder.
+    \b
+    Examples:
+      mlx-flash bench table2 --json table2.json
+      mlx-flash bench table2 --shape 4x512x2048 --tokens 12
     """
-    bench = Bench(folder, options, Window(options.window))
-    with bench.reader:
-        players = bench.players()
-        for player in progress(players, "warming up", "row"):
-            if player.sparse:
-                player.play(options.warm_up, keep=False)
-                player.stats.reset()
-        for _ in progress(range(options.rounds), "measuring", "round"):
-            for player in players:
-                player.play(player.tokens)
-        direct = bench.reader.direct
+    options = Options(tokens, dense_tokens, rounds, window=window)
+    with model_or_opt(model, folder, parse_shape(shape, vocab, dtype)) as path:
+        bench = Bench(path, options, Window(window))
+        with bench.reader:
+            players = bench.players()
+            warm_up(players, options.warm_up)
+            # In turns, so that a slow spell of the disk meets all rows.
+            for _ in progress(range(rounds), "measuring", "round"):
+                for player in players:
+                    player.play(player.tokens)
+            direct = bench.reader.direct
     rows = [player.row() for player in players]
     profile = load_profile()
     for player, row in zip(players, rows, strict=True):

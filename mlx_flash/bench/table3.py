@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,20 @@ from ..memory.policies import Lru
 from ..storage.manifest import read_manifest
 from .decode import run_model
 from .landing import KeepNothing, WholeFiles
+from .options import (
+    OPT_6_7B,
+    OPT_VOCAB,
+    Count,
+    DenseTokens,
+    Folder,
+    Memory,
+    Model,
+    OptDtype,
+    OptShape,
+    OptVocab,
+    model_or_opt,
+    parse_shape,
+)
 from .paper import TABLE_3
 from .report import Column, Report, Row, cache_state
 
@@ -41,34 +56,44 @@ COLUMNS = [
 
 
 def run(
-    folder: Path,
-    memory: str = "50%",
-    prompt_tokens: int = 128,
-    tokens: int = 256,
-    dense_tokens: int = 8,
+    model: Annotated[
+        Model, "Flash folder with predictors.  [default: a synthetic OPT]"
+    ] = None,
+    shape: OptShape = OPT_6_7B,
+    vocab: OptVocab = OPT_VOCAB,
+    dtype: OptDtype = "float32",
+    folder: Folder = None,
+    memory: Memory = "50%",
+    prompt_tokens: Count = 128,
+    tokens: Count = 256,
+    dense_tokens: DenseTokens = 8,
 ) -> Report:
-    """Generate three times, each with the model loaded anew.
+    """A token end to end: naive, hybrid and all of the method.
 
-    Args:
-        folder: A flash folder of neurons with predictors.
-        memory: Budget of hybrid and all.
-        tokens: New tokens of the row "all".
-        dense_tokens: Of naive and hybrid, which read the model for each.
+    The default writes and reads a model of 27 GB in 32 bit, because MLX computes on a
+    CPU many times slower in 16.
+
+    \b
+    Examples:
+      mlx-flash bench table3 --json table3.json
+      mlx-flash bench table3 --shape 8x1024x4096 --tokens 64
     """
-    manifest = read_manifest(folder)
-    size = folder, memory, prompt_tokens
-    rows = [
-        measure(
-            "naive",
-            *size,
-            dense_tokens,
-            predictor=False,
-            policy=KeepNothing(),
-            prepare=_reread_resident,
-        ),
-        measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
-        measure("all", *size, tokens, policy=Lru()),
-    ]
+    wanted = parse_shape(shape, vocab, dtype)
+    with model_or_opt(model, folder, wanted, memory) as path:
+        manifest = read_manifest(path)
+        size = path, memory, prompt_tokens
+        rows = [
+            measure(
+                "naive",
+                *size,
+                dense_tokens,
+                predictor=False,
+                policy=KeepNothing(),
+                prepare=_reread_resident,
+            ),
+            measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
+            measure("all", *size, tokens, policy=Lru()),
+        ]
     for row in rows:
         if rows[0].total_ms and row.total_ms:
             row.more["speedup"] = rows[0].total_ms / row.total_ms

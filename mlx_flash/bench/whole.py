@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
+import click
 from mlx_lm.utils import load_model as load_resident
 
 from ..converters.convert import convert
@@ -54,8 +56,8 @@ COLUMNS = [
 ]
 
 
-def run(tokens: int = 120) -> Report:
-    """A row for each kind of unit: medians, and quartiles of the ratio of each pair."""
+def run(tokens: Annotated[int, click.IntRange(12)] = 120) -> Report:
+    """What the engine costs where everything fits in memory, beside mlx-lm."""
     rows = []
     for kind, config in MODELS.items():
         with tempfile.TemporaryDirectory() as work:

@@ -68,7 +68,9 @@ def test_ranks_are_the_papers():
 
 
 def test_table3_rows_read_what_they_say(folder):
-    report = table3.run(folder, MEMORY, prompt_tokens=6, tokens=3, dense_tokens=2)
+    report = table3.run(
+        folder, memory=MEMORY, prompt_tokens=6, tokens=3, dense_tokens=2
+    )
     naive, hybrid, everything = report.rows
     manifest = read_manifest(folder)
     assert naive.bytes_per_token >= manifest.model_bytes

@@ -38,17 +38,18 @@ def paged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(paged):
-    options = table2.Options(tokens=6, dense_tokens=2, rounds=2, warm_up=8)
-    return {row.name: row for row in table2.run(paged, options).rows}
+    report = table2.run(paged, tokens=6, dense_tokens=2, rounds=2)
+    return {row.name: row for row in report.rows}
 
 
 def test_modelled_times_follow_from_the_bytes_and_the_profile(paged, monkeypatch):
     """Shown only where this machine was probed."""
-    options = table2.Options(tokens=2, dense_tokens=1, rounds=1, warm_up=2)
+    options = {"tokens": 2, "dense_tokens": 1, "rounds": 1}
     monkeypatch.setattr(table2, "load_profile", lambda: None)
-    assert all("modelled_io_ms" not in r.more for r in table2.run(paged, options).rows)
+    rows = table2.run(paged, **options).rows
+    assert all("modelled_io_ms" not in row.more for row in rows)
     monkeypatch.setattr(table2, "load_profile", lambda: PROFILE)
-    rows = {row.name: row for row in table2.run(paged, options).rows}
+    rows = {row.name: row for row in table2.run(paged, **options).rows}
     modelled = {name: row.more["modelled_io_ms"] for name, row in rows.items()}
     for name in ("naive", "hybrid"):
         expected = 1e3 * rows[name].bytes_per_token / PROFILE.sequential_bytes_per_s
@@ -195,11 +196,11 @@ def test_table2_refuses_experts(folder, monkeypatch):
     object.__setattr__(manifest, "unit", "expert")
     monkeypatch.setattr(methods, "read_manifest", lambda _: manifest)
     with pytest.raises(FlashError, match="about neurons"):
-        table2.run(folder, table2.Options())
+        table2.run(folder)
 
 
 def test_sweep_reads_less_the_more_it_holds(folder):
-    report = sweep.run(folder, ["65%", "85%", "1KB"], 3, 5, 1)
+    report = sweep.run(folder, ("65%", "85%", "1KB"), 3, 5, 1)
     small, large, refused = report.rows
     assert small.bytes_per_token > large.bytes_per_token > 0
     assert small.more["hit_rate"] < large.more["hit_rate"]
