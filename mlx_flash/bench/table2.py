@@ -16,20 +16,8 @@ from ..memory.policies import Window
 from ..planning.cost import FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
 from ..storage.manifest import Layer
+from . import options
 from .methods import Bench, Options, warm_up
-from .options import (
-    OPT_6_7B,
-    OPT_VOCAB,
-    Count,
-    DenseTokens,
-    Folder,
-    Model,
-    OptDtype,
-    OptShape,
-    OptVocab,
-    model_or_opt,
-    parse_shape,
-)
 from .report import Column, Report, cache_state, progress
 
 COLUMNS = [
@@ -49,15 +37,15 @@ COLUMNS = [
 
 
 def run(
-    model: Model = None,
-    shape: OptShape = OPT_6_7B,
-    vocab: OptVocab = OPT_VOCAB,
-    dtype: OptDtype = "float16",
-    folder: Folder = None,
-    tokens: Count = 96,
-    dense_tokens: DenseTokens = 3,
-    rounds: Count = 3,
-    window: Count = 4,
+    model: options.Model = None,
+    shape: options.OptShape = options.OPT_6_7B,
+    vocab: options.OptVocab = options.OPT_VOCAB,
+    dtype: options.OptDtype = "float16",
+    folder: options.Folder = None,
+    tokens: options.Count = 96,
+    dense_tokens: options.DenseTokens = 3,
+    rounds: options.Count = 3,
+    window: options.Count = 4,
 ) -> Report:
     """The I/O of a token: naive, hybrid, predictor, windowing, bundling.
 
@@ -69,12 +57,14 @@ def run(
       mlx-flash bench table2 --json table2.json
       mlx-flash bench table2 --shape 4x512x2048 --tokens 12
     """
-    options = Options(tokens, dense_tokens, rounds, window=window)
-    with model_or_opt(model, folder, parse_shape(shape, vocab, dtype)) as path:
-        bench = Bench(path, options, Window(window))
+    shares = Options(tokens, dense_tokens, rounds, window=window)
+    with options.model_or_opt(
+        model, folder, options.parse_shape(shape, vocab, dtype)
+    ) as path:
+        bench = Bench(path, shares, Window(window))
         with bench.reader:
             players = bench.players()
-            warm_up(players, options.warm_up)
+            warm_up(players, shares.warm_up)
             # In turns, so that a slow spell of the disk meets all rows.
             for _ in progress(range(rounds), "measuring", "round"):
                 for player in players:

@@ -18,22 +18,9 @@ import mlx.nn as nn
 
 from ..memory.policies import Lru
 from ..storage.manifest import read_manifest
+from . import options
 from .decode import run_model
 from .landing import KeepNothing, WholeFiles
-from .options import (
-    OPT_6_7B,
-    OPT_VOCAB,
-    Count,
-    DenseTokens,
-    Folder,
-    Memory,
-    Model,
-    OptDtype,
-    OptShape,
-    OptVocab,
-    model_or_opt,
-    parse_shape,
-)
 from .paper import TABLE_3
 from .report import Column, Report, Row, cache_state
 
@@ -57,16 +44,16 @@ COLUMNS = [
 
 def run(
     model: Annotated[
-        Model, "Flash folder with predictors.  [default: a synthetic OPT]"
+        options.Model, "Flash folder with predictors.  [default: a synthetic OPT]"
     ] = None,
-    shape: OptShape = OPT_6_7B,
-    vocab: OptVocab = OPT_VOCAB,
-    dtype: OptDtype = "float32",
-    folder: Folder = None,
-    memory: Memory = "50%",
-    prompt_tokens: Count = 128,
-    tokens: Count = 256,
-    dense_tokens: DenseTokens = 8,
+    shape: options.OptShape = options.OPT_6_7B,
+    vocab: options.OptVocab = options.OPT_VOCAB,
+    dtype: options.OptDtype = "float32",
+    folder: options.Folder = None,
+    memory: options.Memory = "50%",
+    prompt_tokens: options.Count = 128,
+    tokens: options.Count = 256,
+    dense_tokens: options.DenseTokens = 8,
 ) -> Report:
     """A token end to end: naive, hybrid and all of the method.
 
@@ -78,8 +65,8 @@ def run(
       mlx-flash bench table3 --json table3.json
       mlx-flash bench table3 --shape 8x1024x4096 --tokens 64
     """
-    wanted = parse_shape(shape, vocab, dtype)
-    with model_or_opt(model, folder, wanted, memory) as path:
+    wanted = options.parse_shape(shape, vocab, dtype)
+    with options.model_or_opt(model, folder, wanted, memory) as path:
         manifest = read_manifest(path)
         size = path, memory, prompt_tokens
         rows = [

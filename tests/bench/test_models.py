@@ -32,8 +32,8 @@ def test_predictors_choose_and_miss_what_was_asked(folder):
     with load_model(folder, MEMORY, context=context) as (model, _):
         mx.random.seed(1)
         sampler = random_sampler(SHAPE.vocab)
-        done = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
-    late = done.samples[48:]
+        samples, _ = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
+    late = samples[48:]
     chosen = np.mean([s.hits + s.misses for s in late]) / (3 * 2048)
     missed = np.mean([s.misses for s in late]) / (3 * 2048)
     assert chosen == pytest.approx(0.1, abs=0.02)

@@ -24,19 +24,8 @@ import psutil
 from ...errors import FlashError
 from ...memory_size import parse_memory
 from ...storage.manifest import read_manifest
+from .. import options
 from ..opt import Shape, checkpoint, flash_folder
-from ..options import (
-    OPT_6_7B,
-    OPT_VOCAB,
-    Count,
-    Folder,
-    Memory,
-    OptDtype,
-    OptShape,
-    OptVocab,
-    parse_shape,
-    scratch,
-)
 from ..process import run_module
 from ..report import Column, Report, Row, progress
 from . import exports, program
@@ -84,14 +73,16 @@ PEERS = [
 
 
 def run(
-    shape: OptShape = OPT_6_7B,
-    vocab: OptVocab = OPT_VOCAB,
-    dtype: OptDtype = "float32",
-    folder: Folder = None,
-    memory: Memory = "50%",
-    prompt_tokens: Count = 16,
-    tokens: Count = 32,
-    slow_tokens: Annotated[Count, "Of programs that read gigabytes for each."] = 4,
+    shape: options.OptShape = options.OPT_6_7B,
+    vocab: options.OptVocab = options.OPT_VOCAB,
+    dtype: options.OptDtype = "float32",
+    folder: options.Folder = None,
+    memory: options.Memory = "50%",
+    prompt_tokens: options.Count = 16,
+    tokens: options.Count = 32,
+    slow_tokens: Annotated[
+        options.Count, "Of programs that read gigabytes for each."
+    ] = 4,
     ballast: Annotated[bool, "Limit memory.  [default]"] = True,
     keep: Annotated[bool, "Keep every file, with --folder."] = False,
     only: Annotated[
@@ -113,9 +104,9 @@ def run(
     share = parse_memory(memory)
     if share is None:
         raise FlashError("Peers need a size that all get. Try --memory 50% or 7GB.")
-    opt = parse_shape(shape, vocab, dtype)
+    opt = options.parse_shape(shape, vocab, dtype)
     rows: list[Row] = []
-    with scratch(folder) as place:
+    with options.scratch(folder) as place:
         model_bytes = read_manifest(flash_folder(place, opt, memory)).model_bytes
         budget = int(share * model_bytes) if isinstance(share, float) else share
         job = {
