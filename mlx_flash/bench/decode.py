@@ -64,7 +64,7 @@ def decode(
             before_token()
         next(steps)
         spent, total = flash.stats - before, time.perf_counter() - begin
-        samples.append(Sample.of(spent, total))
+        samples.append(Sample(spent, total))
     steps.close()
     return samples, prompt_s
 

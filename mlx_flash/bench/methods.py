@@ -65,7 +65,7 @@ class Player:
             self.at += 1
             spent = self.stats - before
             if keep:
-                self.samples.append(Sample.of(spent))
+                self.samples.append(Sample(spent))
 
     def row(self) -> Row:
         paper = PAPER.get(self.name)
@@ -138,19 +138,14 @@ class Bench:
             options.missing,
             policy,
         )
+        # Tokens that a row plays in each round
+        self.sparse_tokens = max(options.tokens // options.rounds, 1)
+        self.dense_tokens = max(options.dense_tokens // options.rounds, 1)
         count = options.warm_up + options.rounds * self.sparse_tokens
         self.selections = [
             list(Selections(x.units, options.selected, self.noise, i).tokens(count))
             for i, x in enumerate(progress(self.layers, "selecting", "layer"))
         ]
-
-    @property
-    def sparse_tokens(self) -> int:
-        return max(self.options.tokens // self.options.rounds, 1)
-
-    @property
-    def dense_tokens(self) -> int:
-        return max(self.options.dense_tokens // self.options.rounds, 1)
 
     def file(self, layer: Layer) -> Path:
         return self.folder / layer.file

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..loading import load_model
+from ..memory.stats import Stats
 from .options import VOCABULARY, Count, Memory, Model, model_or_opt, parse_shape
 from .report import Column, Report, Row
 from .turns import Turns
@@ -63,7 +64,7 @@ def run(
 
 
 def _row(name: str, turns: Turns) -> Row:
-    spent = turns.spent[name]
+    spent = sum((sample.spent for sample in turns.samples[name]), Stats())
     budget = turns.models[name].flash.budget.total_bytes
     row = Row.of(
         name,

@@ -104,16 +104,6 @@ TABLE_3 = (
 )
 
 
-COLUMNS = [
-    report.Column("model", "model"),
-    report.Column("method", "method"),
-    report.Column("dtype", "dtype"),
-    report.Column("I/O", "io"),
-    report.Column("cache", "cache"),
-    report.Column("compute", "compute"),
-]
-
-
 def run() -> report.Report:
     """The paper's tables beside what the cost model makes of them.
 
@@ -121,21 +111,17 @@ def run() -> report.Report:
     the model of `mlx-flash plan`.
     """
     rows = []
-    for number, table in ((2, TABLE_2), (3, TABLE_3)):
-        for row in table:
-            cost = model_row(row)
-            more = {
-                "model": row.model.name,
-                "method": row.method,
-                "dtype": row.dtype,
-                "io": _beside(cost.io_s, row.io_ms),
-            }
-            if number == 3:
-                more["cache"] = _beside(cost.cache_s, row.cache_ms)
-                more["compute"] = _beside(cost.compute_s, row.compute_ms)
-            rows.append(report.Row(str(number), more=more))
+    for row in TABLE_2 + TABLE_3:
+        cost = model_row(row)
+        more = {"model": row.model.name, "method": row.method, "dtype": row.dtype}
+        more["io"] = _beside(cost.io_s, row.io_ms)
+        if row in TABLE_3:
+            more["cache"] = _beside(cost.cache_s, row.cache_ms)
+            more["compute"] = _beside(cost.compute_s, row.compute_ms)
+        rows.append(report.Row("3" if row in TABLE_3 else "2", more=more))
+    columns = [report.Column("I/O" if key == "io" else key, key) for key in more]
     note = "Modelled / paper, in ms per token on an M1 Max."
-    return report.Report("table", rows, COLUMNS, [note], {})
+    return report.Report("table", rows, columns, [note], {})
 
 
 def _beside(modelled_s: float, paper_ms: float) -> str:

@@ -59,9 +59,8 @@ def run(
     for name, policy in POLICIES.items():
         with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
             spent = decode(net, some)
-        row = Row(name, tokens=steps, more={"hit_rate": spent.hit_rate})
-        row.bytes_per_token = spent.bytes_read / steps
-        row.reads_per_token = spent.reads / steps
+        row = Row(name, tokens=steps)
+        row.count(spent)
         rows.append(row)
     cost = predicted / dense - 1
     note = (

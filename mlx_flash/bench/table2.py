@@ -58,9 +58,8 @@ def run(
       mlx-flash bench table2 --shape 4x512x2048 --tokens 12
     """
     shares = Options(tokens, dense_tokens, rounds, window=window)
-    with options.model_or_opt(
-        model, folder, options.parse_shape(shape, vocab, dtype)
-    ) as path:
+    wanted = options.parse_shape(shape, vocab, dtype)
+    with options.model_or_opt(model, folder, wanted) as path:
         bench = Bench(path, shares, Window(window))
         with bench.reader:
             players = bench.players()

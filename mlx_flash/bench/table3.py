@@ -119,10 +119,13 @@ def measure(
 ) -> Row:
     """One row: load, read the prompt, generate, close; what was selected beside it."""
     run = run_model(folder, memory, prompt_tokens, tokens, **options)
-    misses = mean(sample.misses for sample in run.samples)
-    asked = misses + mean(sample.hits for sample in run.samples)
+    spent = [sample.spent for sample in run.samples]
     units = run.facts["units"]
-    return run.row(name, selected_share=asked / units, missing_share=misses / units)
+    return run.row(
+        name,
+        selected_share=mean(s.asked for s in spent) / units,
+        missing_share=mean(s.misses for s in spent) / units,
+    )
 
 
 def _reread_resident(model: nn.Module) -> Callable[[], None]:

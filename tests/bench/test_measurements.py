@@ -117,8 +117,8 @@ def test_overlap_decodes_the_same_tokens_three_times(tmp_path):
 
 def test_turns_leave_out_the_warm_up_and_split_the_time():
     times = turns.Turns({"a": lambda x, cache: x, "b": lambda x, cache: x}, 2)
-    times.samples["a"] = [Sample.of(Stats(), s) for s in (2.0, 4.0, 6.0)]
-    times.samples["b"] = [Sample.of(Stats(), s) for s in (1.0, 2.0, 3.0)]
+    times.samples["a"] = [Sample(Stats(), s) for s in (2.0, 4.0, 6.0)]
+    times.samples["b"] = [Sample(Stats(), s) for s in (1.0, 2.0, 3.0)]
     assert times.ratio("a", "b") == (2.0, 2.0, 2.0)
     assert times.median_ms("a") == 4000
 

@@ -34,8 +34,8 @@ def test_predictors_choose_and_miss_what_was_asked(folder):
         sampler = random_sampler(SHAPE.vocab)
         samples, _ = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
     late = samples[48:]
-    chosen = np.mean([s.hits + s.misses for s in late]) / (3 * 2048)
-    missed = np.mean([s.misses for s in late]) / (3 * 2048)
+    chosen = np.mean([s.spent.asked for s in late]) / (3 * 2048)
+    missed = np.mean([s.spent.misses for s in late]) / (3 * 2048)
     assert chosen == pytest.approx(0.1, abs=0.02)
     assert missed == pytest.approx(0.024, abs=0.008)
 

@@ -59,15 +59,19 @@ def test_modelled_times_follow_from_the_bytes_and_the_profile(paged, monkeypatch
 
 
 def test_row_is_mean_and_deviation_of_its_samples():
-    samples = [Sample(1, 0, 2, 10, 1, 3, 1), Sample(3, 0, 2, 30, 3, 1, 3)]
+    samples = [
+        Sample(Stats(3, 1, bytes_read=10, reads=1, io_s=0.001), 0.003),
+        Sample(Stats(1, 3, bytes_read=30, reads=3, io_s=0.003), 0.005),
+    ]
     row = Row.of("a", samples, 7, speedup=2.5)
-    assert (row.io_ms, row.total_ms, row.bytes_per_token) == (2, 4, 20)
+    means = row.io_ms, row.total_ms, row.bytes_per_token, row.reads_per_token
+    assert means == pytest.approx((2, 4, 20, 2))
     assert row.std["io_ms"] == pytest.approx(2**0.5)
     assert row.get("hit_rate") == 0.5 and row.to_json()["speedup"] == 2.5
 
 
 def test_unmeasured_is_none_and_a_dash():
-    row = Row.of("a", [Sample(1, 0, None, 10, 1)], 7)
+    row = Row.of("a", [Sample(Stats(io_s=0.001, bytes_read=10))], 7)
     other = Row("b", more={"error": "does not fit"})
     columns = [Column("I/O", "io_ms"), Column("compute", "compute_ms")]
     text = Report("t", [row, other], columns, ["note"], {}).markdown()
@@ -76,10 +80,10 @@ def test_unmeasured_is_none_and_a_dash():
 
 
 def test_sample_divides_the_time_of_a_token():
-    sample = Sample.of(Stats(io_s=0.1, cache_s=0.05, bytes_read=3), total_s=0.4)
+    sample = Sample(Stats(io_s=0.1, cache_s=0.05, bytes_read=3), total_s=0.4)
     assert sample.compute_ms == pytest.approx(250)
     assert sample.total_ms == pytest.approx(400)
-    assert Sample.of(Stats()).compute_ms is None
+    assert Sample(Stats()).compute_ms is None
 
 
 def test_calibrated_trace_selects_and_misses_what_was_asked():
