@@ -59,9 +59,6 @@ def slope(sizes: list[int]) -> float | None:
 def generate(name: str, folder: Path, memory: str, **options) -> Row:
     """A row of a run of `run_model` in a fresh process.
 
-    Args:
-        options: As `run_model` takes them.
-
     Raises:
         FlashError: As that process ended, with a refused budget for example.
     """
@@ -73,9 +70,6 @@ def generate(name: str, folder: Path, memory: str, **options) -> Row:
 
 def convert(source: Path, target: Path, **options) -> dict:
     """Convert in a fresh process: its seconds, peak memory and largest layer.
-
-    Args:
-        options: As `mlx_flash.convert` takes them.
 
     Raises:
         FlashError: If it fails.

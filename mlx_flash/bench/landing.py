@@ -37,12 +37,7 @@ def bring(slots: UnitSlots, units: np.ndarray) -> None:
 
 
 class Landing:
-    """Slots that belong to no layer: `reads` of any source go there.
-
-    Args:
-        part_bytes: Size of each part of what is read.
-        n_slots: How many units have room at once.
-    """
+    """Slots that belong to no layer: `reads` of any source go there."""
 
     def __init__(
         self, reader: Reader, part_bytes: list[int], n_slots: int, stats: Stats

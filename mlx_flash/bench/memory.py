@@ -125,11 +125,7 @@ def run(
 
 
 def convert(place: Path, shape: Shape, dtype: str, fit: dict) -> Row:
-    """Convert to `dtype`, or take what an earlier run noted of doing so.
-
-    Args:
-        fit: As `mlx_flash.convert` takes it, how predictors are fitted.
-    """
+    """Convert to `dtype`, or take what an earlier run noted of doing so."""
     noted = place / f"{dtype}.json"
     if not noted.exists():
         text = place / "numbers.txt"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.cost import Cost, FlashLayer, Matrices, Work, token_cost
-from ..planning.profile import Profile, load_profile
+from ..planning.profile import load_profile
 from . import report
 
 HALF = 2  # bytes of a value on flash
@@ -131,9 +131,9 @@ def _beside(modelled_s: float, paper_ms: float) -> str:
     return f"{1e3 * modelled_s:,.0f} / {paper_ms:,.0f} ({ratio:+.0%})"
 
 
-def model_row(row: Row, profile: Profile | None = None) -> Cost:
-    """The modelled cost of a row, on the paper's M1 Max by default."""
-    profile = profile or load_profile("m1-max-paper")
+def model_row(row: Row) -> Cost:
+    """The modelled cost of a row on the paper's M1 Max."""
+    profile = load_profile("m1-max-paper")
     assert profile is not None  # it is shipped
     cost = token_cost(profile, work_of(row.model, row.method, row.dtype))
     if row.method != "naive":
@@ -147,18 +147,16 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
     """What a method asks of the machine for each token."""
     size = 4 if dtype == "float32" else HALF
     resident: float = model.other_values
-    pieces, random = 1, True
+    dense = method in ("naive", "hybrid")
     selected, computed = model.loaded, model.held
-    if method in ("naive", "hybrid"):
+    if dense:
         # All is needed in order; half of the model fits, or nothing.
         fits = model.values / 2 - model.other_values if method == "hybrid" else 0.0
-        selected, computed, random = 1 - fits / model.ffn_values, 1.0, False
+        selected, computed = 1 - fits / model.ffn_values, 1.0
     else:
         resident += model.predictor * model.values
     if method == "+ predictor":
         selected = model.predicted
-    if method in ("+ predictor", "+ window"):
-        pieces = 2
     units = model.neurons
     values = 2 * model.dims * units
     layer = FlashLayer(
@@ -166,11 +164,11 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
         units=units,
         unit_bytes=2 * model.dims * HALF,
         slots=int(model.held * units),
-        pieces=pieces,
+        pieces=2 if method in ("+ predictor", "+ window") else 1,
         selected=selected * units,
         hit_rate=0.0,
         computed=computed * units,
-        random=random,
+        random=not dense,
         merged=False,
     )
     outer = Matrices("matmul", dtype, 0, size * resident, resident)

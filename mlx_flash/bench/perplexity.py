@@ -82,11 +82,7 @@ def run(
 
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
-    """Pieces of a text, [rows, LENGTH] token ids, `count` in all.
-
-    Raises:
-        FlashError: If the text does not fill one.
-    """
+    """Pieces of a text, [rows, LENGTH] token ids, `count` in all."""
     ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
     body = LENGTH - len(start)

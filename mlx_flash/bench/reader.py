@@ -115,11 +115,11 @@ def run(
 def _wanted(reader: str, windows: Sequence[int]) -> list[tuple[str, Lru, bool]]:
     """(name, policy, whether the C reader) of each row."""
     readers = {"c": [True], "python": [False], "both": [True, False]}[reader]
-    wanted: list[tuple[str, Lru, bool]] = [("LRU", Lru(), c) for c in readers]
-    wanted += [(f"window {k}", Window(k), readers[0]) for k in windows]
+    policies = [("LRU", Lru(), native) for native in readers]
+    policies += [(f"window {k}", Window(k), readers[0]) for k in windows]
     return [
         (f"{name}, {'C' if native else 'Python'} reader", policy, native)
-        for name, policy, native in wanted
+        for name, policy, native in policies
     ]
 
 
@@ -143,11 +143,7 @@ def _row(player: Player, units: int, blocks: list[Stats], disk: list[float]) -> 
 
 
 def fio(files: Sequence[Path], block_bytes: int, seconds: float) -> float:
-    """GB/s of random direct reads spread over `files`.
-
-    Raises:
-        FlashError: If fio fails, in its own words.
-    """
+    """GB/s of random direct reads spread over `files`."""
     command = ["fio", "--name=bundles", "--filename=" + ":".join(map(str, files))]
     command += ["--rw=randread", f"--bs={block_bytes}", "--direct=1", "--readonly"]
     command += ["--ioengine=psync", "--thread", f"--numjobs={READ_THREADS}"]

@@ -37,16 +37,13 @@ class Turns:
         for i, token in enumerate(progress(tokens, "measuring", "token")):
             first = i % len(names)
             for name in names[first:] + names[:first]:
-                stats = self._stats(name)
+                model = self.models[name]
+                stats = model.flash.stats if hasattr(model, "flash") else Stats()
                 before, begin = stats.copy(), time.perf_counter()
-                mx.eval(self.models[name](mx.array([[token]]), cache=caches[name]))
+                mx.eval(model(mx.array([[token]]), cache=caches[name]))
                 seconds = time.perf_counter() - begin
                 if i >= self.warm_up:
                     self.samples[name].append(Sample(stats - before, seconds))
-
-    def _stats(self, name: str) -> Stats:
-        flash = getattr(self.models[name], "flash", None)
-        return flash.stats if flash else Stats()
 
     def median_ms(self, name: str) -> float:
         return median(sample.total_ms for sample in self.samples[name])

@@ -61,7 +61,16 @@ def run(tokens: Annotated[int, click.IntRange(12)] = 120) -> Report:
     rows = []
     for kind, config in MODELS.items():
         with tempfile.TemporaryDirectory() as work:
-            turns = compare(config, tokens, Path(work), convert_it=kind is not EXPERT)
+            folder = Path(work) / "stock"
+            write_checkpoint(folder, config, plain_weights("float32"))
+            plain, _ = load_resident(folder, get_model_classes=get_model_classes)
+            if kind is not EXPERT:
+                folder = convert(folder, Path(work) / "flash", rank=0, progress=False)
+            with load_model(folder, "200%", context=tokens + 16) as (model, _):
+                slots, layers = model.flash.budget.slots, model.flash.manifest.layers
+                assert list(slots) == [layer.units for layer in layers], "not all fits"
+                turns = Turns({"resident": plain, "flash": model}, WARM)
+                turns.play(range(tokens))
         low, middle, high = turns.ratio("flash", "resident")
         more = {
             "resident_ms": turns.median_ms("resident"),
@@ -74,18 +83,3 @@ def run(tokens: Annotated[int, click.IntRange(12)] = 120) -> Report:
         "in turn."
     )
     return Report("unit", rows, COLUMNS, [note], {"config": COMMON})
-
-
-def compare(config: dict, tokens: int, work: Path, convert_it: bool) -> Turns:
-    """Write a model, load it twice and let both decode in turn."""
-    stock = write_checkpoint(work / "stock", config, plain_weights("float32"))
-    folder = stock
-    if convert_it:
-        folder = convert(stock, work / "flash", rank=0, progress=False)
-    plain, _ = load_resident(stock, get_model_classes=get_model_classes)
-    with load_model(folder, "200%", context=tokens + 16) as (model, _):
-        slots, layers = model.flash.budget.slots, model.flash.manifest.layers
-        assert list(slots) == [layer.units for layer in layers], "not all fits"
-        turns = Turns({"resident": plain, "flash": model}, WARM)
-        turns.play(range(tokens))
-    return turns

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,40 @@ def rows_of(output: str) -> dict[str, list[str]]:
 def test_every_benchmark_explains_itself():
     for name in BENCHMARKS:
         assert "Usage:" in run(name, "--help")
+
+
+def test_listing_the_benchmarks_does_not_load_mlx():
+    """In a process of its own: here the tests have loaded it."""
+    script = (
+        "import sys, mlx_flash.cli\n"
+        "try: mlx_flash.cli.main(['bench', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'mlx.core', 'numpy'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr == "[]\n"
+    for name, line in BENCHMARKS.items():
+        assert re.search(rf"^  {name} +{re.escape(line)}$", result.stdout, re.M)
+
+
+def test_a_benchmark_that_is_not_there_is_refused():
+    run("parrots", code=2)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("table2", "--tokens", 0),
+        ("table2", "--dtype", "int8"),
+        ("reader", "--missing", 2),
+        ("sweep", "--memory", "much"),
+        ("perplexity", "no such file"),
+        ("peers", "--only", "parrots"),
+    ],
+)
+def test_wrong_values_are_refused(args):
+    run(*args, code=2)
 
 
 def test_a_plot_that_cannot_be_drawn_is_refused_before_measuring(tmp_path):

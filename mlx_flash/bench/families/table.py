@@ -66,11 +66,7 @@ def run(
 
 
 def all_families(checkpoints: Path) -> dict[str, Path | None]:
-    """Every family by name, and further models with checkpoints of their own.
-
-    Args:
-        checkpoints: Holds those as FAMILY/NAME; it need not exist.
-    """
+    """Every family by name, and further models with checkpoints of their own."""
     own = {f"{p.parent.name}/{p.name}": p for p in sorted(checkpoints.glob("*/*"))}
     return dict.fromkeys(EXPERTS) | dict.fromkeys(DENSE) | own
 

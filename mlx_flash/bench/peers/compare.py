@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..opt import Shape, checkpoint, flash_folder
 from ..process import run_module
 from ..report import Column, Report, Row, progress
 from . import exports, program
-from .ballast import Ballast, limited_memory
+from .ballast import limited_memory
 
 PROCESS_BYTES = 700_000_000  # for Python and its libraries, on top of the model's share
 PACKAGES = "llama-cpp-python", "accelerate", "transformers", "torch"
@@ -182,8 +183,8 @@ def _measure(
     forget_pages(path)
     limited = ballast and not peer.resident
     left_bytes = job["budget_bytes"] + PROCESS_BYTES
-    with limited_memory(left_bytes) if limited else nullcontext() as held:
-        found = run_program(peer.kind, job | {"path": str(path)}, held)
+    with limited_memory(left_bytes) if limited else nullcontext() as check:
+        found = run_program(peer.kind, job | {"path": str(path)}, check)
     ms = [1e3 * s for s in found.pop("seconds")]
     read = found.pop("bytes_read")
     row = Row(peer.name, memory_bytes=found.pop("peak_bytes"), tokens=len(ms))
@@ -202,13 +203,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_program(kind: str, job: dict, ballast: Ballast | None = None) -> dict:
+def run_program(kind: str, job: dict, watch: Callable[[], None] | None = None) -> dict:
     """Run one program and return its figures; it ends with us in every case.
 
-    Raises:
-        FlashError: If it fails, in its own last words, or if the ballast gave way.
+    Args:
+        watch: Called while it runs; what it raises ends the program.
     """
-    watch = ballast.check if ballast else None
     return run_module(program.__name__, kind, json.dumps(job), watch=watch)
 
 
