@@ -94,9 +94,8 @@ def make_command(name: str, run: Callable) -> click.Command:
     )
     if signature.return_annotation is not None:
         made.callback = command
-        made.params.append(
-            click.Option(["--json", "as_json"], type=FILE, help="Write a report.")
-        )
+        json_option = ["--json", "as_json"]
+        made.params.append(click.Option(json_option, type=FILE, help="Write a report."))
         if name in DRAWN:
             plot_option("the rows")(made)
     return made
@@ -105,8 +104,9 @@ def make_command(name: str, run: Callable) -> click.Command:
 def _parameter(parameter: inspect.Parameter) -> click.Parameter:
     annotation = parameter.annotation
     kind = getattr(annotation, "__origin__", annotation)
+    is_flag = isinstance(parameter.default, bool)
     # Of a flag, and of none of several, the default is no news.
-    shown = parameter.default not in (True, False, ())
+    shown = not is_flag and parameter.default != ()
     settings: dict[str, Any] = {"show_default": shown}
     for note in getattr(annotation, "__metadata__", ()):
         if isinstance(note, dict):
@@ -122,6 +122,6 @@ def _parameter(parameter: inspect.Parameter) -> click.Parameter:
         [flag, parameter.name],
         default=parameter.default,
         multiple=get_origin(kind) is tuple,
-        is_flag=isinstance(parameter.default, bool),
+        is_flag=is_flag,
         **settings,
     )
