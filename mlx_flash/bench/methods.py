@@ -91,7 +91,7 @@ def slots_player(
     name: str,
     layers: Sequence[Layer],
     extents: Sequence[list[Extent]],
-    slots: Sequence[int],
+    slots: int,
     steps: Sequence[Sequence[np.ndarray]],
     policy: Lru,
     reader: Reader,
@@ -107,8 +107,8 @@ def slots_player(
     """
     stats, fence = Stats(), Fence()
     made = [
-        UnitSlots(layer, extent, n, policy, reader, fence, stats)
-        for layer, extent, n in zip(layers, extents, slots, strict=True)
+        UnitSlots(layer, extent, slots, policy, reader, fence, stats)
+        for layer, extent in zip(layers, extents, strict=True)
     ]
 
     def read(token: int) -> None:
@@ -130,21 +130,18 @@ class Bench:
         self.manifest = _sparse(read_manifest(folder), folder)
         self.layers = self.manifest.layers
         self.reader = open_reader(READ_THREADS)
-        self.slots = [max(round(options.resident * x.units), 1) for x in self.layers]
+        units = self.layers[0].units  # as all have
+        self.slots = max(round(options.resident * units), 1)
         self.noise = calibrated(
-            self.layers[0].units,
-            options.selected,
-            self.slots[0],
-            options.missing,
-            policy,
+            units, options.selected, self.slots, options.missing, policy
         )
         # Tokens that a row plays in each round
         self.sparse_tokens = max(options.tokens // options.rounds, 1)
         self.dense_tokens = max(options.dense_tokens // options.rounds, 1)
         count = options.warm_up + options.rounds * self.sparse_tokens
         self.selections = [
-            list(Selections(x.units, options.selected, self.noise, i).tokens(count))
-            for i, x in enumerate(progress(self.layers, "selecting", "layer"))
+            list(Selections(units, options.selected, self.noise, i).tokens(count))
+            for i in progress(range(len(self.layers)), "selecting", "layer")
         ]
 
     def file(self, layer: Layer) -> Path:
@@ -163,11 +160,9 @@ class Bench:
 
     def held_bytes(self) -> int:
         """What sparse rows hold: all but the FFNs, and the slots' share of those."""
-        slots = sum(
-            n * sum(p.bytes for p in x.parts)
-            for n, x in zip(self.slots, self.layers, strict=True)
-        )
-        return self.manifest.resident.bytes + slots
+        unit_bytes = sum(part.bytes for part in self.layers[0].parts)
+        slot_bytes = len(self.layers) * self.slots * unit_bytes
+        return self.manifest.resident.bytes + slot_bytes
 
     def dense(self, name: str, held_bytes: int) -> Player:
         """Every weight that is not held is read for every token, file after file."""

@@ -102,7 +102,7 @@ def run(
                     f"{name}, {pages * PAGE_BYTES // 1024} KiB",
                     copies,
                     [bundled(layer, place) for layer in copies],
-                    [slots] * len(copies),
+                    slots,
                     moved,
                     POLICIES[policy](),
                     reader,

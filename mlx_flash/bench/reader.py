@@ -166,7 +166,7 @@ def _notes(bench: Bench, direct: bool, fio_seconds: float | None) -> list[str]:
         f"SYNTHETIC selections (noise {bench.noise:.3f}) over {len(bench.layers)} "
         f"layers of {first.units:,} neurons, {bench.manifest.ffn_bytes / 1e9:.2f} GB "
         f"of {bench.manifest.dtype} in bundles of {first.unit_bytes / 1024:g} KiB; "
-        f"{bench.slots[0]:,} slots a layer, {o.selected:.1%} of it selected per token.",
+        f"{bench.slots:,} slots a layer, {o.selected:.1%} of it selected per token.",
         f"{o.rounds} rounds of {bench.sparse_tokens} tokens for each row, {o.warm_up} "
         f"to warm up; {beside}. ± is the deviation over tokens, of GB/s and ratios "
         f"over rounds. {cache_state(direct)}.",
