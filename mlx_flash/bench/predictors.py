@@ -33,10 +33,11 @@ from .decode import random_prompt
 from .report import progress
 from .selections import miss_share
 
+SELECTED = 0.10  # of a layer, chosen for a token
+MISSING = 0.024  # of a layer, read for a token
 # The longer the context, the less do tokens differ after attention has averaged over
 # it: only the second half of the prompt counts, where generation goes on from.
 TOKENS = 256
-SELECTED, MISSING = 0.10, 0.024  # of a layer, chosen and read for each token
 WARM_TOKENS = 128
 
 
