@@ -19,6 +19,7 @@ Shapes: B batch, L tokens of a window, K neurons of a layer.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT
@@ -68,15 +68,6 @@ def split_stories(text: str) -> list[str]:
         else:
             stories.append(part.strip())
     return [story.strip() for story in stories if story.strip()]
-
-
-def hold_out(stories: list[str], share: float = 0.05) -> tuple[list[str], list[str]]:
-    """The stories to train on, and the last SHARE of the text."""
-    left, first = share * sum(map(len, stories)), len(stories)
-    while left > 0:
-        first -= 1
-        left -= len(stories[first])
-    return stories[:first], stories[first:]
 
 
 def make_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
@@ -127,33 +118,27 @@ def make_model() -> OPTForCausalLM:
     return OPTForCausalLM(config)
 
 
-class Activations:
+def keep_activations(model) -> list[torch.Tensor]:
     """The ReLU outputs of the latest forward pass, [B, L, K] for each layer."""
-
-    def __init__(self, model):
-        self.latest = [None] * len(model.model.decoder.layers)
-        for i, layer in enumerate(model.model.decoder.layers):
-            layer.activation_fn.register_forward_hook(self._keep(i))
-
-    def _keep(self, i):
-        def hook(module, inputs, output):
-            self.latest[i] = output
-
-        return hook
-
-    def zeros(self) -> list[float]:
-        return [(a == 0).float().mean().item() for a in self.latest]
-
-    def l1(self, target: float = TARGET_ZEROS):
-        """Mean activation, summed over the layers that have fewer zeros than TARGET.
-
-        It lets go at TARGET, so that it cannot go on until a layer's neurons are dead.
-        """
-        return sum(
-            a.float().mean()
-            for a, zeros in zip(self.latest, self.zeros(), strict=True)
-            if zeros < target
+    layers = model.model.decoder.layers
+    latest = [torch.empty(0)] * len(layers)
+    for i, layer in enumerate(layers):
+        layer.activation_fn.register_forward_hook(
+            lambda module, inputs, output, i=i: latest.__setitem__(i, output)
         )
+    return latest
+
+
+def l1(activations):
+    """Mean activation, summed over the layers that have fewer zeros than the target.
+
+    It lets go there, so that it cannot go on until a layer's neurons are dead.
+    """
+    return sum(
+        a.float().mean()
+        for a in activations
+        if (a == 0).float().mean().item() < TARGET_ZEROS
+    )
 
 
 @torch.no_grad()
@@ -171,7 +156,7 @@ def measure(model, activations, tokens, window=REPORT_WINDOW) -> dict:
         loss += F.cross_entropy(
             logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"
         ).item()
-        a = torch.stack([a.flatten(0, -2) for a in activations.latest])  # layers, BL, K
+        a = torch.stack([a.flatten(0, -2) for a in activations])  # layers, BL, K
         n_zeros += (a == 0).float().mean(-1).sum(-1)
         fired += (a > 0).float().sum(1)
     model.train()
@@ -183,12 +168,6 @@ def measure(model, activations, tokens, window=REPORT_WINDOW) -> dict:
         "zeros": [round(z, 4) for z in (n_zeros / len(rows) / window).tolist()],
         "never_active": [round(n, 4) for n in (fired == 0).float().mean(-1).tolist()],
     }
-
-
-def learning_rate(done: float) -> float:
-    """Linear warm-up, then a cosine, over `done` from 0 to 1."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
-    return min(1.0, done / WARMUP) * (LEAST_LR + (PEAK_LR - LEAST_LR) * cosine)
 
 
 def make_optimizers(model) -> list[torch.optim.Optimizer]:
@@ -209,18 +188,15 @@ def make_optimizers(model) -> list[torch.optim.Optimizer]:
 def train(model, activations, stream, held_out, args) -> dict:
     """Train until the steps or minutes are done; load the best weights into MODEL."""
     optimizers = make_optimizers(model)
-    best: dict | None = None
-    step, seconds, mean_loss, mark = 0, 0.0, None, time.monotonic()
-    done = 0.0
-    bar = tqdm(
-        total=100,
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
-        mininterval=1,
-    )
+    best: dict = {"loss": math.inf}
+    step, done, begin = 0, 0.0, time.monotonic()
     model.train()
     while done < 1:
+        # Linear warm-up, then a cosine
+        cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+        rate = min(1.0, done / WARMUP) * (LEAST_LR + (PEAK_LR - LEAST_LR) * cosine)
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = learning_rate(done)
+            group["lr"] = rate
         starts = torch.randint(len(stream) - WINDOW, (BATCH, 1))
         batch = F.pad(stream[starts + torch.arange(WINDOW - 1)], (1, 0), value=EOS)
         # Hiding a tenth of the tokens slows learning this little text by heart: a trial
@@ -232,27 +208,20 @@ def train(model, activations, stream, held_out, args) -> dict:
             loss = model(input_ids=batch.masked_fill(hidden, UNK), labels=batch).loss
         # The penalty is ramped in, so that neurons first learn something to keep.
         weight = args.sparsity * min(1.0, max(0.0, done - 0.05) / 0.25)
-        (loss + weight * activations.l1()).backward()
+        (loss + weight * l1(activations)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-        mean_loss = loss.item() if mean_loss is None else mean_loss
-        mean_loss += 0.02 * (loss.item() - mean_loss)
-        step, seconds = step + 1, time.monotonic() - mark
+        step, seconds = step + 1, time.monotonic() - begin
         done = step / args.steps if args.steps else seconds / 60 / args.minutes
-        if step % 10 == 0:
-            zeros = sum(activations.zeros()) / len(activations.latest)
-            bar.set_postfix_str(f"step {step} loss {mean_loss:.3f} zeros {zeros:.1%}")
-            bar.update(100 * min(1.0, done) - bar.n)
         if step % EVAL_EVERY_STEPS == 0 or done >= 1:
             report = measure(model, activations, held_out)
-            tqdm.write(f"step {step}: held out {report}", file=sys.stderr)
-            if best is None or report["loss"] < best["loss"]:
+            print(f"{min(done, 1):.0%}, step {step}: {report}", file=sys.stderr)
+            if report["loss"] < best["loss"]:
                 weights = {k: v.clone() for k, v in model.state_dict().items()}
                 best = {"step": step, "loss": report["loss"], "weights": weights}
-    bar.close()
     model.load_state_dict(best["weights"])
     return {
         "steps": step,
@@ -260,17 +229,6 @@ def train(model, activations, stream, held_out, args) -> dict:
         "minutes": round(seconds / 60, 1),
         "tokens_per_s": round(step * BATCH * WINDOW / seconds),
     }
-
-
-def write_model(model, tokenizer, out: Path) -> None:
-    """Make OUT a Hugging Face folder."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # transformers 5 writes a class name that transformers 4 does not know.
-    config = json.loads((out / "tokenizer_config.json").read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
 
 
 def main() -> None:
@@ -291,7 +249,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     text = args.text.read_text()
-    stories, kept_back = hold_out(split_stories(text))
+    stories = split_stories(text)
+    # Those that begin in the last twentieth of the text are kept back.
+    ends = itertools.accumulate(map(len, reversed(stories)))
+    n = 1 + sum(end < 0.05 * sum(map(len, stories)) for end in ends)
+    stories, kept_back = stories[:-n], stories[-n:]
     tokenizer = make_tokenizer(stories)
     stream = encode(tokenizer, stories)
     held_out = encode(tokenizer, kept_back)
@@ -302,7 +264,7 @@ def main() -> None:
     )
 
     model = make_model()
-    activations = Activations(model)
+    activations = keep_activations(model)
     trained = train(model, activations, stream, held_out, args)
 
     # Report on the weights as they are written: rounded to float16, used in float32.
@@ -318,7 +280,14 @@ def main() -> None:
         "sparsity": args.sparsity,
         "seed": args.seed,
     }
-    write_model(model.half(), tokenizer, args.out)
+    model.half().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    # transformers 5 writes a class name that transformers 4 does not know.
+    path = args.out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (args.out / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     print(json.dumps(report))
 
 

@@ -26,7 +26,6 @@ ROWS = (
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 APART = {"planning": "converters", "converters": "planning"}
 MOST_LINES = 300
-TABLES_OF_DATA = {"bench/families/configs.py"}
 
 
 def modules():
@@ -108,5 +107,4 @@ def test_there_are_no_circles():
     "file", [*modules(), *sorted(PACKAGE.rglob("*.[ch]"))], ids=str
 )
 def test_files_hold_one_idea(file):
-    if str(file.relative_to(PACKAGE)) not in TABLES_OF_DATA:
-        assert len(file.read_text().splitlines()) <= MOST_LINES
+    assert len(file.read_text().splitlines()) <= MOST_LINES

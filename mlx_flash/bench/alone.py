@@ -59,22 +59,17 @@ def slope(sizes: list[int]) -> float | None:
 def generate(name: str, folder: Path, memory: str, **options) -> Row:
     """A row of a run of `run_model` in a fresh process.
 
-    Args:
-        options: As `run_model` takes them.
-
     Raises:
         FlashError: As that process ended, with a refused budget for example.
     """
     job = {"folder": str(folder), "memory": memory, **options}
     facts = run_module(__name__, "generate", json.dumps(job))
-    return Row.from_json(facts | {"name": name})
+    slot_share = facts["slots"] / facts["units"]
+    return Row.from_json(facts | {"name": name, "slot_share": slot_share})
 
 
 def convert(source: Path, target: Path, **options) -> dict:
     """Convert in a fresh process: its seconds, peak memory and largest layer.
-
-    Args:
-        options: As `mlx_flash.convert` takes them.
 
     Raises:
         FlashError: If it fails.

@@ -28,22 +28,15 @@ def random_prompt(tokens: int, vocabulary: int) -> mx.array:
     return mx.random.randint(0, vocabulary, (tokens,), key=mx.random.key(0))
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """`prompt_s` is the time to the first token (and, computed ahead, the second)."""
-
-    samples: list[Sample]
-    prompt_s: float
-
-
 def decode(
     model: nn.Module,
     prompt: mx.array,
     tokens: int,
     sampler: Sampler | None = None,
     before_token: Callable[[], object] | None = None,
-) -> Decoded:
-    """Samples of `tokens` new tokens; the prompt and the first one are not counted.
+) -> tuple[list[Sample], float]:
+    """Samples of `tokens` new tokens, and the seconds to the first one (and, computed
+    ahead, the second), which with the prompt are not counted.
 
     Args:
         model: From `mlx_flash.load_model`.
@@ -71,9 +64,9 @@ def decode(
             before_token()
         next(steps)
         spent, total = flash.stats - before, time.perf_counter() - begin
-        samples.append(Sample.of(spent, total))
+        samples.append(Sample(spent, total))
     steps.close()
-    return Decoded(samples, prompt_s)
+    return samples, prompt_s
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def run_model(
         flash, load_s = model.flash, time.perf_counter() - begin
         vocabulary = config["vocab_size"]
         mx.random.seed(0)
-        done = decode(
+        samples, prompt_s = decode(
             model,
             random_prompt(prompt_tokens, vocabulary),
             warm_up + tokens,
@@ -130,10 +123,10 @@ def run_model(
             "units": sum(layer.units for layer in flash.manifest.layers),
             "direct_io": flash.direct_io,
             "load_s": load_s,
-            "prompt_s": done.prompt_s,
+            "prompt_s": prompt_s,
         }
-        run = Run(done.samples[warm_up:], mx.get_peak_memory(), facts)
-    del model, flash, done
+        run = Run(samples[warm_up:], mx.get_peak_memory(), facts)
+    del model, flash
     gc.collect()
     mx.clear_cache()
     return run

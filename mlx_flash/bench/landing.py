@@ -37,12 +37,7 @@ def bring(slots: UnitSlots, units: np.ndarray) -> None:
 
 
 class Landing:
-    """Slots that belong to no layer: `reads` of any source go there.
-
-    Args:
-        part_bytes: Size of each part of what is read.
-        n_slots: How many units have room at once.
-    """
+    """Slots that belong to no layer: `reads` of any source go there."""
 
     def __init__(
         self, reader: Reader, part_bytes: list[int], n_slots: int, stats: Stats
@@ -73,28 +68,24 @@ class WholeFiles:
 
     def __init__(self, reader: Reader, stats: Stats):
         self.chunks = Landing(reader, [CHUNK_BYTES], CHUNKS, stats)
-        self.tails: list[tuple[Landing, int]] = []
-        self.sources: list[tuple[int, int]] = []
+        self.wanted: list[tuple[Landing, int, int]] = []  # (landing, source, units)
 
     def add(self, path: Path, limit_bytes: int | None = None) -> None:
         """Read `path` too, or its first `limit_bytes`."""
         size = path.stat().st_size
         size = size if limit_bytes is None else min(size, limit_bytes)
         count, rest = divmod(size, CHUNK_BYTES)
-        landing = self.chunks
         if count:
             extent = Extent(path, 0, CHUNK_BYTES, ((0, 0, CHUNK_BYTES),))
-            self.sources.append((landing.add([extent], count), count))
+            self.wanted.append((self.chunks, self.chunks.add([extent], count), count))
         if rest:
-            tail = Landing(landing.reader, [rest], 1, landing.stats)
+            tail = Landing(self.chunks.reader, [rest], 1, self.chunks.stats)
             extent = Extent(path, count * CHUNK_BYTES, rest, ((0, 0, rest),))
-            self.tails.append((tail, tail.add([extent], 1)))
+            self.wanted.append((tail, tail.add([extent], 1), 1))
 
     def read(self) -> None:
-        for source, count in self.sources:
-            self.chunks.read(source, np.arange(count))
-        for landing, source in self.tails:
-            landing.read(source, np.arange(1))
+        for landing, source, units in self.wanted:
+            landing.read(source, np.arange(units))
 
 
 def unbundled(layer: Layer, folder: Path) -> list[Extent]:

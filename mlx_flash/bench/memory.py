@@ -8,13 +8,15 @@ overhead and no more, and must not grow from token to token.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import click
 
 from ..errors import FlashError
 from . import alone
 from .opt import Shape, checkpoint, numbers_text
+from .options import DTYPE, OPT_VOCAB, Count, Folder, make_shape, scratch
 from .report import Column, Report, Row, progress
 
 OVERHEAD_BYTES = 50_000_000  # what a process may grow by on top of its budget
@@ -36,70 +38,106 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
-class Options:
-    """`dtypes` to convert to, of which the last one generates; `long` is a run that
-    looks for leaks, in tokens, and `exact_tokens` are made without a predictor."""
+def run(
+    dims: Annotated[Count, "Model width."] = 2048,
+    ffn: Annotated[Count, "Neurons of a layer."] = 8192,
+    layers: Count = 24,
+    vocab: Annotated[int, click.IntRange(8)] = OPT_VOCAB,
+    dtype: Annotated[
+        tuple[str, ...],
+        DTYPE,
+        "To convert to; the last one generates (MLX on a CPU is slow in float16).",
+    ] = ("float16",),
+    calibration_tokens: Count = 1024,
+    rank: Annotated[
+        int | None, click.INT, "Of predictors.  [default: the converter's]"
+    ] = None,
+    fit_steps: Annotated[Count, "Of a predictor; memory does not depend on it."] = 400,
+    memory: Annotated[
+        tuple[str, ...], "A budget, or the least that works; repeat it for more."
+    ] = ("least", "30%", "50%", "100%"),
+    prompt: Annotated[Count, "Tokens."] = 32,
+    tokens: Annotated[Count, "With a predictor."] = 32,
+    exact_tokens: Annotated[Count, "Without one."] = 3,
+    long: Annotated[int, "To look for leaks."] = 200,
+    folder: Folder = None,
+) -> Report:
+    """What processes that convert and generate hold, against what was promised.
 
-    dtypes: Sequence[str] = ("float16",)
-    calibration_tokens: int = 1024
-    rank: int | None = None
-    fit_steps: int = 400  # memory does not depend on it
-    budgets: Sequence[str] = ("least", "30%", "50%", "100%")
-    prompt: int = 32
-    tokens: int = 32
-    exact_tokens: int = 3
-    long: int = 200
-
-
-def run(place: Path, shape: Shape, options: Options) -> Report:
-    """A row for each conversion and for each budget, with and without a predictor.
-
-    Args:
-        place: Where checkpoint and flash folders are, or are written.
+    \b
+    Examples:
+      mlx-flash bench memory --dtype float16 --dtype float32 --fit-steps 12
+      mlx-flash bench memory --dims 256 --ffn 2048 --layers 2 --vocab 2048
     """
-    rows = [convert(place, shape, dtype, options) for dtype in options.dtypes]
-    folder = place / options.dtypes[-1]
-    least = smallest_budget(folder, options)
-    plan = [(memory, True, options.tokens) for memory in options.budgets]
-    plan += [(memory, False, options.exact_tokens) for memory in options.budgets]
-    if options.long:
-        plan.append(("50%", True, options.long))
-    for memory, predictor, tokens in progress(plan, "generating", "run"):
-        name = f"{memory}, {'predictor' if predictor else 'exact'}"
-        try:
-            row = alone.generate(
-                name,
-                folder,
-                least if memory == "least" else memory,
-                prompt_tokens=options.prompt,
-                tokens=tokens,
-                predictor=predictor,
-            )
-            rows.append(judge(row))
-        except FlashError as error:
-            rows.append(Row(name, more={"error": str(error)}))
+    shape = make_shape(layers, dims, ffn, vocab, "float16")
+    fit = {
+        "calibration_tokens": calibration_tokens,
+        "rank": rank,
+        "fit_steps": fit_steps,
+    }
+    lengths = {
+        "prompt": prompt,
+        "tokens": tokens,
+        "exact_tokens": exact_tokens,
+        "long": long,
+    }
+    plan = [(budget, "predictor", tokens) for budget in memory]
+    plan += [(budget, "exact", exact_tokens) for budget in memory]
+    if long:
+        plan.append(("50%", "predictor", long))
+    with scratch(folder) as place:
+        rows = [convert(place, shape, wanted, fit) for wanted in dtype]
+        model = place / dtype[-1]
+        least = smallest_budget(model, prompt, max(tokens, long))
+        for budget, kind, count in progress(plan, "measuring", "run"):
+            name = f"{budget}, {kind}"
+            try:
+                row = alone.generate(
+                    name,
+                    model,
+                    least if budget == "least" else budget,
+                    prompt_tokens=prompt,
+                    tokens=count,
+                    predictor=kind == "predictor",
+                )
+                rows.append(judge(row))
+            except FlashError as error:
+                rows.append(Row.failed(name, error))
     over = [r.more["over_bytes"] for r in rows if "over_bytes" in r.more]
-    return Report("memory", rows, COLUMNS, _notes(shape, options, over), vars(options))
+    between = f"{min(over) / 1e6:+,.0f} to {max(over) / 1e6:+,.0f} MB" if over else "–"
+    return Report(
+        "memory",
+        rows,
+        COLUMNS,
+        [
+            f"Synthetic OPT, {layers} layers, width {dims:,}, {ffn:,} neurons, "
+            f"vocabulary {vocab:,}: {shape.nbytes / 1e9:.2f} GB in {shape.dtype}; "
+            f"{fit_steps} fit steps.",
+            f"Generating in {dtype[-1]} after {prompt} prompt tokens; growth is the "
+            "peak above the baseline, imports alone, and kept if it is within "
+            f"{OVERHEAD_BYTES / 1e6:.0f} MB of the budget; kB more per token is its "
+            "rise over the second half of a run. A conversion is kept if its whole "
+            f"process stays below {CONVERT_BYTES / 1e9:.0f} GB.",
+            f"growth − budget: {between}. Reads are direct: no page cache is counted.",
+        ],
+        {"dtypes": dtype, "budgets": memory} | fit | lengths,
+    )
 
 
-def convert(place: Path, shape: Shape, dtype: str, options: Options) -> Row:
+def convert(place: Path, shape: Shape, dtype: str, fit: dict) -> Row:
     """Convert to `dtype`, or take what an earlier run noted of doing so."""
     noted = place / f"{dtype}.json"
     if not noted.exists():
         text = place / "numbers.txt"
+        numbers_text(text, 4 * fit["calibration_tokens"], shape.vocab)
         facts = alone.convert(
             checkpoint(place / "checkpoint", shape),
             place / dtype,
             dtype=dtype,
-            calibration=str(
-                numbers_text(text, 4 * options.calibration_tokens, shape.vocab)
-            ),
-            calibration_tokens=options.calibration_tokens,
-            rank=options.rank,
-            fit_steps=options.fit_steps,
+            calibration=str(text),
             overwrite=True,
             progress=False,
+            **fit,
         )
         noted.write_text(json.dumps(facts))
     facts = json.loads(noted.read_text())
@@ -107,11 +145,10 @@ def convert(place: Path, shape: Shape, dtype: str, options: Options) -> Row:
     return Row(f"convert to {dtype}", more=facts | {"kept": kept})
 
 
-def smallest_budget(folder: Path, options: Options) -> str:
+def smallest_budget(folder: Path, prompt: int, tokens: int) -> str:
     """The smallest budget, as the refusal of a tiny one names it."""
-    tokens = max(options.tokens, options.long)
     try:
-        alone.generate("", folder, "1KB", prompt_tokens=options.prompt, tokens=tokens)
+        alone.generate("", folder, "1KB", prompt_tokens=prompt, tokens=tokens)
     except FlashError as error:
         return str(error).split("--memory ")[1].split()[0]
     raise AssertionError("A budget of 1 KB was not refused.")
@@ -120,25 +157,9 @@ def smallest_budget(folder: Path, options: Options) -> str:
 def judge(row: Row) -> Row:
     """Note whether a budget was kept, and whether memory stood still."""
     more = row.more
-    more["slot_share"] = more["slots"] / more["units"]
     more["over_bytes"] = more["growth_bytes"] - more["budget_bytes"]
     more["kept"] = more["over_bytes"] <= OVERHEAD_BYTES
     more["mlx_kept"] = (row.memory_bytes or 0) <= more["budget_bytes"]
     flat = more["growth_per_token"]
     more["flat"] = None if flat is None else flat <= FLAT_BYTES
     return row
-
-
-def _notes(shape: Shape, options: Options, over: list[int]) -> list[str]:
-    between = f"{min(over) / 1e6:+,.0f} to {max(over) / 1e6:+,.0f} MB" if over else "–"
-    return [
-        f"Synthetic OPT, {shape.layers} layers, width {shape.dims:,}, {shape.units:,} "
-        f"neurons, vocabulary {shape.vocab:,}: {shape.nbytes / 1e9:.2f} GB in "
-        f"{shape.dtype}; {options.fit_steps} fit steps.",
-        f"Generating in {options.dtypes[-1]} after {options.prompt} prompt tokens; "
-        "growth is the peak above the baseline, imports alone, and kept if it is "
-        f"within {OVERHEAD_BYTES / 1e6:.0f} MB of the budget; kB more per token is its "
-        "rise over the second half of a run. A conversion is kept if its whole process "
-        f"stays below {CONVERT_BYTES / 1e9:.0f} GB.",
-        f"growth − budget: {between}. Reads are direct: no page cache is counted.",
-    ]

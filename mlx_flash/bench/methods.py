@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import FlashError
 from ..layers.kinds import NEURON, kind_of
 from ..loading import READ_THREADS
@@ -50,7 +52,7 @@ class Player:
     read: Callable[[int], None]  # of the token with this number
     memory_bytes: int
     stats: Stats
-    tokens: int  # per round
+    tokens: int = 0  # per round
     sparse: bool = True  # follows the selections, and needs their warm-up
     layers: Sequence[UnitSlots] = ()  # where it keeps units
     samples: list[Sample] = dataclasses.field(default_factory=list)
@@ -63,7 +65,7 @@ class Player:
             self.at += 1
             spent = self.stats - before
             if keep:
-                self.samples.append(Sample.of(spent))
+                self.samples.append(Sample(spent))
 
     def row(self) -> Row:
         paper = PAPER.get(self.name)
@@ -75,6 +77,45 @@ class Player:
             paper_gb=paper.gb if paper else None,
             paper_io_ms=paper.io_ms if paper else None,
         )
+
+
+def warm_up(players: Sequence[Player], tokens: int) -> None:
+    """Let those that follow the selections play some tokens that do not count."""
+    for player in progress(players, "warming up", "row"):
+        if player.sparse:
+            player.play(tokens, keep=False)
+            player.stats.reset()
+
+
+def slots_player(
+    name: str,
+    layers: Sequence[Layer],
+    extents: Sequence[list[Extent]],
+    slots: int,
+    steps: Sequence[Sequence[np.ndarray]],
+    policy: Lru,
+    reader: Reader,
+    **more,
+) -> Player:
+    """Brings what a token selects and slots do not hold.
+
+    Args:
+        extents: Where the units of each layer lie.
+        slots: Of each layer.
+        steps: Of each layer, the units that each token selects.
+        more: Further fields of the `Player`.
+    """
+    stats, fence = Stats(), Fence()
+    made = [
+        UnitSlots(layer, extent, slots, policy, reader, fence, stats)
+        for layer, extent in zip(layers, extents, strict=True)
+    ]
+
+    def read(token: int) -> None:
+        for unit_slots, units in zip(made, steps, strict=True):
+            bring(unit_slots, units[token])
+
+    return Player(name, read, stats=stats, layers=made, **more)
 
 
 class Bench:
@@ -89,27 +130,19 @@ class Bench:
         self.manifest = _sparse(read_manifest(folder), folder)
         self.layers = self.manifest.layers
         self.reader = open_reader(READ_THREADS)
-        self.slots = [max(round(options.resident * x.units), 1) for x in self.layers]
+        units = self.layers[0].units  # as all have
+        self.slots = max(round(options.resident * units), 1)
         self.noise = calibrated(
-            self.layers[0].units,
-            options.selected,
-            self.slots[0],
-            options.missing,
-            policy,
+            units, options.selected, self.slots, options.missing, policy
         )
+        # Tokens that a row plays in each round
+        self.sparse_tokens = max(options.tokens // options.rounds, 1)
+        self.dense_tokens = max(options.dense_tokens // options.rounds, 1)
         count = options.warm_up + options.rounds * self.sparse_tokens
         self.selections = [
-            list(Selections(x.units, options.selected, self.noise, i).tokens(count))
-            for i, x in enumerate(progress(self.layers, "selecting", "layer"))
+            list(Selections(units, options.selected, self.noise, i).tokens(count))
+            for i in progress(range(len(self.layers)), "selecting", "layer")
         ]
-
-    @property
-    def sparse_tokens(self) -> int:
-        return max(self.options.tokens // self.options.rounds, 1)
-
-    @property
-    def dense_tokens(self) -> int:
-        return max(self.options.dense_tokens // self.options.rounds, 1)
 
     def file(self, layer: Layer) -> Path:
         return self.folder / layer.file
@@ -127,11 +160,9 @@ class Bench:
 
     def held_bytes(self) -> int:
         """What sparse rows hold: all but the FFNs, and the slots' share of those."""
-        slots = sum(
-            n * sum(p.bytes for p in x.parts)
-            for n, x in zip(self.slots, self.layers, strict=True)
-        )
-        return self.manifest.resident.bytes + slots
+        unit_bytes = sum(part.bytes for part in self.layers[0].parts)
+        slot_bytes = len(self.layers) * self.slots * unit_bytes
+        return self.manifest.resident.bytes + slot_bytes
 
     def dense(self, name: str, held_bytes: int) -> Player:
         """Every weight that is not held is read for every token, file after file."""
@@ -174,26 +205,16 @@ class Bench:
         reader: Reader | None = None,
     ) -> Player:
         """What is selected and not in slots, through a reader of its own if given."""
-        stats, fence = Stats(), Fence()
-        layers = [
-            UnitSlots(
-                x,
-                layout(x, self.folder),
-                n,
-                policy,
-                reader or self.reader,
-                fence,
-                stats,
-            )
-            for n, x in zip(self.slots, self.layers, strict=True)
-        ]
-
-        def read(token: int) -> None:
-            for slots, tokens in zip(layers, self.selections, strict=True):
-                bring(slots, tokens[token])
-
-        return Player(
-            name, read, self.held_bytes(), stats, self.sparse_tokens, layers=layers
+        return slots_player(
+            name,
+            self.layers,
+            [layout(layer, self.folder) for layer in self.layers],
+            self.slots,
+            self.selections,
+            policy,
+            reader or self.reader,
+            memory_bytes=self.held_bytes(),
+            tokens=self.sparse_tokens,
         )
 
 

@@ -11,12 +11,14 @@ slower on MLX's CPU backend.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import mlx.core as mx
 import numpy as np
 
 from . import alone
-from .report import Column, Report, Row, cache_state
+from .options import Count, Folder, Memory, scratch
+from .report import Column, Report, cache_state
 from .synthetic import random_words, write_checkpoint
 
 CONFIG = {
@@ -84,34 +86,38 @@ def packed_weights(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
 
 
 def run(
-    place: Path,
-    layers: int = 48,
-    memory: str = "6GB",
-    prompt_tokens: int = 16,
-    tokens: int = 8,
-    converted: bool = False,
+    folder: Folder = None,
+    layers: Count = 48,
+    memory: Memory = "6GB",
+    prompt_tokens: Count = 16,
+    tokens: Count = 8,
+    convert: Annotated[bool, "Converted, too."] = False,
 ) -> Report:
-    """Generate in place, and with `converted` from a flash folder, too.
+    """A mixture of experts larger than its memory, of Qwen3-30B-A3B's shape.
 
-    Args:
-        place: Where the checkpoint is or is written, and the flash folder beside it.
+    \b
+    Examples:
+      mlx-flash bench moe --convert
+      mlx-flash bench moe --layers 4 --memory 600MB
     """
-    source, flash = checkpoint(place / "moe", layers), place / "moe-flash"
     notes = ["Random weights; routing is uniform, the worst case for a cache."]
-    if converted and not flash.exists():
-        found = alone.convert(source, flash, progress=False)
-        notes.append(
-            f"Converting took {found['seconds']:.0f} s and at most "
-            f"{found['peak_bytes'] / 1e9:.2f} GB; a layer's experts are "
-            f"{found['layer_bytes'] / 1e9:.2f} GB."
-        )
-    rows: list[Row] = []
-    for name, folder in (("in place", source), ("converted", flash)):
-        if folder is source or converted:
-            row = alone.generate(
-                name, folder, memory, prompt_tokens=prompt_tokens, tokens=tokens
+    with scratch(folder) as place:
+        folders = {"in place": checkpoint(place / "moe", layers)}
+        flash = place / "moe-flash"
+        if convert:
+            if not flash.exists():
+                found = alone.convert(folders["in place"], flash, progress=False)
+                notes.append(
+                    f"Converting took {found['seconds']:.0f} s and at most "
+                    f"{found['peak_bytes'] / 1e9:.2f} GB; a layer's experts are "
+                    f"{found['layer_bytes'] / 1e9:.2f} GB."
+                )
+            folders["converted"] = flash
+        rows = [
+            alone.generate(
+                name, source, memory, prompt_tokens=prompt_tokens, tokens=tokens
             )
-            row.more["slot_share"] = row.more["slots"] / row.more["units"]
-            rows.append(row)
+            for name, source in folders.items()
+        ]
     notes[0] += f" Reads: {cache_state(all(r.more['direct_io'] for r in rows))}."
     return Report("experts", rows, COLUMNS, notes, {"routing": "uniform"})

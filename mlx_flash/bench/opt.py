@@ -106,9 +106,6 @@ def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
     """The flash folder of this shape in `place`, written if it is not there.
 
     With `memory` it has predictors, made for that budget.
-
-    Raises:
-        FlashError: If there is another model, or no room.
     """
     folder = place / "opt-flash"
     if not folder.exists():

@@ -7,12 +7,14 @@ the rest is multiplied, and also the next layer's guessed units read early.
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+from typing import Annotated
 
 import mlx.nn as nn
 import numpy as np
 
 from ..loading import load_model
+from ..memory.stats import Stats
+from .options import VOCABULARY, Count, Memory, Model, model_or_opt, parse_shape
 from .report import Column, Report, Row
 from .turns import Turns
 
@@ -36,14 +38,16 @@ COLUMNS = [
 ]
 
 
-def run(folder: Path, memory: str, tokens: int) -> Report:
-    """A row for each way, all decoding the same random tokens in turn.
-
-    Args:
-        folder: A flash folder.
-        memory: The budget of each of the three models.
-    """
+def run(
+    model: Model = None,
+    shape: Annotated[str, {"metavar": "LAYERSxDIMSxFFN"}] = "8x2048x8192",
+    memory: Memory = "50%",
+    tokens: Count = 96,
+) -> Report:
+    """Reading while MLX computes, and reading early, beside doing it in turn."""
+    wanted = parse_shape(shape, VOCABULARY, "float32")
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(model_or_opt(model, None, wanted, memory))
         models: dict[str, nn.Module] = {}
         for name, options in ROWS.items():
             loaded = load_model(folder, memory, context=tokens + WARM, **options)
@@ -60,7 +64,7 @@ def run(folder: Path, memory: str, tokens: int) -> Report:
 
 
 def _row(name: str, turns: Turns) -> Row:
-    spent = turns.spent[name]
+    spent = sum((sample.spent for sample in turns.samples[name]), Stats())
     budget = turns.models[name].flash.budget.total_bytes
     row = Row.of(
         name,

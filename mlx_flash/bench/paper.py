@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.cost import Cost, FlashLayer, Matrices, Work, token_cost
-from ..planning.profile import Profile, load_profile
+from ..planning.profile import load_profile
 from . import report
 
 HALF = 2  # bytes of a value on flash
@@ -104,34 +104,24 @@ TABLE_3 = (
 )
 
 
-COLUMNS = [
-    report.Column("model", "model"),
-    report.Column("method", "method"),
-    report.Column("dtype", "dtype"),
-    report.Column("I/O", "io"),
-    report.Column("cache", "cache"),
-    report.Column("compute", "compute"),
-]
-
-
 def run() -> report.Report:
-    """Both tables beside what the cost model makes of them; nothing is measured."""
+    """The paper's tables beside what the cost model makes of them.
+
+    Nothing is measured: sizes and the shares of neurons that the paper counted go into
+    the model of `mlx-flash plan`.
+    """
     rows = []
-    for number, table in ((2, TABLE_2), (3, TABLE_3)):
-        for row in table:
-            cost = model_row(row)
-            more = {
-                "model": row.model.name,
-                "method": row.method,
-                "dtype": row.dtype,
-                "io": _beside(cost.io_s, row.io_ms),
-            }
-            if number == 3:
-                more["cache"] = _beside(cost.cache_s, row.cache_ms)
-                more["compute"] = _beside(cost.compute_s, row.compute_ms)
-            rows.append(report.Row(str(number), more=more))
+    for row in TABLE_2 + TABLE_3:
+        cost = model_row(row)
+        more = {"model": row.model.name, "method": row.method, "dtype": row.dtype}
+        more["io"] = _beside(cost.io_s, row.io_ms)
+        if row in TABLE_3:
+            more["cache"] = _beside(cost.cache_s, row.cache_ms)
+            more["compute"] = _beside(cost.compute_s, row.compute_ms)
+        rows.append(report.Row("3" if row in TABLE_3 else "2", more=more))
+    columns = [report.Column("I/O" if key == "io" else key, key) for key in more]
     note = "Modelled / paper, in ms per token on an M1 Max."
-    return report.Report("table", rows, COLUMNS, [note], {})
+    return report.Report("table", rows, columns, [note], {})
 
 
 def _beside(modelled_s: float, paper_ms: float) -> str:
@@ -141,9 +131,9 @@ def _beside(modelled_s: float, paper_ms: float) -> str:
     return f"{1e3 * modelled_s:,.0f} / {paper_ms:,.0f} ({ratio:+.0%})"
 
 
-def model_row(row: Row, profile: Profile | None = None) -> Cost:
-    """The modelled cost of a row, on the paper's M1 Max by default."""
-    profile = profile or load_profile("m1-max-paper")
+def model_row(row: Row) -> Cost:
+    """The modelled cost of a row on the paper's M1 Max."""
+    profile = load_profile("m1-max-paper")
     assert profile is not None  # it is shipped
     cost = token_cost(profile, work_of(row.model, row.method, row.dtype))
     if row.method != "naive":
@@ -157,18 +147,16 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
     """What a method asks of the machine for each token."""
     size = 4 if dtype == "float32" else HALF
     resident: float = model.other_values
-    pieces, random = 1, True
+    dense = method in ("naive", "hybrid")
     selected, computed = model.loaded, model.held
-    if method in ("naive", "hybrid"):
+    if dense:
         # All is needed in order; half of the model fits, or nothing.
         fits = model.values / 2 - model.other_values if method == "hybrid" else 0.0
-        selected, computed, random = 1 - fits / model.ffn_values, 1.0, False
+        selected, computed = 1 - fits / model.ffn_values, 1.0
     else:
         resident += model.predictor * model.values
     if method == "+ predictor":
         selected = model.predicted
-    if method in ("+ predictor", "+ window"):
-        pieces = 2
     units = model.neurons
     values = 2 * model.dims * units
     layer = FlashLayer(
@@ -176,11 +164,11 @@ def work_of(model: Model, method: str, dtype: str) -> Work:
         units=units,
         unit_bytes=2 * model.dims * HALF,
         slots=int(model.held * units),
-        pieces=pieces,
+        pieces=2 if method in ("+ predictor", "+ window") else 1,
         selected=selected * units,
         hit_rate=0.0,
         computed=computed * units,
-        random=random,
+        random=not dense,
         merged=False,
     )
     outer = Matrices("matmul", dtype, 0, size * resident, resident)

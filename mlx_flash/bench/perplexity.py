@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from .. import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
 from ..memory.stats import Stats
+from .options import Count, DemoModel, Memory, Text
 from .report import Column, Report, Row, progress
 
 LENGTH = 128  # half the model's size has little room for a longer KV cache
@@ -36,19 +39,13 @@ COLUMNS = [
 
 
 def run(
-    text: Path, model: str | Path, memory: str, tokens: int, decode_tokens: int
+    text: Text,
+    model: DemoModel = DEMO_MODEL,
+    memory: Memory = "50%",
+    tokens: Annotated[Count, "For perplexity."] = 65536,
+    decode_tokens: Annotated[Count, "Per window."] = 1024,
 ) -> Report:
-    """A row for each policy, and both perplexities in the note and the facts.
-
-    Args:
-        text: A file in UTF-8.
-        model: A flash folder with its tokenizer.
-        tokens: Of the text for perplexity.
-        decode_tokens: Of it for each policy.
-
-    Raises:
-        FlashError: If the text is too short.
-    """
+    """What prediction costs in quality on TEXT, and what windows save in reads."""
     with load(model, memory=memory, predictor=False, context=LENGTH) as loaded:
         pieces = cut(loaded[1], text, tokens)
         dense = perplexity(loaded[0], pieces)
@@ -62,9 +59,8 @@ def run(
     for name, policy in POLICIES.items():
         with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
             spent = decode(net, some)
-        row = Row(name, tokens=steps, more={"hit_rate": spent.hit_rate})
-        row.bytes_per_token = spent.bytes_read / steps
-        row.reads_per_token = spent.reads / steps
+        row = Row(name, tokens=steps)
+        row.count(spent)
         rows.append(row)
     cost = predicted / dense - 1
     note = (
@@ -86,11 +82,7 @@ def run(
 
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
-    """Pieces of a text, [rows, LENGTH] token ids, `count` in all.
-
-    Raises:
-        FlashError: If the text does not fill one.
-    """
+    """Pieces of a text, [rows, LENGTH] token ids, `count` in all."""
     ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
     body = LENGTH - len(start)

@@ -12,26 +12,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
+import click
 import numpy as np
 
+from .. import DEMO_MODEL
 from ..converters.calibrate.placement import order_by_coactivation
 from ..loading import READ_THREADS, load
-from ..memory.fence import Fence
 from ..memory.policies import Lrfu, Lru
-from ..memory.slots import UnitSlots
-from ..memory.stats import Stats
 from ..storage.limits import PAGE_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import open_reader
 from ..storage.safetensors import read_header
 from ..traces.trace import Trace
 from ..tracing import record_text
-from .landing import bring, bundled
-from .methods import Player
+from .landing import bundled
+from .methods import Player, slots_player
+from .options import TEXT, Count, DemoModel, Memory, Text
 from .report import Column, Report, Row, cache_state, progress
 
 POLICIES = {"lru": Lru, "lrfu": Lrfu}
@@ -47,44 +47,48 @@ COLUMNS = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`tokens` are played, in `rounds` blocks; `place_tokens` others are placed by."""
+def run(
+    text: Text,
+    place_text: Annotated[
+        Path | None, TEXT, "Text to place by.  [default: the first half of TEXT]"
+    ] = None,
+    model: DemoModel = DEMO_MODEL,
+    memory: Memory = "50%",
+    tokens: Annotated[Count, "Played."] = 1024,
+    place_tokens: Annotated[Count, "Placed by."] = 8192,
+    policy: Annotated[str, click.Choice(list(POLICIES))] = "lru",
+    rounds: Annotated[Count, "Blocks of the tokens."] = 8,
+) -> Report:
+    """Orders of a model's neurons on flash, played with TEXT at equal memory.
 
-    memory: str = "50%"
-    tokens: int = 1024
-    place_tokens: int = 8192
-    policy: str = "lru"
-    rounds: int = 8
-
-
-def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> Report:
-    """A row for each placement and gap.
-
-    Args:
-        text: A file in UTF-8.
-        place_text: Another to place by; None for the first half of `text`.
-        folder: A flash folder of neurons.
+    \b
+    Example:
+      mlx-flash bench placement valid.txt --place-text train.txt
     """
+    options = {
+        "memory": memory,
+        "tokens": tokens,
+        "place_tokens": place_tokens,
+        "policy": policy,
+        "rounds": rounds,
+    }
     words = text.read_text()
     half = len(words) // 2
     learn = place_text.read_text() if place_text else words[:half]
-    with load(folder, memory=options.memory, context=128) as (net, tokenizer):
-        learned = record_text(net, tokenizer, learn, options.place_tokens)
-        played = record_text(net, tokenizer, words[half:], options.tokens)
+    with load(model, memory=memory, context=128) as (net, tokenizer):
+        learned = record_text(net, tokenizer, learn, place_tokens)
+        played = record_text(net, tokenizer, words[half:], tokens)
         manifest, slots = net.flash.manifest, min(net.flash.budget.slots)
-    policy = POLICIES[options.policy]()
-    steps = [[units for units, *_ in played.steps(i)] for i in range(len(played.units))]
+    layers = manifest.layers
+    steps = [[units for units, *_ in played.steps(i)] for i in range(len(layers))]
     count = len(steps[0])
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=".")))
         players = []
         for name, orders in placements(learned).items():
             copies = [
-                permuted_copy(layer, folder, order, place / f"{name}_{i}.safetensors")
-                for i, (layer, order) in enumerate(
-                    zip(manifest.layers, orders, strict=True)
-                )
+                permuted_copy(layer, model, order, place / f"{name}_{i}.safetensors")
+                for i, (layer, order) in enumerate(zip(layers, orders, strict=True))
             ]
             # The step's neurons by the places they have in the copy.
             moved = [
@@ -94,25 +98,29 @@ def run(text: Path, place_text: Path | None, folder: Path, options: Options) -> 
             for pages in GAPS:
                 reader = open_reader(READ_THREADS, max_gap_bytes=pages * PAGE_BYTES)
                 stack.enter_context(reader)
-                stats, fence = Stats(), Fence()
-                layers = [
-                    UnitSlots(x, bundled(x, place), slots, policy, reader, fence, stats)
-                    for x in copies
-                ]
-                title = f"{name}, {pages * PAGE_BYTES // 1024} KiB"
-                players.append(_player(title, layers, moved, stats))
-        ends = np.linspace(0, count, options.rounds + 1).astype(int)
+                player = slots_player(
+                    f"{name}, {pages * PAGE_BYTES // 1024} KiB",
+                    copies,
+                    [bundled(layer, place) for layer in copies],
+                    slots,
+                    moved,
+                    POLICIES[policy](),
+                    reader,
+                    memory_bytes=0,
+                )
+                players.append(player)
+        ends = np.linspace(0, count, rounds + 1).astype(int)
         for length in progress(np.diff(ends).tolist(), "measuring", "block"):
             for player in players:
                 player.play(length)
         direct = reader.direct
     note = (
-        f"{count} tokens of {text.name}, {slots} slots of {manifest.layers[0].units} "
-        f"neurons a layer, {options.policy}; placed by {options.place_tokens} other "
+        f"{count} tokens of {text.name}, {slots} slots of {layers[0].units} "
+        f"neurons a layer, {policy}; placed by {place_tokens} other "
         f"tokens. ± is the deviation over tokens; {cache_state(direct)}."
     )
     rows = [_row(player) for player in players]
-    facts = {"text": text.name, "slots": slots, "options": vars(options)}
+    facts = {"text": text.name, "slots": slots, "options": options}
     return Report("placement, gap", rows, COLUMNS, [note], facts)
 
 
@@ -137,19 +145,6 @@ def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> 
     bundles = bundles.reshape(layer.units, layer.unit_bytes)
     path.write_bytes(content[:start] + bundles[order].tobytes() + content[end:])
     return dataclasses.replace(layer, file=path.name)
-
-
-def _player(
-    name: str,
-    layers: Sequence[UnitSlots],
-    steps: Sequence[Sequence[np.ndarray]],
-    stats: Stats,
-) -> Player:
-    def read(token: int) -> None:
-        for slots, units in zip(layers, steps, strict=True):
-            bring(slots, units[token])
-
-    return Player(name, read, 0, stats, 0)
 
 
 def _row(player: Player) -> Row:

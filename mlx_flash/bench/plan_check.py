@@ -9,8 +9,10 @@ probe just before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import click
 
 from ..converters.convert import convert
 from ..errors import FlashError
@@ -19,6 +21,7 @@ from ..planning.profile import Profile, load_profile
 from . import moe
 from .decode import run_model
 from .opt import Shape, flash_folder
+from .options import Budgets, Count
 from .report import Column, Report, Row
 from .synthetic import plain_weights, write_checkpoint
 
@@ -68,55 +71,52 @@ MODELS = {"neurons": neurons, "experts": experts, "blocks": blocks}
 
 
 def run(
-    place: Path,
-    kinds: Sequence[str] = (),
-    budgets: Sequence[str] = ("50%", "65%", "80%"),
-    prompt_tokens: int = 8,
-    tokens: int = 24,
-    rounds: int = 2,
+    folder: Annotated[Path, click.Path(path_type=Path)],
+    kind: Annotated[
+        tuple[str, ...],
+        click.Choice(list(MODELS)),
+        "Only this one; repeat it for more.",
+    ] = (),
+    memory: Budgets = ("50%", "65%", "80%"),
+    prompt_tokens: Count = 8,
+    tokens: Count = 24,
+    rounds: Count = 2,
 ) -> Report:
-    """A row for each model and budget: the fastest of `rounds` runs.
+    """The cost model of `mlx-flash plan` beside runs on this machine.
 
-    Args:
-        place: Where the models are, or are written.
-        kinds: Of `MODELS`, none for all.
+    Models of about 1 GB are written below FOLDER if they are not there.
 
-    Raises:
-        FlashError: If this machine has no profile.
+    \b
+    Example:
+      mlx-flash probe DIR && mlx-flash bench plan-check DIR
     """
     profile = load_profile()
     if profile is None:
         raise FlashError("This machine has no profile yet. Make one: mlx-flash probe")
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    context, warm = prompt_tokens + tokens, tokens // 4
     rows = []
-    for kind in kinds or MODELS:
-        folder = MODELS[kind](place)
-        for memory in budgets:
-            name = f"{kind}, {memory}"
+    for name in kind or MODELS:
+        model = MODELS[name](folder)
+        for budget in memory:
+            title = f"{name}, {budget}"
             try:
                 runs = [
-                    _measure(name, folder, memory, prompt_tokens, tokens)
+                    run_model(
+                        model, budget, prompt_tokens, tokens - warm, warm_up=warm
+                    ).row(title)
                     for _ in range(rounds)
                 ]
             except FlashError as error:
-                rows.append(Row(name, more={"error": str(error)}))
+                rows.append(Row.failed(title, error))
                 continue
             best = min(runs, key=lambda row: row.total_ms or 0.0)
-            context = prompt_tokens + tokens
-            rows.append(_beside(best, folder, memory, profile, context))
+            rows.append(_beside(best, model, budget, profile, context))
     note = (
         f"Modelled and measured ms per token, the better of {rounds} runs of {tokens} "
         f"tokens, of which the first quarter fills the slots, on {profile.device}."
     )
     return Report("unit, memory", rows, COLUMNS, [note], {"profile": profile.source})
-
-
-def _measure(
-    name: str, folder: Path, memory: str, prompt_tokens: int, tokens: int
-) -> Row:
-    warm = tokens // 4
-    run = run_model(folder, memory, prompt_tokens, tokens - warm, warm_up=warm)
-    return run.row(name)
 
 
 def _beside(row: Row, folder: Path, memory: str, profile: Profile, context: int) -> Row:

@@ -20,11 +20,7 @@ TIMES = {"io_ms": "I/O", "cache_ms": "cache", "compute_ms": "compute"}
 
 
 def check_plot(path: Path) -> None:
-    """Judge before measuring whether a picture can be drawn there.
-
-    Raises:
-        FlashError: If matplotlib is missing, or the file cannot be of that name.
-    """
+    """Judge before measuring whether a picture can be drawn there."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -38,11 +34,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw curves where the rows are budgets, else a bar for each row.
-
-    Raises:
-        FlashError: If no row was measured, or `path` cannot be written.
-    """
+    """Draw curves where the rows are budgets, else a bar for each row."""
     rows = [row for row in report.rows if row.total_ms is not None]
     if not rows:
         raise FlashError(f"{path} was not drawn: no row could be measured.")
@@ -53,11 +45,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def plot_reads(profile: Profile, path: Path) -> None:
-    """Draw the throughput over the length of a read, a line for each queue depth.
-
-    Raises:
-        FlashError: If `path` cannot be written.
-    """
+    """Draw the throughput over the length of a read, a line for each queue depth."""
     figure = _figure((7, 4.5))
     axes = figure.add_subplot()
     for threads in sorted({p.threads for p in profile.flash}):

@@ -33,6 +33,8 @@ from .decode import random_prompt
 from .report import progress
 from .selections import miss_share
 
+SELECTED = 0.10  # of a layer, chosen for a token
+MISSING = 0.024  # of a layer, read for a token
 # The longer the context, the less do tokens differ after attention has averaged over
 # it: only the second half of the prompt counts, where generation goes on from.
 TOKENS = 256
@@ -57,16 +59,9 @@ def rank_of(layer: int, layers: int, dims: int) -> int:
     return max(dims // (4 if layer >= layers - layers // 8 else 32), 1)
 
 
-def add_predictors(
-    folder: Path, memory: str, selected: float = 0.10, missing: float = 0.024
-) -> None:
-    """Give a flash folder without predictors such that cost what the paper's do.
-
-    Args:
-        memory: Budget for whose slots `missing` is to hold.
-        selected: Share of a layer chosen per token.
-        missing: Share of a layer read per token.
-    """
+def add_predictors(folder: Path, memory: str) -> None:
+    """Give a flash folder without predictors such that cost what the paper's do, with
+    the slots of `memory`."""
     manifest = read_manifest(folder)
     dims = manifest.layers[0].parts[0].shape[0]
     made = _random(manifest, dims)
@@ -74,7 +69,7 @@ def add_predictors(
     shares = []
     layers = list(zip(made, manifest.layers, scores, slots, strict=True))
     for predictor, layer, score, n in progress(layers, "calibrating", "layer"):
-        predictor.bias, share = _bias(score, layer.units, n, selected, missing)
+        predictor.bias, share = _bias(score, layer.units, n)
         shares.append(share)
     _write(folder, manifest, made, shares)
 
@@ -115,16 +110,14 @@ def _scores(
         return scores, model.flash.budget.slots
 
 
-def _bias(
-    scores: np.ndarray, units: int, n_slots: int, selected: float, missing: float
-) -> tuple[mx.array, float]:
+def _bias(scores: np.ndarray, units: int, n_slots: int) -> tuple[mx.array, float]:
     """Popularity less threshold, found by bisection on what an LRU would miss."""
     popularity = np.random.default_rng(n_slots).standard_normal(units, np.float32)
     popularity *= scores.std()
 
     def at(weight: float) -> tuple[np.ndarray, np.ndarray]:
         total = scores + weight * popularity
-        threshold = np.quantile(total, 1 - selected)
+        threshold = np.quantile(total, 1 - SELECTED)
         return total > threshold, weight * popularity - threshold
 
     low, high = 0.0, 16.0
@@ -132,7 +125,7 @@ def _bias(
         weight = (low + high) / 2
         asked = [np.flatnonzero(row) for row in at(weight)[0]]
         miss = miss_share(asked, units, n_slots, Lru(), WARM_TOKENS)
-        low, high = (weight, high) if miss > missing else (low, weight)
+        low, high = (weight, high) if miss > MISSING else (low, weight)
     chosen, bias = at((low + high) / 2)
     return mx.array(bias), float(chosen.mean())
 

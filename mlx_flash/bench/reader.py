@@ -15,6 +15,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Annotated
+
+import click
 
 from ..errors import FlashError
 from ..loading import READ_THREADS
@@ -22,7 +25,9 @@ from ..memory.policies import Lru, Window
 from ..memory.stats import Stats
 from ..storage.limits import PAGE_BYTES
 from ..storage.reader import open_reader
-from .methods import Bench, Options, Player
+from . import methods
+from .methods import Bench, Player
+from .options import VOCABULARY, Count, Folder, Share, make_shape, model_or_opt
 from .report import Column, Report, Row, cache_state, progress
 
 COLUMNS = [
@@ -42,41 +47,52 @@ COLUMNS = [
 
 
 def run(
-    folder: Path,
-    options: Options,
-    reader: str = "both",
-    windows: Sequence[int] = (),
-    fio_seconds: float = 4.0,
+    layers: Count = 32,
+    units: Annotated[Count, "Neurons of a layer."] = 16384,
+    dims: Annotated[Count, "Model width."] = 4096,
+    reader: Annotated[str, click.Choice(["c", "python", "both"])] = "both",
+    window: Annotated[tuple[int, ...], click.INT, "Add a row: window policy."] = (),
+    tokens: Annotated[Count, "Measured, per row."] = 96,
+    rounds: Annotated[Count, "Blocks of those tokens."] = 4,
+    warm_up: Annotated[Count, "Tokens before them."] = 24,
+    selected: Annotated[Share, "Share, per token."] = 0.10,
+    resident: Annotated[Share, "Share in slots."] = 0.24,
+    missing: Annotated[Share, "Share read, LRU."] = 0.024,
+    fio_seconds: Annotated[float, "0 leaves it out."] = 4.0,
+    folder: Folder = None,
 ) -> Report:
-    """Measure all rows, in turns, so that a slow spell of the disk meets them all.
+    """Reader and slot cache on OPT-6.7B's bundles, beside fio.
 
-    Args:
-        folder: A flash folder of neurons.
-        options: Of the selections and of how much is read.
-        reader: "c", "python" or "both", with LRU.
-        windows: Policies of so many tokens, a row each.
-        fio_seconds: Of each comparison, 0 for none.
-
-    Raises:
-        FlashError: If it is no such folder, or fio fails.
+    \b
+    Examples:
+      mlx-flash bench reader --window 4
+      mlx-flash bench reader --layers 4 --units 2048 --dims 512 --fio-seconds 0
     """
-    bench = Bench(folder, options, Lru())
+    options = methods.Options(
+        tokens=tokens,
+        rounds=rounds,
+        warm_up=warm_up,
+        selected=selected,
+        resident=resident,
+        missing=missing,
+    )
+    shape = make_shape(layers, dims, units, VOCABULARY, "float16")
     with contextlib.ExitStack() as stack:
+        path = stack.enter_context(model_or_opt(None, folder, shape))
+        bench = Bench(path, options, Lru())
         stack.enter_context(bench.reader)
         players = []
-        for name, policy, native in _wanted(reader, windows):
+        for name, policy, native in _wanted(reader, window):
             own = stack.enter_context(open_reader(READ_THREADS, native=native))
             players.append(bench.windowed(name, policy, reader=own))
         with_fio = fio_seconds > 0 and shutil.which("fio") is not None
         files = [bench.file(layer) for layer in bench.layers]
         block = bench.layers[0].unit_bytes
-        for player in progress(players, "warming up", "row"):
-            player.play(options.warm_up, keep=False)
-            player.stats.reset()
+        methods.warm_up(players, warm_up)
         blocks: dict[str, list[Stats]] = {player.name: [] for player in players}
         disk: dict[str, list[float]] = {player.name: [] for player in players}
         around = fio(files, block, fio_seconds) if with_fio else 0.0
-        for _ in progress(range(options.rounds), "measuring", "round"):
+        for _ in progress(range(rounds), "measuring", "round"):
             for player in players:
                 before = player.stats.copy()
                 player.play(player.tokens)
@@ -86,8 +102,7 @@ def run(
                     disk[player.name].append((around + after) / 2)
                     around = after
         direct = bench.reader.direct and block % PAGE_BYTES == 0
-    units = sum(layer.units for layer in bench.layers)
-    rows = [_row(p, units, blocks[p.name], disk[p.name]) for p in players]
+    rows = [_row(p, layers * units, blocks[p.name], disk[p.name]) for p in players]
     return Report(
         "reader",
         rows,
@@ -100,11 +115,11 @@ def run(
 def _wanted(reader: str, windows: Sequence[int]) -> list[tuple[str, Lru, bool]]:
     """(name, policy, whether the C reader) of each row."""
     readers = {"c": [True], "python": [False], "both": [True, False]}[reader]
-    wanted: list[tuple[str, Lru, bool]] = [("LRU", Lru(), c) for c in readers]
-    wanted += [(f"window {k}", Window(k), readers[0]) for k in windows]
+    policies = [("LRU", Lru(), native) for native in readers]
+    policies += [(f"window {k}", Window(k), readers[0]) for k in windows]
     return [
         (f"{name}, {'C' if native else 'Python'} reader", policy, native)
-        for name, policy, native in wanted
+        for name, policy, native in policies
     ]
 
 
@@ -128,11 +143,7 @@ def _row(player: Player, units: int, blocks: list[Stats], disk: list[float]) -> 
 
 
 def fio(files: Sequence[Path], block_bytes: int, seconds: float) -> float:
-    """GB/s of random direct reads spread over `files`.
-
-    Raises:
-        FlashError: If fio fails, in its own words.
-    """
+    """GB/s of random direct reads spread over `files`."""
     command = ["fio", "--name=bundles", "--filename=" + ":".join(map(str, files))]
     command += ["--rw=randread", f"--bs={block_bytes}", "--direct=1", "--readonly"]
     command += ["--ioengine=psync", "--thread", f"--numjobs={READ_THREADS}"]
@@ -155,7 +166,7 @@ def _notes(bench: Bench, direct: bool, fio_seconds: float | None) -> list[str]:
         f"SYNTHETIC selections (noise {bench.noise:.3f}) over {len(bench.layers)} "
         f"layers of {first.units:,} neurons, {bench.manifest.ffn_bytes / 1e9:.2f} GB "
         f"of {bench.manifest.dtype} in bundles of {first.unit_bytes / 1024:g} KiB; "
-        f"{bench.slots[0]:,} slots a layer, {o.selected:.1%} of it selected per token.",
+        f"{bench.slots:,} slots a layer, {o.selected:.1%} of it selected per token.",
         f"{o.rounds} rounds of {bench.sparse_tokens} tokens for each row, {o.warm_up} "
         f"to warm up; {beside}. ± is the deviation over tokens, of GB/s and ratios "
         f"over rounds. {cache_state(direct)}.",

@@ -32,29 +32,25 @@ TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
 
 @dataclass(frozen=True)
 class Sample:
-    """One token. `compute_ms` is None where nothing was multiplied."""
+    """What counters rose by in one token; `total_s` is None where nothing was
+    multiplied."""
 
-    io_ms: float
-    cache_ms: float
-    compute_ms: float | None
-    bytes_read: int
-    reads: int
-    hits: int = 0
-    misses: int = 0
+    spent: Stats
+    total_s: float | None = None
 
-    @classmethod
-    def of(cls, spent: Stats, total_s: float | None = None) -> Sample:
-        """What counters rose by in a token that took `total_s`, None: read only."""
-        rest = None if total_s is None else total_s - spent.io_s - spent.cache_s
-        return cls(
-            io_ms=1e3 * spent.io_s,
-            cache_ms=1e3 * spent.cache_s,
-            compute_ms=None if rest is None else 1e3 * rest,
-            bytes_read=spent.bytes_read,
-            reads=spent.reads,
-            hits=spent.hits,
-            misses=spent.misses,
-        )
+    @property
+    def io_ms(self) -> float:
+        return 1e3 * self.spent.io_s
+
+    @property
+    def cache_ms(self) -> float:
+        return 1e3 * self.spent.cache_s
+
+    @property
+    def compute_ms(self) -> float | None:
+        if self.total_s is None:
+            return None
+        return 1e3 * (self.total_s - self.spent.io_s - self.spent.cache_s)
 
     @property
     def total_ms(self) -> float:
@@ -90,12 +86,20 @@ class Row:
                 setattr(row, time, mean(values))
                 row.std[time] = stdev(values) if len(values) > 1 else 0.0
         if samples:
-            row.bytes_per_token = mean(sample.bytes_read for sample in samples)
-            row.reads_per_token = mean(sample.reads for sample in samples)
-        asked = sum(sample.hits + sample.misses for sample in samples)
-        if asked:
-            row.more["hit_rate"] = sum(sample.hits for sample in samples) / asked
+            row.count(sum((sample.spent for sample in samples), Stats()))
         return row
+
+    def count(self, spent: Stats) -> None:
+        """Note what all tokens together have read."""
+        self.bytes_per_token = spent.bytes_read / self.tokens
+        self.reads_per_token = spent.reads / self.tokens
+        if spent.asked:
+            self.more["hit_rate"] = spent.hit_rate
+
+    @classmethod
+    def failed(cls, name: str, error: object) -> Row:
+        """A row that could not be measured, and why."""
+        return cls(name, more={"error": str(error)})
 
     def to_json(self) -> dict:
         facts = {k: v for k, v in vars(self).items() if k != "more"}

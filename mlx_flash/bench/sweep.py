@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
+import click
+
+from .. import DEMO_MODEL
 from ..errors import FlashError
 from .decode import Run, run_model
+from .options import Budgets, Count, DemoModel
 from .report import Column, Report, Row, cache_state, progress
 
 COLUMNS = [
@@ -25,45 +28,51 @@ COLUMNS = [
 
 
 def run(
-    folder: Path,
-    budgets: Sequence[str],
-    tokens: int = 32,
-    prompt_tokens: int = 32,
-    repeats: int = 2,
+    model: Annotated[
+        DemoModel, "Flash folder, or an mlx-lm checkpoint with experts."
+    ] = DEMO_MODEL,
+    memory: Annotated[
+        Budgets,
+        "A budget; repeat it for more.",
+        {"show_default": "40% to 100% in tenths"},
+    ] = ("40%", "50%", "60%", "70%", "80%", "90%", "100%"),
+    tokens: Annotated[int, click.IntRange(2)] = 32,
+    prompt_tokens: Count = 32,
+    repeats: Count = 2,
 ) -> Report:
-    """A row for each budget, greedily continuing a prompt of random tokens.
+    """Tokens/s, bytes per token and hit rate over memory budgets.
 
-    Each repeat goes through all budgets, so that a slow spell does not hit one alone.
-    A budget that is refused keeps its row, with the reason.
+    \b
+    Examples:
+      mlx-flash bench sweep --plot sweep.png
+      mlx-flash bench sweep --model opt-6.7b-flash --memory 7GB --memory 9GB
     """
-    found: dict[str, list[Run]] = {memory: [] for memory in budgets}
+    found: dict[str, list[Run]] = {budget: [] for budget in memory}
     errors: dict[str, str] = {}
-    for memory in progress(list(budgets) * repeats, "measuring", "run"):
-        if memory in errors:
+    # Each repeat goes through all budgets, so that a slow spell does not hit one alone.
+    for budget in progress(list(memory) * repeats, "measuring", "run"):
+        if budget in errors:
             continue
         try:
-            found[memory].append(
-                run_model(folder, memory, prompt_tokens, tokens, greedy=True)
-            )
+            run = run_model(model, budget, prompt_tokens, tokens, greedy=True)
+            found[budget].append(run)
         except FlashError as error:
-            errors[memory] = str(error)
+            errors[budget] = str(error)
     rows = [
-        Row(memory, more={"error": errors[memory]})
-        if memory in errors
-        else _row(memory, runs)
-        for memory, runs in found.items()
+        Row.failed(budget, errors[budget]) if budget in errors else _row(budget, runs)
+        for budget, runs in found.items()
     ]
     facts_of_runs = [run.facts for runs in found.values() for run in runs]
-    direct = all(run["direct_io"] for run in facts_of_runs)
-    model_bytes = max((run["model_bytes"] for run in facts_of_runs), default=None)
+    direct = all(facts["direct_io"] for facts in facts_of_runs)
+    model_bytes = max((facts["model_bytes"] for facts in facts_of_runs), default=None)
     size = "" if model_bytes is None else f", {model_bytes / 1e9:.3f} GB"
     notes = [
-        f"{folder.name}{size}: {repeats} runs a budget, each {tokens} tokens after a "
+        f"{model.name}{size}: {repeats} runs a budget, each {tokens} tokens after a "
         f"prompt of {prompt_tokens} random ones; {cache_state(direct)}. ± is the "
         "deviation over tokens. Peak is what MLX allocated."
     ]
     facts = {
-        "model": str(folder),
+        "model": str(model),
         "model_bytes": model_bytes,
         "cache_state": cache_state(direct),
         "repeats": repeats,

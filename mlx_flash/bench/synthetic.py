@@ -161,11 +161,7 @@ def empty_part(folder: Path) -> Path:
 
 
 def have_room(folder: Path, nbytes: int) -> None:
-    """Judge the disk before anything is written.
-
-    Raises:
-        FlashError: If `nbytes` do not fit where `folder` is to be.
-    """
+    """Judge the disk before anything is written."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free

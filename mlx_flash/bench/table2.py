@@ -9,18 +9,14 @@ neurons the sparse rows read is SYNTHETIC, with the paper's statistics
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 
 from ..loading import READ_THREADS
 from ..memory.policies import Window
 from ..planning.cost import FlashLayer, Matrices, Work, token_cost
 from ..planning.profile import Profile, load_profile
-from ..storage.manifest import Layer
-from .methods import Bench, Options
+from . import options
+from .methods import Bench, Options, Player, warm_up
 from .report import Column, Report, cache_state, progress
-
-__all__ = ["Options", "run"]
 
 COLUMNS = [
     Column("memory GB", "memory_bytes", 1e9, 2),
@@ -38,32 +34,45 @@ COLUMNS = [
 ]
 
 
-def run(folder: Path, options: Options) -> Report:
-    """Measure all rows, in turns, so that a slow spell of the disk meets them all.
+def run(
+    model: options.Model = None,
+    shape: options.OptShape = options.OPT_6_7B,
+    vocab: options.OptVocab = options.OPT_VOCAB,
+    dtype: options.OptDtype = "float16",
+    folder: options.Folder = None,
+    tokens: options.Count = 96,
+    dense_tokens: options.DenseTokens = 3,
+    rounds: options.Count = 3,
+    window: options.Count = 4,
+) -> Report:
+    """The I/O of a token: naive, hybrid, predictor, windowing, bundling.
 
-    Args:
-        folder: A flash folder of neurons; SYNTHETIC selections replace its predictors.
+    Reads for real, through the reader that generation uses; which neurons a token
+    needs is SYNTHETIC, with the paper's statistics.
 
-    Raises:
-        FlashError: If it is no such folder.
+    \b
+    Examples:
+      mlx-flash bench table2 --json table2.json
+      mlx-flash bench table2 --shape 4x512x2048 --tokens 12
     """
-    bench = Bench(folder, options, Window(options.window))
-    with bench.reader:
-        players = bench.players()
-        for player in progress(players, "warming up", "row"):
-            if player.sparse:
-                player.play(options.warm_up, keep=False)
-                player.stats.reset()
-        for _ in progress(range(options.rounds), "measuring", "round"):
-            for player in players:
-                player.play(player.tokens)
-        direct = bench.reader.direct
+    shares = Options(tokens, dense_tokens, rounds, window=window)
+    wanted = options.parse_shape(shape, vocab, dtype)
+    with options.model_or_opt(model, folder, wanted) as path:
+        bench = Bench(path, shares, Window(window))
+        with bench.reader:
+            players = bench.players()
+            warm_up(players, shares.warm_up)
+            # In turns, so that a slow spell of the disk meets all rows.
+            for _ in progress(range(rounds), "measuring", "round"):
+                for player in players:
+                    player.play(player.tokens)
+            direct = bench.reader.direct
     rows = [player.row() for player in players]
     profile = load_profile()
     for player, row in zip(players, rows, strict=True):
         if profile is not None and row.bytes_per_token is not None:
             row.more["modelled_io_ms"] = 1e3 * modelled_io_s(
-                profile, bench.layers, row.bytes_per_token, player.sparse, row.name
+                profile, bench, player, row.bytes_per_token
             )
         if rows[0].io_ms and row.io_ms:
             row.more["speedup"] = rows[0].io_ms / row.io_ms
@@ -71,38 +80,25 @@ def run(folder: Path, options: Options) -> Report:
 
 
 def modelled_io_s(
-    profile: Profile,
-    layers: Sequence[Layer],
-    bytes_per_token: float,
-    sparse: bool,
-    name: str,
+    profile: Profile, bench: Bench, player: Player, bytes_per_token: float
 ) -> float:
-    """What the cost model makes of the bytes that a row reads per token, in seconds.
-
-    Args:
-        layers: Of the model on flash.
-        sparse: Whether the bytes are units here and there, or files from end to end.
-        name: The row's; before bundling a unit's two parts are reads of their own.
-    """
-    if not sparse:
+    """What the cost model makes of the bytes that a row reads per token, in seconds."""
+    if not player.sparse:  # files from end to end
         return bytes_per_token / profile.sequential_bytes_per_s
-    share = bytes_per_token / sum(layer.nbytes for layer in layers)
-    nothing = Matrices("matmul", "float32", 0, 0.0, 0.0)  # nothing is multiplied
-    work = [
-        FlashLayer(
-            nothing,
-            units=layer.units,
-            unit_bytes=layer.unit_bytes,
-            slots=1,
-            pieces=1 if name.startswith("bundling") else len(layer.parts),
-            selected=share * layer.units,
-            hit_rate=0.0,
-            computed=0.0,
-            merged=False,
-        )
-        for layer in layers
-    ]
-    return token_cost(profile, Work((), tuple(work), 0)).io_s
+    layer, count = bench.layers[0], len(bench.layers)
+    work = FlashLayer(
+        Matrices("matmul", "float32", 0, 0.0, 0.0),  # nothing is multiplied
+        units=layer.units,
+        unit_bytes=layer.unit_bytes,
+        slots=1,
+        # Before bundling a unit's two parts are reads of their own.
+        pieces=1 if player.name.startswith("bundling") else len(layer.parts),
+        selected=bytes_per_token / (count * layer.unit_bytes),
+        hit_rate=0.0,
+        computed=0.0,
+        merged=False,
+    )
+    return token_cost(profile, Work((), (work,) * count, 0)).io_s
 
 
 def notes(bench: Bench, direct: bool) -> list[str]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..memory.policies import Lru
 from ..storage.manifest import read_manifest
+from . import options
 from .decode import run_model
 from .landing import KeepNothing, WholeFiles
 from .paper import TABLE_3
@@ -41,34 +43,44 @@ COLUMNS = [
 
 
 def run(
-    folder: Path,
-    memory: str = "50%",
-    prompt_tokens: int = 128,
-    tokens: int = 256,
-    dense_tokens: int = 8,
+    model: Annotated[
+        options.Model, "Flash folder with predictors.  [default: a synthetic OPT]"
+    ] = None,
+    shape: options.OptShape = options.OPT_6_7B,
+    vocab: options.OptVocab = options.OPT_VOCAB,
+    dtype: options.OptDtype = "float32",
+    folder: options.Folder = None,
+    memory: options.Memory = "50%",
+    prompt_tokens: options.Count = 128,
+    tokens: options.Count = 256,
+    dense_tokens: options.DenseTokens = 8,
 ) -> Report:
-    """Generate three times, each with the model loaded anew.
+    """A token end to end: naive, hybrid and all of the method.
 
-    Args:
-        folder: A flash folder of neurons with predictors.
-        memory: Budget of hybrid and all.
-        tokens: New tokens of the row "all".
-        dense_tokens: Of naive and hybrid, which read the model for each.
+    The default writes and reads a model of 27 GB in 32 bit, because MLX computes on a
+    CPU many times slower in 16.
+
+    \b
+    Examples:
+      mlx-flash bench table3 --json table3.json
+      mlx-flash bench table3 --shape 8x1024x4096 --tokens 64
     """
-    manifest = read_manifest(folder)
-    size = folder, memory, prompt_tokens
-    rows = [
-        measure(
-            "naive",
-            *size,
-            dense_tokens,
-            predictor=False,
-            policy=KeepNothing(),
-            prepare=_reread_resident,
-        ),
-        measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
-        measure("all", *size, tokens, policy=Lru()),
-    ]
+    wanted = options.parse_shape(shape, vocab, dtype)
+    with options.model_or_opt(model, folder, wanted, memory) as path:
+        manifest = read_manifest(path)
+        size = path, memory, prompt_tokens
+        rows = [
+            measure(
+                "naive",
+                *size,
+                dense_tokens,
+                predictor=False,
+                policy=KeepNothing(),
+                prepare=_reread_resident,
+            ),
+            measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
+            measure("all", *size, tokens, policy=Lru()),
+        ]
     for row in rows:
         if rows[0].total_ms and row.total_ms:
             row.more["speedup"] = rows[0].total_ms / row.total_ms
@@ -107,10 +119,13 @@ def measure(
 ) -> Row:
     """One row: load, read the prompt, generate, close; what was selected beside it."""
     run = run_model(folder, memory, prompt_tokens, tokens, **options)
-    misses = mean(sample.misses for sample in run.samples)
-    asked = misses + mean(sample.hits for sample in run.samples)
+    spent = [sample.spent for sample in run.samples]
     units = run.facts["units"]
-    return run.row(name, selected_share=asked / units, missing_share=misses / units)
+    return run.row(
+        name,
+        selected_share=mean(s.asked for s in spent) / units,
+        missing_share=mean(s.misses for s in spent) / units,
+    )
 
 
 def _reread_resident(model: nn.Module) -> Callable[[], None]:

@@ -20,13 +20,11 @@ class Turns:
     Attributes:
         samples: By the model's name, a sample a token. A model that is not from
             flash has all its time as compute.
-        spent: What the flash models' counters rose by.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], warm_up: int):
         self.models, self.warm_up = models, warm_up
         self.samples: dict[str, list[Sample]] = {name: [] for name in models}
-        self.spent = {name: Stats() for name in models}
 
     def play(self, tokens: Sequence[int]) -> None:
         """Feed the tokens to each model, whoever begins changing from one to the next.
@@ -39,18 +37,13 @@ class Turns:
         for i, token in enumerate(progress(tokens, "measuring", "token")):
             first = i % len(names)
             for name in names[first:] + names[:first]:
-                stats = self._stats(name)
+                model = self.models[name]
+                stats = model.flash.stats if hasattr(model, "flash") else Stats()
                 before, begin = stats.copy(), time.perf_counter()
-                mx.eval(self.models[name](mx.array([[token]]), cache=caches[name]))
+                mx.eval(model(mx.array([[token]]), cache=caches[name]))
                 seconds = time.perf_counter() - begin
                 if i >= self.warm_up:
-                    spent = stats - before
-                    self.samples[name].append(Sample.of(spent, seconds))
-                    self.spent[name] += spent
-
-    def _stats(self, name: str) -> Stats:
-        flash = getattr(self.models[name], "flash", None)
-        return flash.stats if flash else Stats()
+                    self.samples[name].append(Sample(stats - before, seconds))
 
     def median_ms(self, name: str) -> float:
         return median(sample.total_ms for sample in self.samples[name])

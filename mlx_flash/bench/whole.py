@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
+import click
 from mlx_lm.utils import load_model as load_resident
 
 from ..converters.convert import convert
@@ -54,12 +56,21 @@ COLUMNS = [
 ]
 
 
-def run(tokens: int = 120) -> Report:
-    """A row for each kind of unit: medians, and quartiles of the ratio of each pair."""
+def run(tokens: Annotated[int, click.IntRange(12)] = 120) -> Report:
+    """What the engine costs where everything fits in memory, beside mlx-lm."""
     rows = []
     for kind, config in MODELS.items():
         with tempfile.TemporaryDirectory() as work:
-            turns = compare(config, tokens, Path(work), convert_it=kind is not EXPERT)
+            folder = Path(work) / "stock"
+            write_checkpoint(folder, config, plain_weights("float32"))
+            plain, _ = load_resident(folder, get_model_classes=get_model_classes)
+            if kind is not EXPERT:
+                folder = convert(folder, Path(work) / "flash", rank=0, progress=False)
+            with load_model(folder, "200%", context=tokens + 16) as (model, _):
+                slots, layers = model.flash.budget.slots, model.flash.manifest.layers
+                assert list(slots) == [layer.units for layer in layers], "not all fits"
+                turns = Turns({"resident": plain, "flash": model}, WARM)
+                turns.play(range(tokens))
         low, middle, high = turns.ratio("flash", "resident")
         more = {
             "resident_ms": turns.median_ms("resident"),
@@ -72,18 +83,3 @@ def run(tokens: int = 120) -> Report:
         "in turn."
     )
     return Report("unit", rows, COLUMNS, [note], {"config": COMMON})
-
-
-def compare(config: dict, tokens: int, work: Path, convert_it: bool) -> Turns:
-    """Write a model, load it twice and let both decode in turn."""
-    stock = write_checkpoint(work / "stock", config, plain_weights("float32"))
-    folder = stock
-    if convert_it:
-        folder = convert(stock, work / "flash", rank=0, progress=False)
-    plain, _ = load_resident(stock, get_model_classes=get_model_classes)
-    with load_model(folder, "200%", context=tokens + 16) as (model, _):
-        slots, layers = model.flash.budget.slots, model.flash.manifest.layers
-        assert list(slots) == [layer.units for layer in layers], "not all fits"
-        turns = Turns({"resident": plain, "flash": model}, WARM)
-        turns.play(range(tokens))
-    return turns

@@ -6,32 +6,17 @@ from pathlib import Path
 import click
 
 from .. import DEMO_MODEL
-from ..errors import FlashError
+from ..bench.options import MemoryType
 
 DEMO_MEMORY = "50%"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
-
-
-class Memory(click.ParamType):
-    """7GB, 512MB, 50% or auto."""
-
-    name = "SIZE|PERCENT|auto"
-
-    def convert(self, value, param, ctx):
-        from ..memory_size import parse_memory
-
-        try:
-            parse_memory(value)
-        except FlashError as error:
-            self.fail(str(error), param, ctx)
-        return value
 
 
 def memory_option(default: str | None, note: str = "") -> Callable:
     """--memory, or MLX_FLASH_MEMORY; `note` follows the help text."""
     return click.option(
         "--memory",
-        type=Memory(),
+        type=MemoryType(),
         default=default,
         show_default=True,
         envvar="MLX_FLASH_MEMORY",

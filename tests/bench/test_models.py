@@ -32,10 +32,10 @@ def test_predictors_choose_and_miss_what_was_asked(folder):
     with load_model(folder, MEMORY, context=context) as (model, _):
         mx.random.seed(1)
         sampler = random_sampler(SHAPE.vocab)
-        done = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
-    late = done.samples[48:]
-    chosen = np.mean([s.hits + s.misses for s in late]) / (3 * 2048)
-    missed = np.mean([s.misses for s in late]) / (3 * 2048)
+        samples, _ = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
+    late = samples[48:]
+    chosen = np.mean([s.spent.asked for s in late]) / (3 * 2048)
+    missed = np.mean([s.spent.misses for s in late]) / (3 * 2048)
     assert chosen == pytest.approx(0.1, abs=0.02)
     assert missed == pytest.approx(0.024, abs=0.008)
 
@@ -68,7 +68,9 @@ def test_ranks_are_the_papers():
 
 
 def test_table3_rows_read_what_they_say(folder):
-    report = table3.run(folder, MEMORY, prompt_tokens=6, tokens=3, dense_tokens=2)
+    report = table3.run(
+        folder, memory=MEMORY, prompt_tokens=6, tokens=3, dense_tokens=2
+    )
     naive, hybrid, everything = report.rows
     manifest = read_manifest(folder)
     assert naive.bytes_per_token >= manifest.model_bytes

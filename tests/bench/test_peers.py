@@ -11,6 +11,7 @@ from mlx_flash.bench import opt, process
 from mlx_flash.bench.peers import ballast, compare, program
 
 SHAPE = opt.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
+SMALL = {"shape": "3x128x2048", "vocab": 96, "dtype": "float32"}
 
 
 def children(module) -> list[psutil.Process]:
@@ -73,12 +74,12 @@ def test_peer_counts_tokens_after_the_warm_up(tmp_path):
 
 def test_programs_that_cannot_run_say_why(tmp_path, monkeypatch):
     mine = compare.PEERS[0]
-    absent = compare.Peer("other", "other", "no_such_package", mine.write)
-    too_big = compare.Peer("big", "mlx_lm", "mlx_lm", mine.write, resident=True)
+    absent = compare.Peer("other", "other", "no_such_package", mine.file)
+    too_big = compare.Peer("big", "mlx_lm", "mlx_lm", mine.file, resident=True)
     monkeypatch.setattr(compare, "PEERS", [mine, absent, too_big])
     monkeypatch.setattr(compare, "PROCESS_BYTES", 10**15)
-    options = compare.Options(tokens=2, prompt_tokens=4, ballast=False)
-    report = compare.run(tmp_path, SHAPE, options)
+    options = {"tokens": 2, "prompt_tokens": 4, "ballast": False}
+    report = compare.run(folder=tmp_path, **SMALL, **options)
     ran, missing, big = report.rows
     assert ran.tokens == 2 and ran.more["slower"] == 1
     assert "not installed" in missing.more["error"]
@@ -98,32 +99,30 @@ def test_files_of_a_program_are_removed_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "PEERS", [compare.PEERS[0], compare.PEERS[2]])
     row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
     monkeypatch.setattr(compare, "run_program", lambda *_: dict(row))
-    compare.run(tmp_path, SHAPE, compare.Options(ballast=False))
+    compare.run(folder=tmp_path, **SMALL, ballast=False)
     assert [p.name for p in tmp_path.iterdir()] == ["opt-flash"]
 
 
 @pytest.mark.parametrize("memory", ["auto"])
 def test_a_share_is_needed(memory, tmp_path):
     with pytest.raises(FlashError, match="Try --memory 50%"):
-        compare.run(tmp_path, SHAPE, compare.Options(memory=memory))
+        compare.run(folder=tmp_path, **SMALL, memory=memory)
 
 
 def test_a_program_ends_when_the_ballast_gives_way(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "WATCH_S", 0.05)
 
-    class Gone:
-        def check(self):
-            raise FlashError("gave way")
+    def gone():
+        raise FlashError("gave way")
 
     with pytest.raises(FlashError, match="gave way"):
-        compare.run_program("mlx_flash", {}, Gone())
+        compare.run_program("mlx_flash", {}, gone)
     assert not children(program)
 
 
 def test_only_the_programs_that_were_asked_for(tmp_path, monkeypatch):
     row = {"seconds": [0.1], "bytes_read": [1], "peak_bytes": 1}
     monkeypatch.setattr(compare, "run_program", lambda *_: dict(row))
-    options = compare.Options(ballast=False, only=("accelerate",))
-    assert [r.name for r in compare.run(tmp_path, SHAPE, options).rows] == [
-        "accelerate, disk offload"
-    ]
+    options = {"ballast": False, "only": ("accelerate",)}
+    report = compare.run(folder=tmp_path, **SMALL, **options)
+    assert [row.name for row in report.rows] == ["accelerate, disk offload"]

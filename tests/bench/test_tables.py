@@ -38,17 +38,18 @@ def paged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(paged):
-    options = table2.Options(tokens=6, dense_tokens=2, rounds=2, warm_up=8)
-    return {row.name: row for row in table2.run(paged, options).rows}
+    report = table2.run(paged, tokens=6, dense_tokens=2, rounds=2)
+    return {row.name: row for row in report.rows}
 
 
 def test_modelled_times_follow_from_the_bytes_and_the_profile(paged, monkeypatch):
     """Shown only where this machine was probed."""
-    options = table2.Options(tokens=2, dense_tokens=1, rounds=1, warm_up=2)
+    options = {"tokens": 2, "dense_tokens": 1, "rounds": 1}
     monkeypatch.setattr(table2, "load_profile", lambda: None)
-    assert all("modelled_io_ms" not in r.more for r in table2.run(paged, options).rows)
+    rows = table2.run(paged, **options).rows
+    assert all("modelled_io_ms" not in row.more for row in rows)
     monkeypatch.setattr(table2, "load_profile", lambda: PROFILE)
-    rows = {row.name: row for row in table2.run(paged, options).rows}
+    rows = {row.name: row for row in table2.run(paged, **options).rows}
     modelled = {name: row.more["modelled_io_ms"] for name, row in rows.items()}
     for name in ("naive", "hybrid"):
         expected = 1e3 * rows[name].bytes_per_token / PROFILE.sequential_bytes_per_s
@@ -58,15 +59,19 @@ def test_modelled_times_follow_from_the_bytes_and_the_profile(paged, monkeypatch
 
 
 def test_row_is_mean_and_deviation_of_its_samples():
-    samples = [Sample(1, 0, 2, 10, 1, 3, 1), Sample(3, 0, 2, 30, 3, 1, 3)]
+    samples = [
+        Sample(Stats(3, 1, bytes_read=10, reads=1, io_s=0.001), 0.003),
+        Sample(Stats(1, 3, bytes_read=30, reads=3, io_s=0.003), 0.005),
+    ]
     row = Row.of("a", samples, 7, speedup=2.5)
-    assert (row.io_ms, row.total_ms, row.bytes_per_token) == (2, 4, 20)
+    means = row.io_ms, row.total_ms, row.bytes_per_token, row.reads_per_token
+    assert means == pytest.approx((2, 4, 20, 2))
     assert row.std["io_ms"] == pytest.approx(2**0.5)
     assert row.get("hit_rate") == 0.5 and row.to_json()["speedup"] == 2.5
 
 
 def test_unmeasured_is_none_and_a_dash():
-    row = Row.of("a", [Sample(1, 0, None, 10, 1)], 7)
+    row = Row.of("a", [Sample(Stats(io_s=0.001, bytes_read=10))], 7)
     other = Row("b", more={"error": "does not fit"})
     columns = [Column("I/O", "io_ms"), Column("compute", "compute_ms")]
     text = Report("t", [row, other], columns, ["note"], {}).markdown()
@@ -75,10 +80,10 @@ def test_unmeasured_is_none_and_a_dash():
 
 
 def test_sample_divides_the_time_of_a_token():
-    sample = Sample.of(Stats(io_s=0.1, cache_s=0.05, bytes_read=3), total_s=0.4)
+    sample = Sample(Stats(io_s=0.1, cache_s=0.05, bytes_read=3), total_s=0.4)
     assert sample.compute_ms == pytest.approx(250)
     assert sample.total_ms == pytest.approx(400)
-    assert Sample.of(Stats()).compute_ms is None
+    assert Sample(Stats()).compute_ms is None
 
 
 def test_calibrated_trace_selects_and_misses_what_was_asked():
@@ -195,11 +200,11 @@ def test_table2_refuses_experts(folder, monkeypatch):
     object.__setattr__(manifest, "unit", "expert")
     monkeypatch.setattr(methods, "read_manifest", lambda _: manifest)
     with pytest.raises(FlashError, match="about neurons"):
-        table2.run(folder, table2.Options())
+        table2.run(folder)
 
 
 def test_sweep_reads_less_the_more_it_holds(folder):
-    report = sweep.run(folder, ["65%", "85%", "1KB"], 3, 5, 1)
+    report = sweep.run(folder, ("65%", "85%", "1KB"), 3, 5, 1)
     small, large, refused = report.rows
     assert small.bytes_per_token > large.bytes_per_token > 0
     assert small.more["hit_rate"] < large.more["hit_rate"]

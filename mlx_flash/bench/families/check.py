@@ -14,6 +14,7 @@ import io
 import json
 import re
 import tempfile
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,11 +164,7 @@ def few_slots(folder: Path) -> int:
         layers = parts.manifest.layers
         return all(n >= x.units // 4 for n, x in zip(budget.slots, layers, strict=True))
 
-    low, high = 0, 1 << 30
-    while high - low > 1024:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return 1024 * bisect_left(range(1 << 20), True, key=lambda k: enough(1024 * k))
 
 
 def reason(error: BaseException) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
+import click
 import mlx.core as mx
 
 from ...layers.kinds import BLOCK, EXPERT, NEURON
+from ..options import FOLDER
 from .check import DECODED, DENSE_PROMPT, PROMPT, Verdict, check
-from .configs import DENSE, FAMILIES
+from .configs import DENSE, EXPERTS
 
 LIMIT_S = 180  # for one family; a crash of its process ends like this, too
 HEAD = (
@@ -22,14 +27,48 @@ HEAD = (
 )
 
 
-def all_families(checkpoints: Path) -> dict[str, Path | None]:
-    """Every family by name, and further models with checkpoints of their own.
+def run(
+    family: Annotated[str | None, "Only this one."] = None,
+    bits: Annotated[
+        int | None, click.INT, "Quantise the checkpoints, as mlx-lm does."
+    ] = None,
+    checkpoints: Annotated[
+        Path, FOLDER, "Further models, as FAMILY/NAME; it need not exist."
+    ] = Path("tests/goldens"),
+    write: Annotated[
+        Path | None,
+        click.Path(dir_okay=False, writable=True, path_type=Path),
+        "Write the table there.",
+    ] = None,
+) -> None:
+    """Compare every family from flash with the same model in memory.
 
-    Args:
-        checkpoints: Holds those as FAMILY/NAME; it need not exist.
+    \b
+    Examples:
+      mlx-flash bench families --family olmoe
+      mlx-flash bench families --write docs/families.md
     """
+    found = all_families(checkpoints)
+    if family and family not in found:
+        raise click.BadParameter(f"{family!r} is none of {', '.join(found)}.")
+    if write and (family or bits or mx.default_device() != mx.cpu):
+        raise click.UsageError("--write is for all families in float32 on the CPU.")
+    click.echo("\n".join(HEAD))
+    verdicts = []
+    for verdict in check_all({family: found[family]} if family else found, bits):
+        click.echo(verdict.line())
+        verdicts.append(verdict)
+    facts = summarise(verdicts)
+    click.echo(json.dumps(facts | {"bits": bits}))
+    if write:
+        write.write_text(page(verdicts))
+    sys.exit(1 if facts["differ"] or facts["failed"] else 0)
+
+
+def all_families(checkpoints: Path) -> dict[str, Path | None]:
+    """Every family by name, and further models with checkpoints of their own."""
     own = {f"{p.parent.name}/{p.name}": p for p in sorted(checkpoints.glob("*/*"))}
-    return dict.fromkeys(FAMILIES) | dict.fromkeys(DENSE) | own
+    return dict.fromkeys(EXPERTS) | dict.fromkeys(DENSE) | own
 
 
 def check_all(

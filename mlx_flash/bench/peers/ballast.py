@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,24 +22,8 @@ from ...errors import FlashError
 READY = "ready"
 
 
-class Ballast:
-    """The holding process: `held_bytes` of it, and whether it still does."""
-
-    def __init__(self, process: subprocess.Popen, held_bytes: int):
-        self._process = process
-        self.held_bytes = held_bytes
-
-    def check(self) -> None:
-        """Raise a FlashError if the system took the memory back in the meantime."""
-        if self._process.poll() is not None:
-            raise FlashError(
-                "The system ended the process that held memory back, so memory was not "
-                "limited. Close other programs, or give more --memory."
-            )
-
-
 @contextmanager
-def limited_memory(left_bytes: int) -> Iterator[Ballast]:
+def limited_memory(left_bytes: int) -> Iterator[Callable[[], None]]:
     """Leave `left_bytes` of the memory that is available now.
 
     Raises:
@@ -52,13 +36,18 @@ def limited_memory(left_bytes: int) -> Iterator[Ballast]:
             f"{left_bytes / 1e9:.1f} GB are to be left free, this machine has "
             f"{available / 1e9:.1f} GB. Close other programs, or give less --memory."
         )
-    with hold_back(available - left_bytes) as ballast:
-        yield ballast
+    with hold_back(available - left_bytes) as check:
+        yield check
 
 
 @contextmanager
-def hold_back(nbytes: int) -> Iterator[Ballast]:
-    """Hold `nbytes` for as long as the block runs."""
+def hold_back(nbytes: int) -> Iterator[Callable[[], None]]:
+    """Hold `nbytes` for as long as the block runs.
+
+    Yields:
+        A function that raises a FlashError if the system took the memory back in the
+        meantime.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, str(nbytes)],
         stdin=subprocess.PIPE,
@@ -66,6 +55,14 @@ def hold_back(nbytes: int) -> Iterator[Ballast]:
         text=True,
     )
     assert process.stdin and process.stdout
+
+    def check() -> None:
+        if process.poll() is not None:
+            raise FlashError(
+                "The system ended the process that held memory back, so memory was not "
+                "limited. Close other programs, or give more --memory."
+            )
+
     try:
         said = process.stdout.readline().strip()
         if said != READY:
@@ -73,9 +70,8 @@ def hold_back(nbytes: int) -> Iterator[Ballast]:
                 f"{nbytes / 1e9:.1f} GB could not be held ({said or 'ended early'}). "
                 "Raise the limit (ulimit -l unlimited), or use --no-ballast."
             )
-        ballast = Ballast(process, nbytes)
-        yield ballast
-        ballast.check()
+        yield check
+        check()
     finally:
         process.kill()
         process.wait()

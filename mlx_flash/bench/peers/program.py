@@ -21,8 +21,6 @@ Steps = Generator[Callable[[], object], None, None]
 
 def mlx_flash(job: dict) -> Steps:
     """Generation from flash, as `generate` does it."""
-    import mlx.core as mx
-
     from ...loading import load_model
 
     context = job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2
@@ -30,19 +28,16 @@ def mlx_flash(job: dict) -> Steps:
         job["path"], job["budget_bytes"], predictor=job["predictor"], context=context
     ) as (model, config):
         yield from _mlx_steps(model, config, job, model.flash.budget.prefill_tokens)
-        job["mlx_peak_bytes"] = mx.get_peak_memory()
 
 
 def mlx_lm(job: dict) -> Steps:
     """The whole model in memory: mlx-lm's own loader and loop."""
-    import mlx.core as mx
     from mlx_lm.utils import load_model
 
     from ...models.registry import get_model_classes
 
     model, config = load_model(Path(job["path"]), get_model_classes=get_model_classes)
     yield from _mlx_steps(model, config, job, 512)
-    job["mlx_peak_bytes"] = mx.get_peak_memory()
 
 
 def _mlx_steps(model, config, job: dict, prefill: int) -> Steps:
