@@ -1,7 +1,5 @@
 """The arrays of a module, or of any tree of lists and dictionaries, by their paths."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

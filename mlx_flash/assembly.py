@@ -5,8 +5,6 @@ read from its shards as they lie there. The unit kind finds the FFN modules, and
 those that take their places.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

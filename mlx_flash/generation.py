@@ -1,7 +1,5 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ ones that read what they need while they run. `model.flash` is the handle on
 everything that an ordinary model does not have: figures, budget, files, `close`.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """mlx-lm's own HTTP server, on models whose FFNs are on flash."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 

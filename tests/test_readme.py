@@ -47,9 +47,9 @@ def judge(args, group=main):
     if not args or args[0] in ("-h", "--help", "--version"):
         return
     name, *rest = args
-    if name not in group.commands:
+    command = group.get_command(click.Context(group), name)
+    if command is None:
         raise click.UsageError(f"no command {name!r}")
-    command = group.commands[name]
     if isinstance(command, click.Group):
         return judge(rest, command)
     if not rest or "--help" in rest or "-h" in rest:
@@ -60,7 +60,9 @@ def judge(args, group=main):
 
 
 def all_commands(group=main):
-    for command in group.commands.values():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         yield command
         if isinstance(command, click.Group):
             yield from all_commands(command)

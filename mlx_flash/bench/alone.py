@@ -5,8 +5,6 @@ resident memory of that process rises, at its peak, above what Python and the li
 take once they are imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Generate with a loaded model and note what every single token cost."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable

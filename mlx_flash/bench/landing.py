@@ -4,8 +4,6 @@ What is read lands in one buffer and is overwritten by the next read: nothing st
 every token asks flash for everything it needs.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

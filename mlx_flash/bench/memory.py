@@ -5,8 +5,6 @@ each in a fresh process (`alone.py`). A process may grow by its budget and a fix
 overhead and no more, and must not grow from token to token.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,8 +1,6 @@
 """The rows of Table 2: one set of files, each row with parts of the method switched
 off. What each reads for a token, and what it holds meanwhile."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ model. Scales are float32, because half-precision quantised products are many ti
 slower on MLX's CPU backend.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

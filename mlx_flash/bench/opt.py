@@ -1,7 +1,5 @@
 """A synthetic OPT of any size: as a checkpoint, and as a flash folder."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -4,8 +4,6 @@ The same model three times: reading and computing in turn, what a layer lacks re
 the rest is multiplied, and also the next layer's guessed units read early.
 """
 
-from __future__ import annotations
-
 import contextlib
 from typing import Annotated
 

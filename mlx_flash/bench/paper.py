@@ -5,8 +5,6 @@ counted (shares of neurons predicted, loaded and held) goes in; milliseconds com
 beside those that the paper measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..planning.cost import Cost, FlashLayer, Matrices, Work, token_cost

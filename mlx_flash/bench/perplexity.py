@@ -6,8 +6,6 @@ lengths, with LRU and with LRFU. Text is cut into pieces of 128 tokens that each
 as the tokenizer begins a text.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated

@@ -7,8 +7,6 @@ placement and in the gap that the reader reads over; they take turns, a block of
 each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import tempfile

@@ -7,8 +7,6 @@ model of costs that is checked here. The profile is the one `mlx-flash probe` st
 probe just before.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

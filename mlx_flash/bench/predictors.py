@@ -7,8 +7,6 @@ the layer is chosen, and slots of the budget miss 2.4 % of it per token, as in t
 paper. The choices are SYNTHETIC: they mean nothing for the model's output.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run a module of this package in a process of its own, which ends with ours."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

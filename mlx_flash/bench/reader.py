@@ -6,8 +6,6 @@ blocks of tokens fio reads the same files, in reads as long as a bundle and with
 threads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -5,8 +5,6 @@ of four brings 2.4 % of the layer per token. No model made these selections; who
 prints figures from them has to say so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial

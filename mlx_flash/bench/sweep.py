@@ -1,7 +1,5 @@
 """How speed, bytes per token and hit rate depend on the memory a model is given."""
 
-from __future__ import annotations
-
 from statistics import mean
 from typing import Annotated
 

@@ -5,8 +5,6 @@ model holds the same ones, a matrix in memory at a time. They have the right siz
 and spread, and mean nothing: only costs can be measured with them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -6,8 +6,6 @@ neurons the sparse rows read is SYNTHETIC, with the paper's statistics
 (`selections.py`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from ..loading import READ_THREADS

@@ -6,8 +6,6 @@ predictors and the slot cache. The tokens are random, the prediction is SYNTHETI
 (`predictors.py`), everything else is what `generate` does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean

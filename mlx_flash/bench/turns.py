@@ -1,7 +1,5 @@
 """Several models decode the same tokens in turn, so that a busy machine slows all."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median, quantiles

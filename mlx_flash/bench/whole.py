@@ -4,8 +4,6 @@ The same random checkpoint, as mlx-lm runs it and from flash with memory for all
 One model of neurons, one of blocks, one of experts, in float32.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Annotated

@@ -5,8 +5,6 @@ is the help, and the report that it returns is printed. Tables go to stdout as M
 `--json` keeps everything that was measured.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

@@ -5,8 +5,6 @@ needed for every token; those that memory holds are not read again.
 Shapes: T tokens, D model width, n blocks, b neurons of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import mlx.core as mx

@@ -3,8 +3,6 @@
 Shapes: T tokens, D model width, N neurons.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -7,8 +7,6 @@ its result.
 Shapes: T tokens, K experts of each token, D model width.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

@@ -4,8 +4,6 @@ Everything else in mlx-flash asks the kind instead of comparing names.
 Shapes: n units of a layer, D model width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import prod
 

@@ -7,8 +7,6 @@ bandwidth and nothing else.
 Shapes: T tokens, K experts of each token, E experts, D model width.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import mlx.nn as nn
 

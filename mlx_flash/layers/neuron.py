@@ -3,8 +3,6 @@
 Shapes: T tokens (batch and length together), D model width, N neurons, K read.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

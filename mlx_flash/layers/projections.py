@@ -3,8 +3,6 @@
 Shapes: D model width, N neurons.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

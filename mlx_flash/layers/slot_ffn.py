@@ -7,8 +7,6 @@ Shapes: T tokens, D model width, N neurons, K of them now, n units now, b neuron
 unit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 

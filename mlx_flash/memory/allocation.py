@@ -1,7 +1,5 @@
 """Memory that MLX computes on and that files are read into."""
 
-from __future__ import annotations
-
 from math import prod
 
 import mlx.core as mx

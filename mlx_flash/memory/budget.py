@@ -4,8 +4,6 @@ The budget covers what MLX allocates for the model. Python, MLX and the tokenize
 on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

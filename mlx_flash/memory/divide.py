@@ -6,8 +6,6 @@ concave hulls of the curves are climbed together, the steepest piece first: that
 the most hits for the memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

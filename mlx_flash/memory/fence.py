@@ -6,8 +6,6 @@ it. One fence serves all layers of a model and holds one result at a time, so th
 results of the other layers can go.
 """
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

@@ -5,8 +5,6 @@ every array in it has its shape. That holds for any cache of any mlx-lm model, w
 reading sizes from config.json would need to know each of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -7,8 +7,6 @@ paper moves rows to keep the used ones together; here the multiplication names t
 that it wants, so nothing has to move.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

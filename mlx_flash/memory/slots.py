@@ -4,8 +4,6 @@ Each part of a unit has one preallocated MLX array `[n_slots, *shape]`. NumPy vi
 the same memory are what the reader writes to, so nothing is staged or copied.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

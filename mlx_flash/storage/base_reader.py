@@ -6,8 +6,6 @@ in row `slot` of that part's array. Submitting returns at once and waiting is a 
 its own, so that flash works while MLX computes.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable, Sequence

@@ -17,8 +17,6 @@ The manifest is judged against the files' sizes before it is believed; digests a
 only compared by `mlx-flash verify`, because that reads every byte.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

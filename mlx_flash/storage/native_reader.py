@@ -1,7 +1,5 @@
 """The reader in C (`_reader.c`): threads that never touch Python."""
 
-from __future__ import annotations
-
 import struct
 from typing import Any
 

@@ -4,8 +4,6 @@ A thread reads one unit at a time, or a piece of a long one. Units are not merge
 the C reader does: Python would spend on planning what merging saves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import mmap

@@ -1,7 +1,5 @@
 """Open the best reader there is: C's, or Python's where the extension is not built."""
 
-from __future__ import annotations
-
 from ..errors import FlashError
 from . import native_reader
 from .base_reader import Reader, ReadResult, Ticket

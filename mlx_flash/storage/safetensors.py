@@ -5,8 +5,6 @@ one layer is in memory. Reading is left to `mx.load` and to any other tool: the 
 are plain safetensors (8 bytes of little-endian header length, a JSON header, data).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

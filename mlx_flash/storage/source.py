@@ -1,7 +1,5 @@
 """Where a layer's units lie in files, and the arrays that they are read into."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Dataclasses from JSON that somebody may have altered."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing

@@ -7,8 +7,6 @@ bits; neurons and blocks are added up in another order, and agree to 1e-4 of the
 logit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """All families one by one, and the page that lists them."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import sys

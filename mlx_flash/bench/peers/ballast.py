@@ -4,8 +4,6 @@ The holding is done by a small process of its own, which ends when its standard 
 does: also when the program that started it is killed.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import signal

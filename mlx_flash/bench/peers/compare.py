@@ -5,8 +5,6 @@ other programs compute all of it, as they do with any OPT. Each program runs in 
 process of its own while a ballast leaves it only so much memory.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import json

@@ -5,8 +5,6 @@ learned positions, layer norms before attention and FFN, biases everywhere, a ti
 All sizes are equal and so is the work, as llama.cpp looks for no zeros.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import mlx.core as mx

@@ -4,8 +4,6 @@ It prints one line of JSON: the seconds and the bytes read of each token, and wh
 process held. Tokens are random, as the weights are, and the first ones are not counted.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
