@@ -69,8 +69,8 @@ def _record(prompt, words, model, memory, max_tokens, temp, seed):
     tokens = encode_prompt(tokenizer, prompt)
     max_tokens = max_tokens or 100
     context = context_for(folder, len(tokens), max_tokens)
-    mx.random.seed(seed)
     with load_model(folder, memory, context=context) as (network, _):
+        mx.random.seed(seed)  # after loading, which draws numbers, too
         sampler = make_sampler(temp)
         return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)
 

@@ -251,3 +251,18 @@ def test_a_text_without_words_is_refused(tmp_path):
     result = CliRunner().invoke(cli.main, command)
     assert result.exit_code == 1
     assert result.stderr == "Error: The text is empty. Give some to read.\n"
+
+
+def test_the_seed_of_a_trace_is_that_of_generate(tmp_path, monkeypatch):
+    """Making a model draws random numbers: the seed is set after that."""
+    seen = []
+
+    def note(*args, **options):
+        seen.append(np.array(mx.random.state[0]).tolist())
+        raise FlashError("enough was seen")
+
+    monkeypatch.setattr("mlx_flash.tracing.record_prompt", note)
+    args = ["trace", "Once", "-o", str(tmp_path / "t.npz"), "--seed", "7"]
+    CliRunner().invoke(cli.main, args)
+    mx.random.seed(7)
+    assert seen == [np.array(mx.random.state[0]).tolist()]
