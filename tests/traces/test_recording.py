@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import stock_checkpoints as moe
