@@ -1,6 +1,5 @@
 """Small checkpoints and flash folders that several test modules share."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_load_model
+from opt_checkpoints import make_checkpoint
 
 from mlx_flash.converters.bundles import write_bundles
 from mlx_flash.converters.convert import convert
@@ -20,7 +19,6 @@ from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
-from mlx_flash.models import opt
 from mlx_flash.models.registry import get_model_classes
 from mlx_flash.storage.reader import open_reader
 from mlx_flash.storage.source import bundle_extent
@@ -34,38 +32,13 @@ settings.register_profile(
 settings.load_profile("mlx-flash")
 
 GOLDENS = Path(__file__).parent / "goldens" / "opt"
-SIZES = {
-    "model_type": "opt",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "ffn_dim": 96,
-    "max_position_embeddings": 64,
-    "bos_token_id": 2,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": 97, "ffn_dim": 96}
 
 
 def write_checkpoint(folder, dtype="float32", seed=0, **changes):
-    """A checkpoint as the hub has it, with weights that make every neuron matter."""
-    config = {**SIZES, "dtype": dtype, **changes}
-    model = opt.Model(opt.ModelArgs.from_dict(config))
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, array in tree_flatten(model.parameters()):
-        scale = 0.1 if "embed_tokens" in name else 0.3
-        values = rng.normal(0, scale, array.shape)
-        if name.endswith("layer_norm.weight"):
-            values += 1
-        hub_name = name.replace(".mlp.", ".")
-        weights[hub_name] = mx.array(values.astype(np.float32)).astype(
-            getattr(mx, dtype)
-        )
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    return folder
+    """A small OPT as the hub has it, without a tokenizer."""
+    config = {**SIZES, **changes}
+    return make_checkpoint(folder, dtype, seed=seed, tokenizer=False, **config)
 
 
 def save_tokenizer(folder):
