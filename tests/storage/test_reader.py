@@ -459,6 +459,28 @@ def test_nothing_is_written_after_a_failure_was_raised(tmp_path, native):
         np.testing.assert_array_equal(array, before)
 
 
+@linux
+def test_a_read_that_came_short_spoils_nothing(tmp_path, monkeypatch):
+    """A second read of the last page may come short, too, and leave anything behind."""
+    path = random_file(tmp_path / "f", 8192)
+    real, lengths = os.preadv, iter([5000, 10])
+
+    def preadv(fd, buffers, offset):
+        real(fd, buffers, offset)
+        length = next(lengths)
+        buffers[0][length:] = bytes(len(buffers[0]) - length)
+        return length
+
+    with open_reader(1, native=False) as reader:
+        array = aligned_rows(1, 4500)
+        source = reader.add_source([Extent(path, 0, 4500, ((0, 0, 4500),))], [array], 1)
+        if not reader.direct:
+            pytest.skip("no direct I/O on this file system")
+        monkeypatch.setattr(os, "preadv", preadv)
+        reader.wait(reader.submit(source, np.array([0]), np.array([0])))
+    assert array.tobytes() == path.read_bytes()[:4500]
+
+
 SHIM = """
 #define _GNU_SOURCE
 #include <errno.h>
