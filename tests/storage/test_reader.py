@@ -492,9 +492,11 @@ SHIM = """
 static atomic_int calls;
 ssize_t preadv64(int fd, const struct iovec *iov, int n, off_t offset)
 {
-    if (getenv("SLOW"))
-        usleep(10000);
-    else if (++calls % 3 == 0) {
+    int call = ++calls, together = atoi(getenv("TOGETHER") ?: "0");
+    if (together)
+        while (calls < (call + together - 1) / together * together)
+            usleep(100);
+    else if (call % 3 == 0) {
         errno = EINTR;
         return -1;
     }
@@ -553,12 +555,11 @@ def test_all_threads_read_at_once(native, tmp_path, shimmed):
         f"""
 path = random_file(Path({str(tmp_path)!r}) / "f", 256 * 8192)
 extents = [Extent(path, 0, 8192, ((0, 0, 4096),))]
-with open_reader(16, native={native}) as reader:
+with open_reader(16, native={native}, direct=False) as reader:
     result = check(reader, extents, 128, 256, range(0, 256, 2), range(128))
 assert result.reads == 128
-assert result.seconds < 0.6, f"{{result.seconds}} s for 1.28 s of reads by 16"
 """,
-        SLOW="1",
+        TOGETHER="16",  # a read ends when so many have begun: fewer would hang
     )
 
 
