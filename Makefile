@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test campaign lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-flash generate "Once upon a time"
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -q
+
+# What takes too long for every change: see docs/reliability.md.
+campaign: $(VENV)/.tests
+	$(BIN)/python -m pytest -q -s -m slow tests/campaign
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .

@@ -175,7 +175,8 @@ def stream(folder: Path, *slots: int, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "make_budget", exactly)
-        return mlx_flash.load_model(folder, "1GB", page_cache=True, **options)[0]
+        options = {"page_cache": True} | options
+        return mlx_flash.load_model(folder, "1GB", **options)[0]
 
 
 def run(model: nn.Module, batch: int, prompt: int = 40) -> list[np.ndarray]:

@@ -197,7 +197,7 @@ def _read(source: Source, job: Job) -> tuple[int, int, int]:
     start = job.offset - job.offset % align
     end = job.offset + job.size
     asked = end + -end % align - start
-    got = _fill(fd, BUFFERS.array[:asked], start, align)
+    got = _fill(fd, BUFFERS.array[:asked], end - start, start, align)
     for at, row in job.pieces:
         begin = job.offset + at - start
         row[:] = BUFFERS.array[begin : begin + len(row)]
@@ -216,10 +216,14 @@ def _straight(job: Job, align: int) -> bool:
     return True
 
 
-def _fill(fd: int, array: np.ndarray, offset: int, align: int) -> int:
-    """Read until an array is full or the file ends; Python retries EINTR."""
+def _fill(fd: int, array: np.ndarray, need: int, offset: int, align: int) -> int:
+    """Read until `need` bytes are there or the file ends; Python retries EINTR.
+
+    Not until the array is full: going on rereads part of a page, and a read that comes
+    short may spoil what was there behind its end.
+    """
     got = 0
-    while got < len(array):
+    while got < need:
         # Direct I/O that stopped inside of a page goes on from the page's start.
         skip = got - got % align
         done = skip + os.preadv(fd, [array[skip:].data], offset + skip)
