@@ -261,7 +261,8 @@ class Worker(ResponseGenerator):
                 yield Response(
                     stop.cut(step.text),
                     step.token,
-                    float(step.logprobs[step.token].astype(mx.float32).item()),
+                    # To its types, `item` may give a complex number.
+                    step.logprobs[step.token].item(),  # type: ignore[arg-type]
                     reason,
                     _format_top_logprobs(
                         step.logprobs, arguments.top_logprobs, self.tokenizer
