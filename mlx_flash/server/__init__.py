@@ -52,7 +52,15 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        listener.serve_forever()
+        try:
+            listener.serve_forever()
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            interrupted = False
+    if interrupted:
+        # Threads of connections may hold locks that Python wants at its own end.
+        os._exit(INTERRUPTED)
 
 
 @contextmanager

@@ -18,7 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import (
+    TextStateMachine,
+    generation_stream,
+    make_text_state_machine,
+)
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
     CompletionRequest,
@@ -219,6 +223,8 @@ class Worker(ResponseGenerator):
                 # A new error: this one's traceback would hold the KV cache.
                 job.responses.put(FlashError(str(error) or type(error).__name__))
             mx.clear_cache()
+        # Its stream ends with this thread: nothing may be under way on it.
+        mx.synchronize(generation_stream)
         self._kept.drop()
 
     def _responses(self, job: Job) -> Iterator[Response]:
