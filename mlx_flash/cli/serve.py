@@ -13,6 +13,9 @@ from .common import memory_option
 def serve(model, memory, context, server_options):
     """Serve a model with mlx-lm's HTTP server, which takes all further options.
 
+    One request is answered after the other. Requests come from this machine unless
+    --host says otherwise, and from no web page unless --allowed-origins names it.
+
     \b
     Examples:
       mlx-flash serve --model opt-6.7b-flash --memory 7GB
