@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoints.hub import find_model
-from .errors import FlashError
+from .errors import FlashError, printable
 from .storage.manifest import Layer, Weights, read_manifest
 from .storage.safetensors import file_sha256
 
@@ -46,9 +46,11 @@ def table(model: str | Path) -> str:
 
     revision = f"@{manifest.revision}" if manifest.revision else ""
     lines = [
-        f"{folder}",
-        f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
-        f"from {manifest.source}{revision}",
+        printable(str(folder)),
+        printable(
+            f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
+            f"from {manifest.source}{revision}"
+        ),
         "",
         f"model       {size(total)}",
         f"resident    {size(manifest.resident.bytes)}",
@@ -57,7 +59,7 @@ def table(model: str | Path) -> str:
     ]
     if c := manifest.calibration:
         lines.append(
-            f"calibrated on {c.tokens:,} tokens of {c.text}, measured on "
+            f"calibrated on {c.tokens:,} tokens of {printable(c.text)}, measured on "
             f"{c.held_out_tokens:,} others"
         )
     lines += ["", "layer  units   bytes   rank  active  predicted  recall    mass"]
@@ -92,7 +94,7 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
                 f"{folder / entry.file} cannot be read: {error.strerror}."
             ) from error
         if sound:
-            passed(entry.file)
+            passed(printable(entry.file))
         else:
             damaged.append(entry.file)
     if damaged:

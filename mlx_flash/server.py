@@ -13,8 +13,10 @@ def make_load(memory: int | str, **options) -> Callable:
         memory, options: As for `mlx_flash.load`.
     """
 
-    def server_load(path, *_, return_config: bool = False, **__):
-        model, tokenizer = load(path, memory, **options)
+    def server_load(
+        path, *_, return_config: bool = False, trust_remote_code: bool = False, **__
+    ):
+        model, tokenizer = load(path, memory, bool(trust_remote_code), **options)
         config = {"model_type": model.flash.manifest.model_type}
         return (model, tokenizer, config) if return_config else (model, tokenizer)
 
