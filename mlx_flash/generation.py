@@ -80,7 +80,7 @@ def _check_numbers(logprobs: mx.array) -> None:
     which the GPU may have begun.
     """
     with mx.stream(mx.cpu):
-        value = logprobs.reshape(-1)[0].item()
+        value = logprobs[0].item()
     if value != value:
         raise FlashError(
             "The model's logits are no numbers (NaN): its weights are damaged, or its "

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
 from .errors import FlashError, printable
 from .storage.manifest import Layer, Weights, read_manifest
@@ -82,6 +83,7 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
+    read_config(folder)  # of which no digest was noted
     files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
     if manifest.predictors:
         files.insert(1, manifest.predictors)

@@ -28,6 +28,8 @@ def mutate(folder: Path, seed: int) -> tuple[Path, bytes, bool]:
     """
     chance = random.Random(seed)
     path = chance.choice(files_of(folder))
+    if chance.random() < 0.3:
+        path = folder / "config.json"  # of which each value may build another model
     sound = path.read_bytes()
     start = 0
     if path.suffix == ".safetensors":
@@ -35,7 +37,7 @@ def mutate(folder: Path, seed: int) -> tuple[Path, bytes, bool]:
         text, rest = sound[8:start], sound[start:]
     else:
         text, rest = sound, b""
-    way = chance.choice(["value", "value", "value", "drop", "bytes", "cut", "length"])
+    way = chance.choice(["value"] * 6 + ["drop", "bytes", "cut", "length"])
     if way in ("value", "drop"):
         parsed = json.loads(text)
         _alter(parsed, chance, way == "drop")

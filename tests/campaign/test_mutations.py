@@ -101,6 +101,7 @@ def attack(worker, folder, seeds):
         counts[kind] += 1
         if kind in ("traceback", "signal", "hang"):
             faults.append(f"seed {seed} ({path.name}): {kind} {found['text']}")
+    assert worker.judge(folder) == sound  # what was damaged was mended
     return counts, faults
 
 

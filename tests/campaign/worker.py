@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import mlx_flash
 from mlx_flash.errors import FlashError
 from mlx_flash.inspection import table
-from mlx_flash.loading import load_model, load_tokenizer
 
 MEMORY = "1GB"  # as the model is small: of this it takes what it needs
 MAX_BYTES = 4 << 30  # of address space beyond what the libraries have taken
@@ -28,12 +28,10 @@ def judge(folder: Path) -> dict:
     try:
         if (folder / "flash.json").exists():
             table(folder)
-        tokenizer = load_tokenizer(folder)
-        words = tokenizer.encode(TEXT)
-        with load_model(folder, MEMORY, native=False) as (model, _):
-            # As `stream_generate` does, ids are judged before the model gets them.
+        with mlx_flash.load(folder, MEMORY, native=False) as (model, tokenizer):
             logits = model(mx.array(TOKENS)).astype(mx.float32)
             mx.eval(logits)
+            words = mlx_flash.generate(model, tokenizer, TEXT, max_tokens=2)
         digest = hashlib.sha256(np.array(logits).tobytes()).hexdigest()
         return {"kind": "answer", "digest": digest, "words": words}
     except FlashError as error:
