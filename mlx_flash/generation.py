@@ -1,5 +1,6 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
+import math
 from collections.abc import Generator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def stream_generate(
     for response in mlx_stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, **options
     ):
-        _check_numbers(response.logprobs)
+        _check_numbers(response)
         run.note(response, flash.stats)
         yield response
 
@@ -73,19 +74,19 @@ def _check_tokens(tokens: list[int], vocabulary: int) -> None:
             )
 
 
-def _check_numbers(logprobs: mx.array) -> None:
-    """One NaN among the logits makes every logarithm of a probability NaN.
+def _check_numbers(response: GenerationResponse) -> None:
+    """A NaN or an infinity among the logits leaves no token a finite probability.
 
     The values are there already. On the CPU's stream nothing waits for the next token,
     which the GPU may have begun.
     """
     with mx.stream(mx.cpu):
-        value = logprobs[0].item()
-    if value != value:
+        logprob = response.logprobs[response.token].item()
+    if not math.isfinite(abs(logprob)):
         raise FlashError(
-            "The model's logits are no numbers (NaN): its weights are damaged, or its "
-            "dtype is too narrow. Check the folder with mlx-flash verify, or convert "
-            "it with --dtype float32."
+            "The model's logits are no numbers (NaN or infinite): its weights are "
+            "damaged, or its dtype is too narrow. Check the folder with mlx-flash "
+            "verify, or convert it with --dtype float32."
         )
 
 

@@ -49,7 +49,9 @@ def read_config(folder: Path) -> dict:
             f"{path} (or generation_config.json beside it) cannot be read: "
             f"{reason_of(error)}."
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    # transformers prints it as it is.
+    if not isinstance(model_type, str) or not model_type.isprintable():
         raise FlashError(f"{path} names no model_type.")
     _check_sizes(config, path)
     return config

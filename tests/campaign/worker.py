@@ -5,6 +5,7 @@ Run as a process of its own: a folder may end it, stop it or take all of its mem
 
 import hashlib
 import json
+import os
 import resource
 import sys
 import traceback
@@ -43,8 +44,10 @@ def judge(folder: Path) -> dict:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some libraries print what they think of a folder
     for line in sys.stdin:
-        print(json.dumps(judge(Path(json.loads(line)))), flush=True)
+        print(json.dumps(judge(Path(json.loads(line)))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

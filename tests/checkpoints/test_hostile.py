@@ -308,6 +308,12 @@ def test_info_prints_no_escape_sequences(own_folder):
     assert "\x1b" not in text and r"\x1b[2Jmodel and more" in text
 
 
+def test_a_model_type_is_printable(experts):
+    change(experts / "config.json", model_type="\x1b[2J")
+    with pytest.raises(FlashError, match="names no model_type"):
+        read_config(experts)
+
+
 def test_a_folder_without_limit_of_positions(experts):
     change(experts / "config.json", max_position_embeddings=None)
     read_config(experts)
