@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from .arrays import parameters
 from .checkpoints.config import make_model, read_config
 from .checkpoints.in_place import describe_in_place
 from .checkpoints.stock import load_stock
-from .errors import FlashError
+from .errors import FlashError, reason_of
 from .layers.base import FlashFFN
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
@@ -95,7 +96,7 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     manifest = read_manifest(folder)
     config = read_config(folder)
     # A model of their own: Kimi K3 keeps what it computed from weights in its first run
-    shapes = find_shapes(empty_model(manifest, config, folder), config)
+    shapes = _shapes(empty_model(manifest, config, folder), config, folder)
     model = empty_model(manifest, config, folder)
     layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
@@ -107,10 +108,20 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
 def _in_place(folder: Path) -> Assembled:
     stock = load_stock(folder)
     model, config = stock.model, stock.config
-    shapes = find_shapes(model, config)
+    shapes = _shapes(model, config, folder)
     manifest, extents = describe_in_place(stock)
     layers = _exchange(model, manifest, False, folder)
     return Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
+
+
+def _shapes(model: nn.Module, config: dict, folder: Path) -> Shapes:
+    try:
+        return find_shapes(model, config)
+    except Exception as error:  # MLX's and mlx-lm's, of sizes that contradict
+        raise FlashError(
+            f"{folder / 'config.json'} describes a model that cannot run: "
+            f"{reason_of(error)}."
+        ) from error
 
 
 def _quantize(model: nn.Module, quantization: dict | None) -> None:
@@ -180,6 +191,7 @@ def _load_resident(
     weights = _load_file(folder / manifest.resident.file)
     if predictor and manifest.predictors:
         weights |= _load_file(folder / manifest.predictors.file)
+    _check_numbers(model, weights, folder)
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
@@ -188,6 +200,19 @@ def _load_resident(
             f"({str(error).splitlines()[0]}). Convert the model again."
         ) from error
     model.eval()
+
+
+def _check_numbers(
+    model: nn.Module, weights: dict[str, mx.array], folder: Path
+) -> None:
+    """MLX takes integers for weights as it finds them, and fails in the middle."""
+    for name, array in parameters(model).items():
+        found = weights.get(name, array).dtype
+        if mx.issubdtype(found, mx.floating) != mx.issubdtype(array.dtype, mx.floating):
+            raise FlashError(
+                f"{folder}: {name} cannot be of {dtype_name(found)}. Convert the model "
+                "again."
+            )
 
 
 def _load_file(path: Path) -> dict[str, mx.array]:

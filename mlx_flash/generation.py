@@ -1,8 +1,10 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
+import math
 from collections.abc import Generator
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import GenerationResponse
@@ -32,12 +34,13 @@ def stream_generate(
         options: As mlx-lm's `generate_step` takes them (`sampler`, `prompt_cache`, …).
 
     Raises:
-        FlashError: If the prompt is empty or longer than the model's positions, or a
-            read fails.
+        FlashError: If the prompt is empty, longer than the model's positions or not
+            of the model's tokens, if a read fails, or if logits are no numbers.
     """
     flash = model.flash
     flash.check_open()
     prompt = encode_prompt(tokenizer, prompt)
+    _check_tokens(prompt, flash.vocabulary)
     if flash.positions is not None:
         cache = options.get("prompt_cache") or []
         used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
@@ -55,8 +58,36 @@ def stream_generate(
     for response in mlx_stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, **options
     ):
+        _check_numbers(response)
         run.note(response, flash.stats)
         yield response
+
+
+def _check_tokens(tokens: list[int], vocabulary: int) -> None:
+    """MLX takes any token for a row of the embedding and reads what lies there."""
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise FlashError(
+                f"The prompt has token {token:,}, the model knows {vocabulary:,} "
+                "tokens: this is another model's tokenizer. Copy the tokenizer files "
+                "of the original checkpoint into the model's folder."
+            )
+
+
+def _check_numbers(response: GenerationResponse) -> None:
+    """A NaN or an infinity among the logits leaves no token a finite probability.
+
+    The values are there already. On the CPU's stream nothing waits for the next token,
+    which the GPU may have begun.
+    """
+    with mx.stream(mx.cpu):
+        logprob = response.logprobs[response.token].item()
+    if not math.isfinite(abs(logprob)):
+        raise FlashError(
+            "The model's logits are no numbers (NaN or infinite): its weights are "
+            "damaged, or its dtype is too narrow. Check the folder with mlx-flash "
+            "verify, or convert it with --dtype float32."
+        )
 
 
 def generate(model: nn.Module, tokenizer, prompt, verbose=False, **options) -> str:

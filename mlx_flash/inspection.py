@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
-from .errors import FlashError
+from .errors import FlashError, printable
 from .storage.manifest import Layer, Weights, read_manifest
 from .storage.safetensors import file_sha256
 
@@ -46,9 +47,11 @@ def table(model: str | Path) -> str:
 
     revision = f"@{manifest.revision}" if manifest.revision else ""
     lines = [
-        f"{folder}",
-        f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
-        f"from {manifest.source}{revision}",
+        printable(str(folder)),
+        printable(
+            f"{manifest.model_type}, {manifest.activation}, {manifest.dtype}, "
+            f"from {manifest.source}{revision}"
+        ),
         "",
         f"model       {size(total)}",
         f"resident    {size(manifest.resident.bytes)}",
@@ -57,7 +60,7 @@ def table(model: str | Path) -> str:
     ]
     if c := manifest.calibration:
         lines.append(
-            f"calibrated on {c.tokens:,} tokens of {c.text}, measured on "
+            f"calibrated on {c.tokens:,} tokens of {printable(c.text)}, measured on "
             f"{c.held_out_tokens:,} others"
         )
     lines += ["", "layer  units   bytes   rank  active  predicted  recall    mass"]
@@ -80,6 +83,7 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
+    read_config(folder)  # of which no digest was noted
     files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
     if manifest.predictors:
         files.insert(1, manifest.predictors)
@@ -92,7 +96,7 @@ def verify(model: str | Path, passed: Callable[[str], None]) -> None:
                 f"{folder / entry.file} cannot be read: {error.strerror}."
             ) from error
         if sound:
-            passed(entry.file)
+            passed(printable(entry.file))
         else:
             damaged.append(entry.file)
     if damaged:

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from .assembly import Assembled, assemble, can_stream
-from .checkpoints.config import read_config
 from .checkpoints.hub import find_model
-from .errors import FlashError
+from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
+from .errors import FlashError, reason_of
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
 from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
@@ -76,6 +76,7 @@ class Flash:
         budget: How its memory is divided.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
+        vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
         run: The last generation, for `report`.
     """
@@ -87,6 +88,7 @@ class Flash:
         self.budget = budget
         self.layers: list[FlashFFN] = parts.layers
         self.positions: int | None = parts.config.get("max_position_embeddings")
+        self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None
         self.closed = False
@@ -129,7 +131,12 @@ class Loaded(tuple):
         self[0].flash.close()
 
 
-def load(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded:
+def load(
+    path: str | Path,
+    memory: int | str = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Loaded:
     """Load a flash folder and its tokenizer.
 
     >>> with mlx_flash.load("opt-6.7b-flash", memory="7GB") as (model, tokenizer):
@@ -138,40 +145,25 @@ def load(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded
     Args:
         path: A folder that `mlx-flash convert` wrote, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
+        trust_remote_code: Whether the tokenizer may be code that the folder brings.
         options: As `LoadOptions` describes them.
 
     Returns:
         (model, tokenizer), a tuple that is also a context manager.
 
     Raises:
-        FlashError: As `load_model`, and if the folder has no tokenizer.
+        FlashError: As `load_model`, and if the folder has no tokenizer, or another
+            model's.
     """
     folder = find_model(path, checkpoint=can_stream)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     model, _ = load_model(folder, memory, **options)
-    return Loaded((model, tokenizer))
-
-
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer in mlx-lm's wrapper.
-
-    Raises:
-        FlashError: If there is none or it cannot be read.
-    """
-    from mlx_lm.utils import load_tokenizer as load_wrapped
-
-    config = read_config(folder)
     try:
-        # transformers makes an empty tokenizer of a folder that has none.
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-            raise ValueError("no tokenizer* or vocab* file")
-        return load_wrapped(folder, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # whatever transformers raises for a broken tokenizer
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else error
-        raise FlashError(
-            f"{folder} has no usable tokenizer ({reason}). Copy the files of the "
-            "original checkpoint (tokenizer.json, tokenizer_config.json, …) into it."
-        ) from error
+        check_vocabulary(tokenizer, folder, model.flash.vocabulary)
+    except BaseException:
+        model.flash.close()
+        raise
+    return Loaded((model, tokenizer))
 
 
 def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded:
@@ -195,7 +187,13 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     budget = _budget(memory, parts, folder, policy, wanted)
 
     mx.reset_peak_memory()
-    mx.eval(parts.model.parameters())
+    try:
+        mx.eval(parts.model.parameters())
+    except RuntimeError as error:
+        raise FlashError(
+            f"The weights of {folder} cannot be read: {reason_of(error)}. Check the "
+            "disk, then download or convert the model again."
+        ) from error
     reader = open_reader(
         READ_THREADS,
         direct=not wanted.page_cache,

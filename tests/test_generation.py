@@ -424,3 +424,23 @@ def test_a_read_error_in_an_answer_names_the_file(folder, tmp_path):
 def test_a_folder_without_tokenizer_says_what_to_copy(flash_folder):
     with pytest.raises(FlashError, match="Copy the files"):
         mlx_flash.load(flash_folder)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_generation(loaded, value, dtype):
+    """In the middle of an answer, and at whichever token the number is missing."""
+
+    def spoil(tokens, logits):
+        if len(tokens) == len(PROMPT) + 2:
+            logits[:, 40] = value
+        return logits.astype(dtype)
+
+    model, tokenizer = loaded
+    texts = []
+    with pytest.raises(FlashError, match="no numbers"):
+        for step in stream_generate(
+            model, tokenizer, PROMPT, logits_processors=[spoil]
+        ):
+            texts.append(step.text)
+    assert len(texts) == 2

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..errors import FlashError
 from ..storage.manifest import MANIFEST, PREDICTORS, RESIDENT
+from .config import CONFIG_FILES
 
-CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 FLASH_FILES = [RESIDENT, PREDICTORS, "ffn/*"]
 # A checkpoint's weights: the first pattern that a repository has something for.
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]

@@ -5,6 +5,10 @@ they are evaluated. An expert tensor that reached the model as it came from the 
 be streamed from there; one that was stacked or transposed on the way cannot.
 """
 
+import contextlib
+import glob
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import FlashError
+from ..errors import FlashError, reason_of
 from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
 from ..storage.safetensors import read_header
@@ -84,17 +88,35 @@ def load_stock(folder: Path) -> Stock:
         return make, args_class
 
     try:
-        model, config = load_model(folder, lazy=True, get_model_classes=watched)
+        with _without_patterns(folder) as path:
+            model, config = load_model(path, lazy=True, get_model_classes=watched)
+    except FlashError:
+        raise
     except FileNotFoundError:
         raise FlashError(f"{folder} has no weights (model*.safetensors).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # each of mlx-lm's models fails in its own way
         raise FlashError(
-            f"mlx-lm cannot load {folder}: {reason or type(error).__name__}. "
+            f"mlx-lm cannot load {folder}: {reason_of(error)}. "
             "Check config.json and the checkpoint's shards, or update mlx-lm."
         ) from error
     del model.sanitize  # which holds the model: neither would go before a collection
     return Stock(folder, model, config, raw, places)
+
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """A path of the folder in which mlx-lm's `glob` sees no pattern.
+
+    It would look for `model[1]` in the folder `model1`. MLX has the files open before
+    the link goes.
+    """
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        link = Path(parent) / "model"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def _places(folder: Path) -> dict[str, Place]:

@@ -53,6 +53,11 @@ from .common import (
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
 )
 @click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the code that the folder's tokenizer brings, if it brings any.",
+)
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print the text alone.")
 def generate(
@@ -66,6 +71,7 @@ def generate(
     policy,
     window,
     no_predictor,
+    trust_remote_code,
     as_json,
     quiet,
     **options,
@@ -94,7 +100,7 @@ def generate(
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
     folder, memory = chosen_model(model, memory)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     tokens = generation.encode_prompt(tokenizer, prompt)
     loaded = load_model(
         folder,

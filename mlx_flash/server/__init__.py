@@ -75,7 +75,8 @@ def open_server(
     provider = _provider(model, arguments)
     asked = provider.cli_args
     with Listener(asked.host, asked.port) as listener:
-        with load(model, memory, **options) as (network, tokenizer):
+        trusted = bool(asked.trust_remote_code)
+        with load(model, memory, trusted, **options) as (network, tokenizer):
             if asked.chat_template:
                 tokenizer.chat_template = asked.chat_template
                 tokenizer.has_chat_template = True

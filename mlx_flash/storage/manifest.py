@@ -25,6 +25,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FlashError
+from .files import read_json
 from .safetensors import DTYPES, read_header
 from .typed_json import from_json
 
@@ -152,14 +153,12 @@ def parse_manifest(folder: Path) -> Manifest:
     """Read `flash.json` alone, whose files need not be there yet."""
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except FileNotFoundError:
         raise FlashError(
             f"{folder} is not a flash folder (no {MANIFEST}). "
             f"Make one: mlx-flash convert {folder} -o {folder.name}-flash"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FlashError(f"{path} cannot be read: {error}.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
         raise FlashError(f"{path} is damaged: it has no valid format_version.")
@@ -180,7 +179,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     """Hold every size, shape and offset of a manifest against the files."""
     if manifest.unit not in UNITS:
         raise FlashError(f"{folder / MANIFEST}: unknown unit kind {manifest.unit!r}.")
-    if manifest.dtype not in DTYPES:
+    if manifest.dtype not in DTYPES or "float" not in manifest.dtype:
         raise FlashError(f"{folder / MANIFEST}: unknown dtype {manifest.dtype!r}.")
     if not manifest.layers:
         raise FlashError(f"{folder / MANIFEST} names no FFN layer.")

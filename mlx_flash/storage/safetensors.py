@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FlashError
+from .files import MAX_JSON_BYTES, file_bytes
 
 # Names as MLX and the manifest spell them, with the safetensors code and the size.
 DTYPES = {
@@ -26,7 +27,6 @@ DTYPES = {
     "int32": ("I32", 4),
     "uint8": ("U8", 1),
 }
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ def read_header(path: Path) -> tuple[dict, int]:
         FlashError: If the file is missing, cut short or its header lies.
     """
     try:
-        size = path.stat().st_size
+        size = file_bytes(path)
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+            if not 0 < length <= min(MAX_JSON_BYTES, size - 8):
                 raise FlashError(f"{path} is not a whole safetensors file.")
             header = json.loads(file.read(length))
     except OSError as error:

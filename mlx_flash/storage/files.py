@@ -1,0 +1,46 @@
+"""Files that may be anything: a pipe never ends, and /dev/zero has no end either."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashError, reason_of
+
+MAX_JSON_BYTES = 100_000_000  # the limit that safetensors sets to its headers
+
+
+def file_bytes(path: Path) -> int:
+    """The size of a regular file, or of the one that a link leads to.
+
+    Raises:
+        FlashError: If it is a folder, a pipe or a device.
+        OSError: If there is none.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise FlashError(
+            f"{path} is a folder, a pipe or a device where a file should be. Restore "
+            "the file from a copy, or download or convert the model again."
+        )
+    return found.st_size
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FlashError: If it cannot be read, is too large or is no JSON.
+        FileNotFoundError: If there is none.
+    """
+    try:
+        if file_bytes(path) > MAX_JSON_BYTES:
+            raise FlashError(
+                f"{path} has more than {MAX_JSON_BYTES:,} bytes, as no such file has."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise FlashError(f"{path} cannot be read: {reason_of(error)}.") from error
