@@ -91,7 +91,7 @@ class Cutter:
         raise NotImplementedError
 
     def finish(self, index: int) -> None:
-        """Let go of a layer that is on flash, and noted."""
+        """Let go of a layer that is on flash, and will be noted next."""
 
     def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         """All weights that stay in memory, and how quantised modules are packed."""
@@ -111,10 +111,8 @@ def write_folder(job: Job, cutter: Cutter) -> None:
         range(done, total), "converting", initial=done, total=total, unit="layer"
     ):
         work.layers.append(_write_layer(work, cutter, index))
-        work.note()
         cutter.finish(index)
-    if job.source.fingerprint() != work.facts["source"]:
-        raise work.source_changed()
+        work.note()
     _write_rest(job, cutter)
 
 
@@ -152,5 +150,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         calibration=cutter.calibration,
         layers=tuple(job.work.layers),
     )
+    if source.look() != source.fingerprint:  # now that nothing more of it is read
+        raise job.work.source_changed()
     (folder / MANIFEST).write_text(manifest.to_json())
     check_manifest(manifest, folder)

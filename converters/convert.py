@@ -9,12 +9,14 @@ from ..checkpoints.units import activation, find_units
 from ..errors import FlashError
 from ..inspection import verify
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
-from ..storage.safetensors import write_error
+from ..storage.manifest import MANIFEST
+from ..storage.safetensors import file_sha256, write_error
 from .calibrate.calibrator import Calibrator
 from .conversion import Cutter, Job, write_folder
+from .lock import Lock
 from .neurons import NeuronCutter
 from .options import ConvertOptions
-from .source import Source
+from .source import Source, identity
 from .tensors import TensorCutter
 from .workfolder import WorkFolder
 
@@ -48,9 +50,37 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     """
     asked = ConvertOptions(**options)
     work = WorkFolder(Path(dst).expanduser())
-    work.check_destination(asked.overwrite)
-    source = Source(src, asked.revision)
-    work.check_source(source.folder)
+    path = Path(src).expanduser()
+    request = {
+        "source": str(path.resolve()) if path.exists() else str(src),
+        "revision": asked.revision,
+        "options": asked.facts(),
+    }
+    with Lock(work.dst) as lock:
+        try:
+            if not _is_finished(work, lock, request):
+                work.check_destination(asked.overwrite)
+                source = Source(src, asked.revision)
+                work.check_source(source.folder)
+                _fill(work, source, asked)
+                manifest = file_sha256(work.folder / MANIFEST)
+                weights = {
+                    str(file.absolute()): source.fingerprint[file.name]
+                    for file in source.files
+                }
+                note = {"request": request, "manifest": manifest, "weights": weights}
+                lock.write(note)
+                work.publish()
+            work.discard()
+            if asked.delete_source:
+                _delete_weights(lock.note["weights"], work.dst)
+        except OSError as error:
+            raise write_error(Path(error.filename or work.folder), error) from error
+    return work.dst
+
+
+def _fill(work: WorkFolder, source: Source, asked: ConvertOptions) -> None:
+    """Write the flash folder in the work folder, all of it or what is missing."""
     kind, reason = choose(source, asked.unit)
     if kind is NEURON and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
@@ -58,21 +88,31 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     # MLX keeps freed memory for reuse; a conversion would rather not hold it.
     before = mx.set_cache_limit(0)
     try:
-        work.begin({"source": source.fingerprint(), "options": asked.facts()})
+        work.begin({"source": source.fingerprint, "options": asked.facts()})
         try:
             job.say(reason)
             write_folder(job, _cutter(job, kind))
         except BaseException:
             work.drop_if_empty()
             raise
-        work.publish()
-    except OSError as error:
-        raise write_error(Path(error.filename or work.folder), error) from error
     finally:
         mx.set_cache_limit(before)
-    if asked.delete_source:
-        _delete_weights(source, work.dst)
-    return work.dst
+
+
+def _is_finished(work: WorkFolder, lock: Lock, request: dict) -> bool:
+    """Whether an earlier run of the same command came as far as the final name."""
+    if not lock.note:
+        return False
+    note, manifest = lock.note, work.dst / MANIFEST
+    named = not work.folder.exists() and manifest.is_file()
+    if named and file_sha256(manifest) == note.get("manifest"):
+        files = {Path(name): seen for name, seen in note["weights"].items()}
+        unchanged = all(identity(f) == files[f] for f in files if f.exists())
+        if note["request"] == request and unchanged:
+            return True
+        work.discard()
+    lock.write({})
+    return False
 
 
 def choose(source: Source, unit: str | None = None) -> tuple[UnitKind, str]:
@@ -123,9 +163,20 @@ def _pays(job: Job, calibrator: Calibrator) -> bool:
     return share <= USEFUL_SHARE
 
 
-def _delete_weights(source: Source, folder: Path) -> None:
-    """Delete the checkpoint's weights, once every byte of `folder` proved sound."""
+def _delete_weights(weights: dict[str, list[int]], folder: Path) -> None:
+    """Delete weight files that are as they were read, once `folder` proved sound.
+
+    Args:
+        weights: The identity of each by its path; an earlier run may have deleted some.
+    """
     verify(folder, lambda file: None)
-    for file in source.files:
-        file.resolve().unlink()  # in the hub's cache, the link leads to the bytes
+    for name, seen in weights.items():
+        file = Path(name)
+        if file.exists() and identity(file) != seen:
+            raise FlashError(
+                f"{file} changed since it was converted to {folder}, and was not "
+                "deleted. Look at it, then convert or delete it yourself."
+            )
+    for file in map(Path, weights):
+        file.resolve().unlink(missing_ok=True)  # in the hub's cache, links lead there
         file.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ class NeuronCutter(Cutter):
         values = sum(w.size for w in parameters(self.model.model).values())
         # A tenth for predictors and the states of the calibration text.
         job.check_disk(1.1 * values * DTYPES[self.dtype][1], len(self.modules))
-        job.source.prepare(job.work.path(""))
+        job.source.prepare(job.work)
         check_names(job.source, self.model.model)
         self.calibrator = None
         if job.options.rank != 0:

@@ -58,7 +58,7 @@ def copy_config(source: Source, folder: Path, changes: dict) -> None:
     """Copy configuration and tokenizer; config.json gets `changes`."""
     for pattern in CONFIG_FILES:
         for file in source.folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
+            if file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
     config = json.loads((source.folder / "config.json").read_text()) | changes
     config.pop("torch_dtype", None)

@@ -5,13 +5,14 @@ memory only from its evaluation until the caller lets go of it.
 """
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoints.config import make_model, read_config
-from ..checkpoints.hub import find_model
+from ..checkpoints.hub import CONFIG_FILES, WEIGHT_FILES, find_model
 from ..checkpoints.weight_format import header_tensors, main_dtype, named_dtype
 from ..errors import FlashError
 from ..models.registry import get_model_classes
@@ -19,6 +20,7 @@ from ..storage.manifest import MANIFEST
 from ..storage.safetensors import read_header
 from . import torch_bin
 from .arrays import load_arrays
+from .workfolder import WorkFolder
 
 
 class Source:
@@ -27,6 +29,7 @@ class Source:
     Attributes:
         folder, config, files: Where it is, its config.json, its weight files.
         revision: The commit if it came from the hub.
+        fingerprint: Of its files, taken before anything was read.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None):
@@ -35,6 +38,7 @@ class Source:
         # The hub's cache names a snapshot's folder after its commit.
         in_cache = self.folder.parent.name == "snapshots"
         self.revision = self.folder.name if in_cache else revision
+        self.fingerprint = self.look()
         self.config = read_config(self.folder)
         if (self.folder / MANIFEST).exists():
             raise FlashError(f"{name} is a flash folder already.")
@@ -47,10 +51,18 @@ class Source:
         classes = get_model_classes(self.config)
         return make_model(*classes, self.config, self.folder)
 
-    def prepare(self, work: Path) -> None:
+    def prepare(self, work: WorkFolder) -> None:
         """Bring .bin files into `work` as safetensors; others are read as they are."""
-        if self.files[0].suffix == ".bin":
-            self._safetensors = [torch_bin.to_safetensors(f, work) for f in self.files]
+        if self.files[0].suffix != ".bin":
+            return
+        for file in self.files:
+            name = file.stem + ".safetensors"
+            if name not in work.digests:
+                work.digests[name] = torch_bin.to_safetensors(file, work.path(name))
+                work.record()
+        self._safetensors = [
+            work.path(file.stem + ".safetensors") for file in self.files
+        ]
 
     def copied_bytes(self) -> int:
         """How much `prepare` writes."""
@@ -78,11 +90,34 @@ class Source:
         sizes = header_tensors(files).values()
         return main_dtype(sizes, self.folder / "config.json")
 
-    def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of change of every file: differs when the source changed."""
-        files = [*self.files, self.folder / "config.json"]
-        stats = {f.name: f.stat() for f in files}
-        return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+    def look(self) -> dict[str, list[int]]:
+        """The identity of every file that may be read: differs when the source changed.
+
+        Raises:
+            FlashError: If one is a link that leads out of the checkpoint.
+        """
+        patterns = [*CONFIG_FILES, *WEIGHT_FILES]
+        files = {f for pattern in patterns for f in self.folder.glob(pattern)}
+        for file in sorted(files):
+            self._check_link(file)
+        return {f.name: identity(f) for f in sorted(files) if f.is_file()}
+
+    def _check_link(self, file: Path) -> None:
+        folder = self.folder.resolve()
+        within = [folder]
+        if folder.parent.name == "snapshots":  # the hub's cache links to its blobs
+            within.append(folder.parents[1] / "blobs")
+        if file.is_symlink() and file.resolve().parent not in within:
+            raise FlashError(
+                f"{file} is a link that leads out of the checkpoint. Put the file "
+                "itself there."
+            )
+
+
+def identity(file: Path) -> list[int]:
+    """Size and times of change of a file; the last of them cannot be set back."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -92,11 +127,20 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text())["weight_map"].values())
-                files = sorted(folder / name for name in names)
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 raise FlashError(
                     f"{index} is damaged. Download the checkpoint again."
                 ) from None
+            # They are deleted in the end if that was asked for: no other may be named.
+            allowed = re.compile(rf"{stem}[^/\\\0]*\.{suffix}")
+            for name in names:
+                if not isinstance(name, str) or not allowed.fullmatch(name):
+                    raise FlashError(
+                        f"{index} names {name!r}, and weight files have names such as "
+                        f"{stem}-00001-of-00002.{suffix}. Download the checkpoint "
+                        "again."
+                    )
+            files = sorted(folder / name for name in names)
         else:
             files = sorted(folder.glob(f"{stem}*.{suffix}"))
         for file in files:

@@ -12,16 +12,13 @@ from ..errors import FlashError
 from ..storage.safetensors import Tensor, write_safetensors
 
 
-def to_safetensors(file: Path, folder: Path) -> Path:
-    """Rewrite one .bin file into `folder`, tensor by tensor, unless it is there.
+def to_safetensors(file: Path, target: Path) -> str:
+    """Rewrite one .bin file as `target`, tensor by tensor, and return its SHA-256.
 
     Raises:
         FlashError: If PyTorch is not installed, or the file is damaged or holds more
             than tensors.
     """
-    target = folder / (file.stem + ".safetensors")
-    if target.exists():
-        return target
     try:
         import torch  # type: ignore[import-not-found]  # an extra
     except ImportError:
@@ -61,5 +58,4 @@ def to_safetensors(file: Path, folder: Path) -> Path:
 
     # Integer buffers (a causal mask, say) are no weights.
     kept = {k: entry(t) for k, t in weights.items() if t.dtype in known}
-    write_safetensors(target, kept)
-    return target
+    return write_safetensors(target, kept)

@@ -1,11 +1,13 @@
 """The folder a conversion works in: what is done, what must be remembered, the end.
 
-`<destination>.partial` fills up with the files of the flash folder, and `.partial/work`
-with what is needed to go on after an interruption. `progress.json` is written last and
-by renaming, so a layer it counts is on disk.
+`<destination>.partial` is all ours. Its `flash` fills up with the files of the flash
+folder, its `work` has what is needed to go on after an interruption, and its `old` is
+what the destination was before. `progress.json` is written last and by renaming, when
+all that it counts is on disk; digests tell whether that is still what was written.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ import numpy as np
 
 from ..errors import FlashError
 from ..storage.manifest import MANIFEST, Layer, layer_from_json
+from ..storage.safetensors import file_sha256
 
 PROGRESS = "progress.json"
 
@@ -24,16 +27,32 @@ class WorkFolder:
     """Where one conversion happens.
 
     Attributes:
-        folder: Becomes the flash folder.
+        partial: All that this conversion writes.
+        folder: In it, what becomes the flash folder.
         layers: The manifest's entries of the layers that are done.
+        digests: SHA-256 of the files in `work` that a resumed run needs.
         facts: What `begin` was given, as the first run of this conversion was.
     """
 
     def __init__(self, dst: Path):
-        self.dst = dst = dst.resolve()  # "." has no name, and a link is not replaced
-        self.folder = dst.with_name(dst.name + ".partial")
+        try:
+            self.dst = dst = dst.resolve()  # "." has no name, and no link is replaced
+        except (OSError, RuntimeError):
+            raise FlashError(
+                f"{dst} is a link to itself. Choose another name."
+            ) from None
+        if dst.is_symlink() or dst.is_mount():
+            raise FlashError(
+                f"{dst} cannot be replaced by a flash folder: a disk is mounted there, "
+                "or it is a link to itself. Choose a name below it, or another."
+            )
+        self.partial = dst.with_name(dst.name + ".partial")
+        self.folder = self.partial / "flash"
+        self.old = self.partial / "old"
         self.layers: list[Layer] = []
+        self.digests: dict[str, str] = {}
         self.facts: dict = {}
+        self._dropped: list[str] = []
 
     def check_destination(self, overwrite: bool) -> None:
         """Refuse to replace what is not ours, or what nobody asked to replace."""
@@ -48,11 +67,13 @@ class WorkFolder:
 
     def check_source(self, source: Path) -> None:
         """Refuse to replace a folder together with the checkpoint that lies in it."""
-        if self.dst in source.resolve().parents:
-            raise FlashError(
-                f"{source} lies inside {self.dst}, which would be replaced. Choose "
-                "another name."
-            )
+        source = source.resolve()
+        for ours in (self.dst, self.partial):
+            if ours in (source, *source.parents):
+                raise FlashError(
+                    f"{source} lies inside {ours}, which would be replaced. Choose "
+                    "another name."
+                )
 
     def begin(self, facts: dict) -> None:
         """Start, or go on where an earlier run with the same `facts` stopped.
@@ -62,59 +83,103 @@ class WorkFolder:
 
         Raises:
             FlashError: If an earlier run that finished layers had another source or
-                other options, or its folder's name is taken by something else.
+                other options, its files were damaged, or its folder's name is taken
+                by something else.
         """
         facts = json.loads(json.dumps(facts))
-        self.facts, self.layers = self._earlier()
-        if self.facts == facts:
-            return
+        self._read_progress()
         if self.layers and self.facts["source"] != facts["source"]:
             raise self.source_changed()
-        if self.layers:
+        if self.layers and self.facts != facts:
             raise FlashError(
-                f"{self.folder} is an interrupted conversion with other options. "
-                f"Repeat those, or delete it and start anew: rm -r {self.folder}"
+                f"{self.partial} is an interrupted conversion with other options. "
+                f"Repeat those, or delete it and start anew: rm -r {self.partial}"
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.path("").mkdir(parents=True)
-        (self.folder / "ffn").mkdir()
-        self.facts = facts
-        self.note()
+        if self.facts == facts:
+            self._check_files()
+        else:
+            self.discard()
+            self.path("").mkdir(parents=True)
+            self.facts, self.digests = facts, {}
+            self.record()
+        (self.folder / "ffn").mkdir(parents=True, exist_ok=True)
 
-    def _earlier(self) -> tuple[dict, list[Layer]]:
-        """Facts and layers of an interrupted run; empty without one."""
-        if not self.folder.exists():
-            return {}, []
-        if not self.path("").is_dir():
+    def _read_progress(self) -> None:
+        """Facts, layers and digests of an interrupted run; empty without one."""
+        if not self.partial.exists() and not self.partial.is_symlink():
+            return
+        if not self._is_ours():
             raise FlashError(
-                f"{self.folder} is in the way: a conversion works in a folder of that "
+                f"{self.partial} is in the way: a conversion works in a folder of that "
                 "name. Move it, or choose another name."
             )
         try:
             facts = json.loads(self.path(PROGRESS).read_text())
-            layers = [layer_from_json(entry) for entry in facts.pop("layers")]
-        except (FileNotFoundError, ValueError):  # the machine stopped while it began
-            return {}, []
-        return facts, layers
+            if facts.pop("sha256") != _digest(facts):
+                return
+            self.digests = facts.pop("files")
+            self.layers = [layer_from_json(entry) for entry in facts.pop("layers")]
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return  # the machine stopped while it began
+        self.facts = facts
+
+    def _is_ours(self) -> bool:
+        """Whether the work folder is from a conversion, at whatever point it ended."""
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            return False
+        if any(p.name not in ("flash", "work", "old") for p in self.partial.iterdir()):
+            return False
+        # Progress is the first file that comes and the last that goes.
+        if self.path(PROGRESS).exists() or self.path(PROGRESS + ".part").exists():
+            return True
+        return all(p.is_dir() for p in self.partial.rglob("*"))
+
+    def _check_files(self) -> None:
+        """Refuse to go on with files that are not as they were written."""
+        files = {self.path(name): digest for name, digest in self.digests.items()}
+        files |= {self.folder / layer.file: layer.sha256 for layer in self.layers}
+        for file, digest in files.items():
+            if not file.is_file() or file_sha256(file) != digest:
+                raise self._damaged(file)
+        for part in self.partial.rglob("*.part"):
+            part.unlink()
+
+    def _damaged(self, file: Path) -> FlashError:
+        return FlashError(
+            f"{file} is missing or damaged, and the conversion cannot go on without "
+            f"it. Delete the work folder and start anew: rm -r {self.partial}"
+        )
 
     def source_changed(self) -> FlashError:
         return FlashError(
             f"The checkpoint changed since its conversion to {self.dst} began. Delete "
-            f"what was made from the old one and start anew: rm -r {self.folder}"
+            f"what was made from the old one and start anew: rm -r {self.partial}"
         )
 
     def path(self, name: str) -> Path:
         """A file that is needed until the conversion is finished."""
-        return self.folder / "work" / name
+        return self.partial / "work" / name
 
     def note(self) -> None:
-        """Record which layers are done."""
+        """Record which layers are done, and delete what was dropped."""
+        self.record()
+        for name in self._dropped:
+            self.path(name).unlink(missing_ok=True)
+        self._dropped.clear()
+
+    def record(self) -> None:
+        """Write down what is done, once all that it counts is on disk."""
+        for folder in (self.folder / "ffn", self.path("")):
+            if folder.exists():
+                sync(folder)  # the names of what is counted
         layers = [dataclasses.asdict(layer) for layer in self.layers]
-        text = json.dumps(self.facts | {"layers": layers})
+        progress = self.facts | {"files": self.digests, "layers": layers}
+        text = json.dumps(progress | {"sha256": _digest(progress)})
         self._write(PROGRESS, lambda file: file.write(text.encode()))
+        sync(self.path(""))
 
     def save_array(self, name: str, array: np.ndarray) -> None:
-        """Write an .npy file, whole or not at all."""
+        """Write an .npy file, whole or not at all; `note` counts it."""
         header = np.lib.format.header_data_from_array_1_0(array)
 
         def write(file) -> None:
@@ -122,12 +187,35 @@ class WorkFolder:
             file.write(array.data)  # np.save would not say that the disk is full
 
         self._write(name, write)
+        self.digests[name] = file_sha256(self.path(name))
+
+    def load_array(self, name: str) -> np.ndarray:
+        """What `save_array` wrote.
+
+        Raises:
+            FlashError: If the file is no longer that.
+        """
+        return np.load(self.sound(name))
+
+    def sound(self, name: str) -> Path:
+        """The path of a file in `work`, which is as it was written."""
+        path = self.path(name)
+        if not path.is_file() or file_sha256(path) != self.digests[name]:
+            raise self._damaged(path)
+        return path
+
+    def drop(self, name: str) -> None:
+        """Delete a file when the next `note` no longer counts it."""
+        if self.digests.pop(name, None):
+            self._dropped.append(name)
 
     def _write(self, name: str, write: Callable) -> None:
         part = self.path(name + ".part")
         try:
             with open(part, "wb") as file:
                 write(file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, self.path(name))
         except BaseException:
             part.unlink(missing_ok=True)
@@ -136,14 +224,40 @@ class WorkFolder:
     def drop_if_empty(self) -> None:
         """Leave nothing behind of a run that failed before it had much to keep."""
         if not self.layers and not any(self.path("").glob("*.npy")):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.discard()
 
     def publish(self) -> None:
-        """Give the finished folder its name, and drop what was only for the work."""
-        old = self.dst.with_name(self.dst.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.dst.exists():
-            os.replace(self.dst, old)
+        """Give the finished folder its name; what was there is kept in `old`."""
+        for path in (*self.folder.rglob("*"), self.folder):
+            sync(path)
+        if self.dst.exists() and any(self.dst.iterdir()):
+            shutil.rmtree(self.old, ignore_errors=True)
+            os.replace(self.dst, self.old)
         os.replace(self.folder, self.dst)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.dst / "work")
+        sync(self.partial)
+        sync(self.dst.parent)
+
+    def discard(self) -> None:
+        """Delete the work folder; what was to be replaced and was not comes back."""
+        if self.old.exists() and not self.dst.exists():
+            os.replace(self.old, self.dst)
+        shutil.rmtree(self.old, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.path("").is_dir():
+            for file in self.path("").iterdir():
+                if file.name != PROGRESS:  # it says that the folder is ours
+                    file.unlink()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _digest(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

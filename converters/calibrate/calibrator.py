@@ -52,7 +52,7 @@ class Calibrator:
     def tokens(self) -> np.ndarray:
         """The text, int32 [sequences, length]; a resumed run reads the same."""
         name = "tokens.npy"
-        if not self.work.path(name).exists():
+        if name not in self.work.digests:
             count = self.options.calibration_tokens
             if file := self.options.calibration:
                 path = Path(file).expanduser()
@@ -60,7 +60,8 @@ class Calibrator:
             else:
                 tokens = text.sample_tokens(self.model, count, self.job.bars)
             self.work.save_array(name, tokens)
-        return np.load(self.work.path(name))
+            self.work.record()
+        return self.work.load_array(name)
 
     def active_share(self) -> float:
         """The share of hidden values that are not zero, on some of the text."""
@@ -79,7 +80,7 @@ class Calibrator:
     def resume(self, done: int) -> None:
         """Bring the states that layer `done` gets."""
         if done:
-            self.hidden = np.load(self.work.path(f"hidden_{done:02d}.npy"))
+            self.hidden = self.work.load_array(f"hidden_{done:02d}.npy")
         else:
             self.hidden = self.model.embed_text(self.tokens)
 
@@ -111,24 +112,27 @@ class Calibrator:
                 if not name.startswith("reduce."):  # the others have a row a neuron
                     arrays[name] = array[mx.array(order)]
         named = {f"{path}.predictor.{k}": w for k, w in arrays.items()}
-        write_weights(self._predictor_path(index), named)
+        name = f"predictor_{index:02d}.safetensors"
+        self.work.digests[name] = write_weights(self.work.path(name), named).sha256
         self.work.save_array(f"hidden_{index + 1:02d}.npy", self.hidden)
         return facts
 
     def order(self, index: int) -> mx.array | None:
         """Place i on flash is for neuron `order[i]`; None: as in the checkpoint."""
-        path = self.work.path(f"order_{index:02d}.npy")
-        return mx.array(np.load(path)) if path.exists() else None
+        if self.options.order == "checkpoint":
+            return None
+        return mx.array(self.work.load_array(f"order_{index:02d}.npy"))
 
     def finish(self, index: int) -> None:
         """Drop what only a layer that is done by now needed."""
-        self.work.path(f"hidden_{index:02d}.npy").unlink(missing_ok=True)
+        self.work.drop(f"hidden_{index:02d}.npy")
 
     def predictors(self) -> dict[str, mx.array]:
         """The arrays of all layers' predictors, lazily, by their paths in the model."""
         arrays: dict[str, mx.array] = {}
         for index in range(len(self.paths)):
-            arrays |= load_arrays(self._predictor_path(index))
+            name = f"predictor_{index:02d}.safetensors"
+            arrays |= load_arrays(self.work.sound(name))
         return arrays
 
     def facts(self) -> Calibration:
@@ -152,9 +156,6 @@ class Calibrator:
                 rows = rows.T
             ffn[name].weight = rows
         ffn.set_dtype(mx.float32)
-
-    def _predictor_path(self, index: int) -> Path:
-        return self.work.path(f"predictor_{index:02d}.safetensors")
 
 
 def _order_by_use(

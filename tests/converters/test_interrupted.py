@@ -60,12 +60,12 @@ def written(monkeypatch):
         (fit, "_train", 2, True, 3),
         (conversion, "write_bundles", 2, False, 3),
         (conversion, "write_bundles", 2, True, 4),  # written, but not noted
-        (WorkFolder, "note", 1, True, 3),
-        (WorkFolder, "note", 3, False, 4),
-        (WorkFolder, "note", 3, True, 3),  # between two layers
+        (WorkFolder, "record", 1, True, 3),
+        (WorkFolder, "note", 2, False, 4),
+        (WorkFolder, "note", 2, True, 3),  # between two layers
         (WorkFolder, "save_array", 3, False, 3),
         (WorkFolder, "save_array", 3, True, 3),
-        (os, "replace", 7, False, 4),
+        (os, "replace", 8, False, 4),
         (conversion, "_write_rest", 1, False, 3),
         (conversion, "copy_config", 1, False, 3),
         (conversion, "copy_config", 1, True, 3),
@@ -113,7 +113,7 @@ def test_interrupted_while_it_replaces(tmp_path, three_layers, monkeypatch):
 
     def break_after_first(a, b):
         real(a, b)
-        if Path(b).name == "flash.old":
+        if Path(b).name == "old":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_interrupted_while_it_replaces(tmp_path, three_layers, monkeypatch):
             convert(src, dst, overwrite=True, **OPTIONS)
     convert(src, dst, **OPTIONS)
     assert files_of(dst) == whole
-    assert not (tmp_path / "flash.old").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "other", "flash"}
 
 
 def test_killed_goes_on(tmp_path, three_layers, written):
@@ -158,7 +158,7 @@ convert({str(src)!r}, {str(tmp_path / "flash")!r}, **{OPTIONS!r})
 def interrupted(src, dst, monkeypatch, layers, **options):
     """Convert until `layers` layers are done."""
     with monkeypatch.context() as patch:
-        interrupt(patch, WorkFolder, "note", layers + 1, after=True)
+        interrupt(patch, WorkFolder, "note", layers, after=True)
         with pytest.raises(KeyboardInterrupt):
             convert(src, dst, **{**OPTIONS, **options})
 

@@ -139,7 +139,7 @@ def test_weights_that_are_no_numbers(refuse, tmp_path, name, value, options, wor
 def left_by_interruption(tmp_path, name):
     """Layers that were finished before the damage in `name` was met are kept."""
     done = 0 if ".layers.0." in name else 1 if ".layers.1." in name else 2
-    files = [f"ffn/layer_{i:02}.safetensors" for i in range(done)]
+    files = [f"flash/ffn/layer_{i:02}.safetensors" for i in range(done)]
     files += ["work/progress.json"] if done else []
     return [f"flash.partial/{file}" for file in files]
 

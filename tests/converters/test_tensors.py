@@ -21,7 +21,7 @@ DEEP = {"num_hidden_layers": 3}
     [
         (conversion, "write_bundles", 1, False, 3),
         (conversion, "write_bundles", 2, True, 4),  # written, but not noted
-        (WorkFolder, "note", 3, True, 3),  # between two layers
+        (WorkFolder, "note", 2, True, 3),  # between two layers
         (os, "replace", 3, False, 4),
         (conversion, "write_weights", 1, False, 3),
         (conversion, "write_weights", 1, True, 3),
