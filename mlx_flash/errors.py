@@ -16,7 +16,7 @@ class FlashError(Exception):
     The command line prints it without a traceback and ends with exit code 1.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(printable(message))
 
 
