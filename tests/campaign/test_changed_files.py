@@ -141,7 +141,7 @@ def judge(tmp_path, share):
 
 @linux
 def test_a_file_that_changes_is_refused_or_not_needed(tmp_path):
-    judge(tmp_path, 0.1)
+    judge(tmp_path, 0.05)
 
 
 @linux

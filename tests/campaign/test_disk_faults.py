@@ -114,7 +114,7 @@ def judge(tmp_path, runs, seed):
 
 @linux
 def test_a_bad_disk_gives_right_logits_or_an_error(tmp_path):
-    judge(tmp_path, 200, 1)
+    judge(tmp_path, 80, 1)
 
 
 @linux

@@ -122,7 +122,7 @@ class Case:
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_a_few_points(tmp_path, processes, kind):
     case = Case(tmp_path / kind, processes, kind, delete_source=True)
-    points = random.Random(0).sample(range(1, case.points + 1), 3)
+    points = random.Random(0).sample(range(1, case.points + 1), 1)
     for point in [*points, case.points]:  # the last is the lock that goes
         assert case.killed(str(point), point=point)
 

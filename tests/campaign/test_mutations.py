@@ -19,7 +19,7 @@ from test_interruptions import KINDS, make_folder
 
 HANG_S = 60  # hundreds of times what a folder takes
 CAMPAIGN = 700  # mutations of each of the five kinds of folders
-SAMPLE = 12
+SAMPLE = 5
 # Seeds that once gave a traceback, a signal or a hang.
 FAILED_ONCE: dict[str, list[int]] = {}
 WORKER = Path(__file__).with_name("worker.py")
