@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mlx-flash generate "Once upon a time"
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # What takes too long for every change: see docs/reliability.md.
 campaign: $(VENV)/.tests
