@@ -96,7 +96,8 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     manifest = read_manifest(folder)
     config = read_config(folder)
     # A model of their own: Kimi K3 keeps what it computed from weights in its first run
-    shapes = _shapes(empty_model(manifest, config, folder), config, folder)
+    model = empty_model(manifest, config, folder)
+    shapes = _shapes(model, manifest, config, folder)
     model = empty_model(manifest, config, folder)
     layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
@@ -108,15 +109,15 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
 def _in_place(folder: Path) -> Assembled:
     stock = load_stock(folder)
     model, config = stock.model, stock.config
-    shapes = _shapes(model, config, folder)
     manifest, extents = describe_in_place(stock)
+    shapes = _shapes(model, manifest, config, folder)
     layers = _exchange(model, manifest, False, folder)
     return Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
 
 
-def _shapes(model: nn.Module, config: dict, folder: Path) -> Shapes:
+def _shapes(model: nn.Module, manifest: Manifest, config: dict, folder: Path) -> Shapes:
     try:
-        return find_shapes(model, config)
+        return find_shapes(model, config, [x.module for x in manifest.layers])
     except Exception as error:  # MLX's and mlx-lm's, of sizes that contradict
         raise FlashError(
             f"{folder / 'config.json'} describes a model that cannot run: "

@@ -249,8 +249,8 @@ def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) ->
             flash.stats,
             layer.apart if overlap else 0.0,
         )
-        layer.attach(slots)
-        if slots.holds_all:
+        layer.attach(slots, flash.budget.batch_tokens)
+        if slots.n_slots == slots.units:
             slots.read_all()
 
 

@@ -131,7 +131,7 @@ class Bench:
     def ffn(self, n_slots, choose=None, bias=True, **options):
         ffn = NeuronFFN(self.module(bias), choose and Says(choose))
         ffn.attach(self.store(n_slots, **options))
-        if ffn.slots.holds_all:
+        if ffn.slots.n_slots == ffn.slots.units:
             ffn.slots.read_all()
         return ffn
 

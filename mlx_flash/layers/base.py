@@ -5,7 +5,7 @@ Shapes: T tokens, n units of a layer, K units of each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import FlashError
+from ..memory.fence import evaluate
+from ..memory.footprint import MAX_BATCH
 from ..memory.slots import CLOSED, UnitSlots
 
 # x, and how many units each token takes where the kind has such a number → a choice:
@@ -37,9 +39,13 @@ class FlashFFN(nn.Module):
 
     Attributes:
         apart: For `SlotCache`: up to which share of the slots a step is cut in two.
+        batch_tokens: How many tokens are multiplied at once. A prompt chunk has more:
+            they go through every wave batch by batch, so that hidden values take the
+            same memory however long the chunk is.
     """
 
     apart = 0.0
+    batch_tokens = MAX_BATCH
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +63,17 @@ class FlashFFN(nn.Module):
             raise FlashError(CLOSED)
         return self._slots
 
-    def attach(self, slots: UnitSlots) -> None:
+    def attach(self, slots: UnitSlots, batch_tokens: int = MAX_BATCH) -> None:
         """Multiply from `slots` from now on."""
         self._slots = slots
+        self.batch_tokens = batch_tokens
+
+    def batches(self, x: mx.array) -> list[mx.array]:
+        """x [T, …] in as few pieces of about the same length as may be."""
+        count = -(-len(x) // self.batch_tokens)
+        if count < 2:
+            return [x]
+        return mx.split(x, [len(x) * i // count for i in range(1, count)])
 
     def detach(self) -> None:
         """Let go of the slots. Calls then raise a FlashError."""
@@ -118,6 +132,26 @@ class NoSuchWeight:
                 "Change the ordinary model (mlx_lm.fuse for adapters) and convert it."
             )
         return found
+
+
+def each(pieces: Sequence[Any], compute: Callable[[int, Any], mx.array]) -> list:
+    """`compute(i, piece)` of every piece, one after the other.
+
+    Several are evaluated one by one: what is computed for one is gone before the next.
+    """
+    results = []
+    for i, piece in enumerate(pieces):
+        results.append(compute(i, piece))
+        if len(pieces) > 1:
+            evaluate(results[-1])
+    return results
+
+
+def join(pieces: list[mx.array]) -> mx.array:
+    """Pieces [t, …] as one array [T, …]. The list is emptied: it holds them no more."""
+    y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+    pieces.clear()
+    return y
 
 
 def hide(module: nn.Module, name: str, value: nn.Module) -> None:

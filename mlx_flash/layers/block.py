@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import FlashError
 from ..memory.slot_cache import Wave
+from .base import each
 from .projections import HALVES, count_neurons, known_projections, packing
-from .slot_ffn import SlotFFN
+from .slot_ffn import SlotFFN, add
 
 BLOCK_BYTES = 2_000_000  # long enough to read at full speed, short enough to share
 
@@ -83,21 +84,27 @@ class BlockFFN(SlotFFN):
     def __init__(self, ffn: nn.Module):
         super().__init__(ffn, columns=True)
 
-    def stream(self, x: mx.array) -> mx.array:
+    def stream(self, batches: list[mx.array]) -> mx.array:
         slots = self.slots
         width = self.neurons // slots.units
 
-        def multiply(total: mx.array | None, wave: Wave) -> mx.array:
-            for run, units in _runs(wave):
-                neurons = mx.array((units[:, None] * width + np.arange(width)).ravel())
-                part = self.compute(x, slots.parts, run, neurons)
-                total = part if total is None else total.astype(mx.float32) + part
-            assert total is not None  # a wave has units
-            return total
+        def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:
+            runs = [
+                (run, mx.array((units[:, None] * width + np.arange(width)).ravel()))
+                for run, units in _runs(wave)
+            ]
 
-        y = slots.run(np.arange(slots.units), multiply, len(x))
-        assert y is not None  # a layer has units
-        return y
+            def sum_runs(i: int, x: mx.array) -> mx.array:
+                total = totals[i] if totals else None
+                for run, neurons in runs:
+                    total = add(total, self.compute(x, slots.parts, run, neurons))
+                assert total is not None  # a wave has units
+                return total
+
+            return each(batches, sum_runs)
+
+        units, tokens = np.arange(slots.units), sum(map(len, batches))
+        return slots.run(units, multiply, tokens, finish=self.finish)
 
 
 def _runs(wave: Wave) -> Iterator[tuple[slice, np.ndarray]]:

@@ -19,7 +19,15 @@ from mlx_lm.models.switch_layers import (
 
 from ..memory.fence import evaluate
 from ..memory.slot_cache import Wave
-from .base import FlashFFN, NoSuchWeight, chosen_units, hide, with_children
+from .base import (
+    FlashFFN,
+    NoSuchWeight,
+    chosen_units,
+    each,
+    hide,
+    join,
+    with_children,
+)
 
 SWITCHES = (SwitchGLU, SwitchMLP)
 LINEARS = (SwitchLinear, QuantizedSwitchLinear)
@@ -73,47 +81,57 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """The outputs [..., K, D] of the experts `indices` [..., K] of x [..., D]."""
-        slots = self.slots
-        if slots.holds_all:
-            return self._bound()(x, indices)
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.slots.holds_all:
+            y = join(self._tokens(tokens, indices.reshape(len(tokens), -1)))
+        else:
+            y = self._stream(tokens, indices)
+        return y.reshape(*indices.shape, -1)
+
+    def _stream(self, x: mx.array, indices: mx.array) -> mx.array:
+        """The same of x [T, D], as [T, K, D] or [T * K, D]."""
         guess = None
         if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
             guess = self.guess_next(x, indices.shape[-1])
         # The one point where the host waits for MLX: it must know what to read.
         evaluate(indices, guess)
-        return self._stream(x, indices, guess)
-
-    def _stream(
-        self, x: mx.array, indices: mx.array, guess: mx.array | None
-    ) -> mx.array:
-        chosen = np.asarray(indices)
+        chosen = np.asarray(indices).reshape(len(x), -1)
         needed, K = chosen_units(indices), chosen.shape[-1]
         pairs = chosen.reshape(-1)
-        rows = x.reshape(-1, x.shape[-1])
         done: list[np.ndarray] = []
 
         def multiply(outputs: list[mx.array] | None, wave: Wave) -> list[mx.array]:
             if len(wave.units) == len(needed):
-                return [self._bound()(x, mx.array(wave.slots_of(chosen)))]
+                return self._tokens(x, mx.array(wave.slots_of(chosen)))
             mine = np.flatnonzero(np.isin(pairs, wave.units))
-            done.append(mine)
-            slots = wave.slots_of(pairs[mine])
-            part = self._pairs(rows, mine // K, slots, len(pairs))
-            return [*(outputs or []), part]
+            batches = np.array_split(mine, -(-len(mine) // (self.batch_tokens * K)))
+            done.extend(batches)
 
-        outputs = self.slots.run(
+            def compute(i: int, batch: np.ndarray) -> mx.array:
+                slots = wave.slots_of(pairs[batch])
+                return self._pairs(x, batch // K, slots, len(pairs))
+
+            return [*(outputs or []), *each(batches, compute)]
+
+        def finish(outputs: list[mx.array]) -> mx.array:
+            y = join(outputs)
+            return y[mx.array(np.argsort(np.concatenate(done)))] if done else y
+
+        y = self.slots.run(
             needed,
             multiply,
-            tokens=len(pairs) // K,
+            tokens=len(x),
             keep=np.unique(pairs[-K:]),  # the next token needs some of the last one's
             meanwhile=lambda: self.read_next(guess),
+            finish=finish,
         )
-        assert outputs is not None  # a token has experts
-        if not done:
-            return outputs[0]
-        order = np.argsort(np.concatenate(done))
-        y = mx.concatenate(outputs)[mx.array(order)]
-        return y.reshape(*chosen.shape, -1)
+        assert y is not None  # a token has experts
+        return y
+
+    def _tokens(self, x: mx.array, slots: mx.array) -> list[mx.array]:
+        """The outputs [t, K, D] of all tokens x [T, D], whose experts are all there."""
+        bound, of_batch = self._bound(), self.batches(slots)
+        return each(self.batches(x), lambda i, rows: bound(rows, of_batch[i]))
 
     def _pairs(
         self, rows: mx.array, tokens: np.ndarray, slots: np.ndarray, total: int

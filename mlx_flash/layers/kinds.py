@@ -10,6 +10,7 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..memory.footprint import Shapes
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
 from .base import FlashFFN, Guess
@@ -33,12 +34,15 @@ class UnitKind:
         policy: What stays in memory unless somebody chooses: "lru" or "lrfu".
         activation: What the manifest says of the non-linearity where nothing is known.
         same_dtypes: Whether bundles have the model's dtype, whatever they came from.
+        gathered: The largest share of a layer's slots that a step may copy, to have
+            the rows it wants side by side.
     """
 
     name: str
     policy = "lru"
     activation = "module"
     same_dtypes = False
+    gathered = 0.0
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The FFN modules that can go to flash, by path, in the order of the layers."""
@@ -90,7 +94,7 @@ class UnitKind:
     def hidden_bytes(
         self, layers: Sequence[Layer], value_bytes: int, experts_per_token: int
     ) -> int:
-        """What the hidden values of one token take while its widest layer is computed.
+        """What the hidden values of one token take while its widest FFN is computed.
 
         Args:
             layers: Of the manifest.
@@ -98,6 +102,15 @@ class UnitKind:
             experts_per_token: Of a mixture of experts.
         """
         raise NotImplementedError
+
+    def token_bytes(
+        self, layers: Sequence[Layer], value_bytes: int, shapes: Shapes
+    ) -> int:
+        """What is kept of every token of a prompt chunk until an FFN is through.
+
+        Besides vectors of the model's width, which every kind has.
+        """
+        return 0
 
     def asked(
         self, layer: Layer, experts_per_token: int, predicted: float | None
@@ -117,6 +130,7 @@ class Neurons(UnitKind):
     # On the demo model it hits 3 to 5 points more than LRU does.
     policy = "lrfu"
     same_dtypes = True
+    gathered = 0.5
 
     def arrays(self, module: nn.Module) -> dict[str, mx.array]:
         return {f"{name}.weight": module[name].weight for name in neuron_rows(module)}
@@ -160,7 +174,7 @@ class Neurons(UnitKind):
 
     def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
         # Hidden values, a predictor's scores, and masks.
-        return max(layer.units for layer in layers) * (3 * value_bytes + 3)
+        return max(layer.units for layer in layers) * (4 * value_bytes + 4 + 3)
 
     def asked(self, layer, experts_per_token, predicted) -> float | None:
         return None if predicted is None else predicted * layer.units
@@ -196,6 +210,11 @@ class Experts(UnitKind):
     def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
         rows = max(p.shape[0] for x in layers for p in x.parts if p.shape)
         return experts_per_token * rows * 5 * value_bytes
+
+    def token_bytes(self, layers, value_bytes, shapes) -> int:
+        # The output of every expert, put together and in order; the router's scores.
+        outputs = 3 * shapes.experts_per_token * shapes.width * value_bytes
+        return outputs + 12 * max(layer.units for layer in layers)
 
     def asked(self, layer, experts_per_token, predicted) -> float | None:
         return float(min(experts_per_token, layer.units))

@@ -13,7 +13,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import FlashFFN, NoSuchWeight, hide, with_children
+from .base import FlashFFN, NoSuchWeight, each, hide, join, with_children
 from .projections import (
     HALVES,
     count_neurons,
@@ -132,20 +132,21 @@ class SlotFFN(FlashFFN):
         hide(self, "_ffn", with_children(ffn, dict.fromkeys(self._names)))
 
     def __call__(self, x: mx.array) -> mx.array:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = self.batches(x.reshape(-1, x.shape[-1]))
         if self.slots.holds_all:
-            y = self.compute(tokens, self.slots.parts)
+            parts = self.slots.parts
+            y = self.finish(each(tokens, lambda _, rows: self.compute(rows, parts)))
         else:
             y = self.stream(tokens)
-        return self.add_bias(y).astype(x.dtype).reshape(x.shape)
+        return y.astype(x.dtype).reshape(x.shape)
 
-    def add_bias(self, y: mx.array) -> mx.array:
-        """y [T, D] with the bias of the last projection, if it has one."""
-        out = self[self._names[-1]]
+    def finish(self, totals: list[mx.array]) -> mx.array:
+        """All tokens [T, D], with the bias of the last projection if it has one."""
+        y, out = join(totals), self[self._names[-1]]
         return y + out.bias if "bias" in out else y
 
-    def stream(self, x: mx.array) -> mx.array:
-        """The FFN of x [T, D] without its last bias, units brought as they are needed.
+    def stream(self, batches: list[mx.array]) -> mx.array:
+        """The finished FFN of batches [t, D] of tokens, units brought as needed.
 
         What more than one wave adds up to is summed in float32.
         """
@@ -175,6 +176,11 @@ class SlotFFN(FlashFFN):
         arrays = _arrays(parts, out, rows)
         bound[out] = partial(self[out], arrays=arrays, through=through)
         return with_children(self._ffn, bound)(x)
+
+
+def add(total: mx.array | None, part: mx.array) -> mx.array:
+    """The sum over waves; of more than one, in float32."""
+    return part if total is None else total.astype(mx.float32) + part
 
 
 def _arrays(parts: Arrays, name: str, rows: mx.array | slice | None) -> Arrays:

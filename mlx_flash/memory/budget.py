@@ -12,9 +12,10 @@ from ..errors import NotEnoughMemory
 from ..memory_size import parse_memory, say_memory
 from ..storage.manifest import Manifest
 from . import system
-from .footprint import GATHERED, MAX_PREFILL, MIN_PREFILL, PREFILL_SHARE, Footprint
+from .footprint import CACHED, Footprint
 
 LEAST_CONTEXT = 128  # tokens, where nobody named any
+WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
 
 # (bytes of a slot of each layer, room for all slots, the least slots) → slots
 Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...]]
@@ -25,7 +26,8 @@ class Budget:
     """Bytes of each use; `slots[i]` is the number of slots of FFN layer i.
 
     `kv_bytes` was reckoned for `context` tokens, `workspace_bytes` for prompt chunks of
-    `prefill_tokens`.
+    `prefill_tokens` that FFNs multiply `batch_tokens` at a time. `cache_bytes` of the
+    workspace are for freed buffers that MLX keeps.
     """
 
     total_bytes: int
@@ -36,7 +38,12 @@ class Budget:
     slot_bytes: int
     slots: tuple[int, ...]
     prefill_tokens: int
+    batch_tokens: int
     context: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return int(self.workspace_bytes * CACHED / (1 + CACHED))
 
 
 def make_budget(
@@ -60,31 +67,41 @@ def make_budget(
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
     """
-    manifest, least = footprint.manifest, footprint.least_slots
-    layers = manifest.layers
     total = _total(memory, footprint)
-    per_token = footprint.per_token_bytes
-    prefill = min(max(int(PREFILL_SHARE * total / per_token), MIN_PREFILL), MAX_PREFILL)
-    workspace = footprint.logits_bytes + prefill * per_token
-    room: float = total - footprint.fixed_bytes - workspace - footprint.page_bytes
-    share_room = room
-    if room < manifest.ffn_bytes:  # then rows of one layer may be gathered
-        share_room = room / (1 + GATHERED / len(layers))
-    share = min(share_room / manifest.ffn_bytes, 1.0)
-    slots = tuple(int(share * layer.units) for layer in layers)
-    if any(n < m for n, m in zip(slots, least, strict=True)):
+    while (budget := _fit(total, footprint, divide)) is None:
         half = footprint.context // 2
         if least_context is None or half < least_context:
             raise _too_little(total, footprint, folder)
-        smaller = replace(footprint, context=half)
-        return make_budget(memory, smaller, folder, divide, least_context)
-    slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
-    if divide is not None and share < 1:
-        slots = _divided(divide, manifest, room, least) or slots
-    slot_bytes = footprint.page_bytes + sum(
-        n * sum(p.bytes for p in layer.parts)
-        for n, layer in zip(slots, layers, strict=True)
-    )
+        footprint = replace(footprint, context=half)
+    return budget
+
+
+def least_bytes(footprint: Footprint) -> int:
+    """The smallest budget that works for `footprint.context` tokens."""
+    low, high = 0, footprint.most_bytes
+    while _fit(high, footprint) is None:  # the least slots of rounded-up layers
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fit(middle, footprint) is None:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _fit(
+    total: int, footprint: Footprint, divide: Divide | None = None
+) -> Budget | None:
+    """`total` bytes divided, or None if they are too few."""
+    tokens, batch = footprint.chunk(WORKSPACE_SHARE * total)
+    workspace = footprint.workspace_bytes(tokens, batch)
+    room = total - footprint.fixed_bytes - workspace
+    slots = share_slots(room, footprint, divide)
+    if slots is None:
+        return None
+    manifest = footprint.manifest
+    slot_bytes = bytes_of_slots(slots, footprint)
     return Budget(
         total_bytes=total,
         resident_bytes=manifest.resident.bytes,
@@ -93,9 +110,43 @@ def make_budget(
         workspace_bytes=total - footprint.fixed_bytes - slot_bytes,
         slot_bytes=slot_bytes,
         slots=slots,
-        prefill_tokens=prefill,
+        prefill_tokens=tokens,
+        batch_tokens=batch,
         context=footprint.context,
     )
+
+
+def bytes_of_slots(slots: Sequence[int], footprint: Footprint) -> int:
+    """What so many slots of each layer take, pages included."""
+    layers = footprint.manifest.layers
+    return footprint.page_bytes + sum(
+        n * sum(p.bytes for p in layer.parts)
+        for n, layer in zip(slots, layers, strict=True)
+    )
+
+
+def share_slots(
+    room: float, footprint: Footprint, divide: Divide | None = None
+) -> tuple[int, ...] | None:
+    """Slots of each layer for `room` bytes, which also have to do for gathered rows.
+
+    Returns:
+        None if a layer would get fewer than it works with.
+    """
+    manifest, least = footprint.manifest, footprint.least_slots
+    layers, room = manifest.layers, room - footprint.page_bytes
+    share_room = room
+    if room < manifest.ffn_bytes:  # then rows of one layer may be gathered
+        largest = max(layer.units * layer.unit_bytes for layer in layers)
+        share_room /= 1 + footprint.gathered_share * largest / manifest.ffn_bytes
+    share = min(share_room / manifest.ffn_bytes, 1.0)
+    slots = tuple(max(int(share * layer.units), 0) for layer in layers)
+    slots = _spread_rest(slots, manifest, share * manifest.ffn_bytes)
+    if any(n < m for n, m in zip(slots, least, strict=True)):
+        return None
+    if divide is not None and share < 1:
+        return _divided(divide, footprint, room) or slots
+    return slots
 
 
 def _total(memory: int | str, footprint: Footprint) -> int:
@@ -108,7 +159,7 @@ def _total(memory: int | str, footprint: Footprint) -> int:
 
 
 def _too_little(total: int, footprint: Footprint, folder: Path) -> NotEnoughMemory:
-    manifest, need = footprint.manifest, footprint.least_bytes
+    manifest, need = footprint.manifest, least_bytes(footprint)
     return NotEnoughMemory(
         f"{folder} needs at least --memory {say_memory(need)} for "
         f"{footprint.context:,} tokens of context, {total / 1e6:,.1f} MB were given: "
@@ -136,15 +187,16 @@ def _spread_rest(
 
 
 def _divided(
-    divide: Divide, manifest: Manifest, room: float, least: Sequence[int]
+    divide: Divide, footprint: Footprint, room: float
 ) -> tuple[int, ...] | None:
     """Slots by `divide`, with room kept to gather rows of the largest layer."""
-    sizes = [sum(p.bytes for p in layer.parts) for layer in manifest.layers]
+    layers, least = footprint.manifest.layers, footprint.least_slots
+    sizes = [sum(p.bytes for p in layer.parts) for layer in layers]
     for_slots = room
     for _ in range(8):  # the largest layer may be another one after a first try
         slots = divide(sizes, for_slots, least)
         taken = [n * size for n, size in zip(slots, sizes, strict=True)]
-        excess = sum(taken) + GATHERED * max(taken) - room
+        excess = sum(taken) + footprint.gathered_share * max(taken) - room
         if excess <= 0:
             return slots
         for_slots -= excess

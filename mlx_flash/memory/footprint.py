@@ -5,7 +5,7 @@ every array in it has its shape. That holds for any cache of any mlx-lm model, w
 reading sizes from config.json would need to know each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +27,11 @@ EXPERTS_PER_TOKEN = (
     "top_k_experts",
 )
 KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
-MIN_PREFILL, MAX_PREFILL = 8, 512  # tokens of a prompt chunk
-PREFILL_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
-GATHERED = 0.5  # of one layer's slots may be copied, when rows are gathered
+MIN_PREFILL, MAX_PREFILL = 8, 2048  # tokens of a prompt chunk; mlx-lm takes 2048
+# Tokens that an FFN multiplies at once: more make a matrix product hardly faster.
+MAX_BATCH = 256
+# Freed buffers that MLX may keep, as a share of what is in use beside slots.
+CACHED = 1 / 3
 NEAR, FAR = 256, 512  # multiples of the step by which mlx-lm's caches grow
 
 
@@ -40,6 +42,7 @@ class Shapes:
     Attributes:
         kv_bytes_per_token, kv_bytes_fixed: Of its caches.
         vocabulary, width, heads: Logits, hidden values and attention scores of a token.
+        widest: The most values that a layer beside the FFNs on flash has of a token.
         experts_per_token: Of a mixture of experts.
     """
 
@@ -48,13 +51,19 @@ class Shapes:
     vocabulary: int
     width: int
     heads: int
+    widest: int = 0
     experts_per_token: int = 1
 
 
-def find_shapes(model: nn.Module, config: dict[str, Any]) -> Shapes:
+def find_shapes(
+    model: nn.Module, config: dict[str, Any], on_flash: Collection[str] = ()
+) -> Shapes:
     """Run `model`, whose weights need not be loaded, on prompts of two lengths.
 
     The caches have the dtype of the model's weights as they are now.
+
+    Args:
+        on_flash: The paths of the FFNs that go to flash.
     """
     positions = config.get("max_position_embeddings") or FAR
     lengths = (NEAR, FAR) if positions >= FAR else (positions // 2, positions)
@@ -75,8 +84,21 @@ def find_shapes(model: nn.Module, config: dict[str, Any]) -> Shapes:
         vocabulary=logits.shape[-1],
         width=text.get("hidden_size") or 4096,
         heads=text.get("num_attention_heads") or 32,
+        widest=_widest(model, logits.shape[-1], on_flash),
         experts_per_token=_experts_per_token(text),
     )
+
+
+def _widest(model: nn.Module, vocabulary: int, on_flash: Collection[str]) -> int:
+    """The widest output of a linear layer, but for logits and FFNs on flash."""
+    linear = nn.Linear | nn.QuantizedLinear
+    widths = [
+        len(module.weight)
+        for path, module in model.named_modules()
+        if isinstance(module, linear)
+        and not any(path.startswith(f"{ffn}.") for ffn in on_flash)
+    ]
+    return max((n for n in widths if n != vocabulary), default=0)
 
 
 def _experts_per_token(config: dict[str, Any]) -> int:
@@ -94,10 +116,16 @@ def _experts_per_token(config: dict[str, Any]) -> int:
 class Needs(Protocol):
     """What a unit kind says of memory; see `layers.kinds.UnitKind`."""
 
+    gathered: float
+
     def least_slots(self, units: int) -> int: ...
 
     def hidden_bytes(
         self, layers: Sequence[Layer], value_bytes: int, experts_per_token: int
+    ) -> int: ...
+
+    def token_bytes(
+        self, layers: Sequence[Layer], value_bytes: int, shapes: Shapes
     ) -> int: ...
 
 
@@ -139,38 +167,61 @@ class Footprint:
         return sum(spare_bytes(p.bytes) for layer in layers for p in layer.parts)
 
     @property
-    def per_token_bytes(self) -> int:
-        """What one token of a prompt chunk occupies while a layer is computed.
+    def _value_bytes(self) -> int:
+        return DTYPES[self.manifest.dtype][1]
 
-        Hidden values as the unit kind has them; a dozen vectors of the model's width;
-        and attention scores (which only MLX's CPU backend keeps).
+    @property
+    def hidden_bytes(self) -> int:
+        """What one token occupies while an FFN multiplies it."""
+        experts, layers = self.shapes.experts_per_token, self.manifest.layers
+        return self.needs.hidden_bytes(layers, self._value_bytes, experts)
+
+    @property
+    def per_token_bytes(self) -> int:
+        """What one token of a prompt chunk occupies all the time.
+
+        A dozen vectors of the model's width, or fewer and wider ones in a layer that
+        stays resident; what the unit kind keeps of a token; and attention scores,
+        which only MLX's CPU backend keeps.
         """
-        size, shapes = DTYPES[self.manifest.dtype][1], self.shapes
-        hidden = self.needs.hidden_bytes(
-            self.manifest.layers, size, shapes.experts_per_token
-        )
-        return hidden + 12 * shapes.width * size + shapes.heads * self.context * 4
+        size, shapes = self._value_bytes, self.shapes
+        kept = self.needs.token_bytes(self.manifest.layers, size, shapes)
+        vectors = max(12 * shapes.width, 6 * shapes.width + 4 * shapes.widest)
+        scores = 0 if mx.default_device() == mx.gpu else shapes.heads * self.context
+        return kept + vectors * size + scores * 4
+
+    def chunk(self, room: float) -> tuple[int, int]:
+        """(tokens of a chunk, tokens that an FFN multiplies at once) for `room` bytes.
+
+        Never less than MIN_PREFILL of both, whatever they take.
+        """
+        hidden, per_token = self.hidden_bytes, self.per_token_bytes
+        batch = int(min(max(room / 2 / hidden, MIN_PREFILL), MAX_BATCH))
+        tokens = int((room - batch * hidden) / per_token)
+        tokens = min(max(tokens, MIN_PREFILL), MAX_PREFILL)
+        return tokens, min(batch, tokens)
+
+    def workspace_bytes(self, tokens: int, batch: int) -> int:
+        """What is in use beside weights, KV cache and slots, and buffers kept from it.
+
+        Args:
+            tokens: Of a prompt chunk.
+            batch: Tokens that an FFN multiplies at once.
+        """
+        in_use = self.logits_bytes + tokens * self.per_token_bytes
+        return int((1 + CACHED) * (in_use + batch * self.hidden_bytes))
+
+    @property
+    def gathered_share(self) -> float:
+        """Of the largest layer's slots, what may be copied to gather rows."""
+        return (1 + CACHED) * self.needs.gathered
 
     @property
     def least_slots(self) -> tuple[int, ...]:
         return tuple(self.needs.least_slots(x.units) for x in self.manifest.layers)
 
     @property
-    def least_bytes(self) -> int:
-        """The smallest budget that works."""
-        layers = self.manifest.layers
-        # One unit more of each layer makes up for rounding down in `make_budget`.
-        share = max(
-            (least + 1) / layer.units
-            for least, layer in zip(self.least_slots, layers, strict=True)
-        )
-        need: float = self.fixed_bytes + self.page_bytes + self.logits_bytes
-        need += share * self.manifest.ffn_bytes * (1 + GATHERED / len(layers))
-        workspace = MIN_PREFILL * self.per_token_bytes
-        return int(max(need + workspace, need / (1 - PREFILL_SHARE)))
-
-    @property
     def most_bytes(self) -> int:
         """The budget beyond which more memory changes nothing."""
         everything = self.fixed_bytes + self.manifest.ffn_bytes + self.page_bytes
-        return everything + self.logits_bytes + MAX_PREFILL * self.per_token_bytes
+        return everything + self.workspace_bytes(MAX_PREFILL, MAX_BATCH)

@@ -171,6 +171,35 @@ class SlotCache:
         self.slot_of[self.unit_of[held]] = held
         return lost
 
+    def resized(
+        self, slots: int, most: int
+    ) -> tuple["SlotCache", np.ndarray, np.ndarray]:
+        """The same bookkeeping over another number of slots, with what ranks highest.
+
+        Nothing may be under way. Where there is a slot for every unit, unit i is in
+        slot i. The policy, with all that it remembers, goes over to the new one.
+
+        Args:
+            slots: Their new number.
+            most: How many units may stay.
+
+        Returns:
+            The new bookkeeping; (old slots, new slots) of the units that are kept.
+        """
+        new = SlotCache(len(self.slot_of), slots, self.policy, self.apart)
+        new.policy, new.now = self.policy, self.now
+        held, most = np.flatnonzero(self.valid), min(most, slots)
+        if len(held) > most:
+            ranks = self.policy.ranks(self)[held]
+            held = np.sort(held[np.argsort(ranks)[len(held) - most :]])
+        units = self.unit_of[held]
+        taken = units if slots == len(self.slot_of) else np.arange(len(held))
+        new.unit_of[taken] = units
+        new.slot_of[units] = taken
+        new.last_used[taken] = self.last_used[held]
+        new.valid[taken] = True
+        return new, held, taken
+
     def _assign(
         self, units: np.ndarray, blocked: np.ndarray | None = None
     ) -> np.ndarray:

@@ -1,24 +1,22 @@
 """One layer's units in memory: slots that flash is read into and MLX multiplies from.
 
-Each part of a unit has one preallocated MLX array `[n_slots, *shape]`. NumPy views of
-the same memory are what the reader writes to, so nothing is staged or copied.
+The slots' memory is `held.Held`; the reader writes to it while MLX computes from it.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
+from ..storage.identity import Identities
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
-from .allocation import allocate
 from .fence import Fence, begin, evaluate
+from .held import Held, allocate_held
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
@@ -47,8 +45,6 @@ class UnitSlots:
     exception stops it, the next step finds out what arrived and goes on from there.
 
     Attributes:
-        parts: The MLX array of each part, by name, `[n_slots, *shape]`.
-        cache: The bookkeeping.
         listener: Told of every step, or None.
     """
 
@@ -63,26 +59,33 @@ class UnitSlots:
         stats: Stats,
         apart: float = 0.0,
     ):
-        self.cache = SlotCache(layer.units, n_slots, policy, apart)
-        self.parts: dict[str, mx.array] = {}
         self.listener: Listener | None = None
         self.stats = stats
-        self._views: list[np.ndarray] = []
-        for part in layer.parts:
-            array, view = allocate((n_slots, *part.shape), getattr(mx, part.dtype))
-            self.parts[part.name] = array
-            self._views.append(view)
+        self._layer = layer
+        self._held = allocate_held(
+            layer, SlotCache(layer.units, n_slots, policy, apart)
+        )
         self._reader = reader
         self._fence = fence
-        self._source = reader.add_source(extents, self._views, layer.units)
-        self._files = {extent.path: _identity(extent.path) for extent in extents}
+        self._source = reader.add_source(extents, self._held.views, layer.units)
+        self._files = Identities(extent.path for extent in extents)
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
         self._closed = False
 
     @property
+    def cache(self) -> SlotCache:
+        """Which unit is in which slot."""
+        return self._held.cache
+
+    @property
+    def parts(self) -> dict[str, mx.array]:
+        """The MLX array of each part, by name, `[n_slots, *shape]`."""
+        return self._held.parts
+
+    @property
     def units(self) -> int:
-        return len(self.cache.slot_of)
+        return self._layer.units
 
     @property
     def n_slots(self) -> int:
@@ -90,14 +93,61 @@ class UnitSlots:
 
     @property
     def holds_all(self) -> bool:
-        """Whether every unit has its own slot of the same number, for good."""
-        return self.n_slots == self.units
+        """Whether every unit is in the slot of its own number, for good."""
+        return self._held.whole
 
     def read_all(self) -> None:
-        """Fill slots that have room for every unit, unit i in slot i."""
+        """Fill slots that have room for every unit, unit i in slot i.
+
+        Raises:
+            FlashError: If a read fails. Steps then go on reading what is missing.
+        """
         self.run(np.arange(self.units), lambda total, wave: None)
         if not np.array_equal(self.cache.unit_of, np.arange(self.units)):
             raise RuntimeError("units are not in the slots of their numbers")
+        self._held = replace(self._held, whole=True)
+
+    def resize(self, n_slots: int, spare_bytes: int) -> None:
+        """Have another number of slots; what ranks highest stays in memory.
+
+        The old slots go before the new ones come, so that the layer is never there
+        twice. What stays lies in `spare_bytes` meanwhile: more than fits is read again.
+
+        Raises:
+            FlashError: If the model was closed, or if a layer that is to be held whole
+                cannot be read.
+        """
+        with self._fence.lock:
+            if self._closed:
+                raise FlashError(CLOSED)
+            whole = n_slots == self.units
+            if n_slots == self.n_slots and whole == self.holds_all:
+                return
+            self._begin_step()
+            self._reader.drain()
+            self._fence.settle()
+            self._early = None
+            self.cache.recover()
+            self._exchange(n_slots, spare_bytes)
+            self._in_step = False
+            if whole:
+                self.read_all()
+
+    def _exchange(self, n_slots: int, spare_bytes: int) -> None:
+        kept = min(n_slots, spare_bytes // sum(p.bytes for p in self._layer.parts))
+        cache, old, new = self.cache.resized(n_slots, kept)
+        staged = [view[old] for view in self._held.views]
+        # Whatever stops us from here on: one empty slot is little, but not wrong.
+        self._have(allocate_held(self._layer, self.cache.resized(1, 0)[0]))
+        mx.clear_cache()
+        held = allocate_held(self._layer, cache)
+        for view, rows in zip(held.views, staged, strict=True):
+            view[new] = rows
+        self._have(held)
+
+    def _have(self, held: Held) -> None:
+        self._held = held
+        self._reader.move_source(self._source, held.views)
 
     def run(
         self,
@@ -106,7 +156,8 @@ class UnitSlots:
         tokens: int = 1,
         keep: np.ndarray | None = None,
         meanwhile: Callable[[], None] | None = None,
-    ) -> Total | None:
+        finish: Callable[[Total], Any] | None = None,
+    ) -> Any:
         """Bring `units` in waves, and fold `multiply` over the waves.
 
         Args:
@@ -116,9 +167,11 @@ class UnitSlots:
                 from slots so far. The next wave is read meanwhile where slots allow it.
             tokens, keep: As `SlotCache.waves` takes them.
             meanwhile: Called once, when the first wave is there.
+            finish: The last total → what is made of all of it, and returned. The total
+                itself can go then: a model holds nothing but the latest result.
 
         Returns:
-            The last total; None if no unit was asked for.
+            The last total, finished; None if no unit was asked for.
 
         Raises:
             FlashError: If a read fails, or a file changed since the model was loaded.
@@ -131,10 +184,12 @@ class UnitSlots:
             self._begin_step()
             self._finish_early(units)
             waves = self.cache.waves(units, tokens, keep)
-            total = self._fold(waves, multiply, meanwhile)
-            self._fence.hold(total)
+            result = self._fold(waves, multiply, meanwhile)
+            if finish is not None and result is not None:
+                result = finish(result)
+            self._fence.hold(result)
             self._in_step = False
-            return total
+            return result
 
     def _fold(
         self,
@@ -193,7 +248,9 @@ class UnitSlots:
             self._fence.settle()
             mx.synchronize()  # nobody holds what the last step had begun to compute
             self._early = None
-            self._clear(self.cache.recover())
+            self._held.clear(self.cache.recover())
+            self._held = replace(self._held, whole=False)
+            self._reader.move_source(self._source, self._held.views)
         self._in_step = True
 
     def _finish_early(self, units: np.ndarray) -> None:
@@ -204,10 +261,10 @@ class UnitSlots:
         since = time.perf_counter()
         try:
             result = self._reader.wait(early.ticket)
-            self._check_files()
+            self._files.check()
         except FlashError:  # met again, and reported, if the units are needed
             self.cache.forget(early.slots)
-            self._clear(early.slots)
+            self._held.clear(early.slots)
             self._early = None
             return
         self.cache.arrived(early.slots)
@@ -248,36 +305,7 @@ class UnitSlots:
             return
         since = time.perf_counter()
         result = self._reader.wait(ticket)
-        self._check_files()
+        self._files.check()
         self.cache.arrived(wave.missing_slots)
         self.stats.io_s += time.perf_counter() - since
         self.stats.count(result)
-
-    def _clear(self, slots: np.ndarray) -> None:
-        """Zero slots that hold no unit: parts of one might be infinite or no number.
-
-        A layer may multiply all slots and drop what it did not want, and 0 times NaN
-        is NaN.
-        """
-        for view in self._views:
-            view[slots] = 0
-
-    def _check_files(self) -> None:
-        """Refuse what was read from a file that was written anew: it is another model.
-
-        Asked after a read: whatever was written before it shows in the file's time.
-        """
-        for path, before in self._files.items():
-            if _identity(path) != before:
-                raise FlashError(
-                    f"{path} changed while its model was in use. Load the model again."
-                )
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Which file lies at a path, and in which state; None where there is none."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

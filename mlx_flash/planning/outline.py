@@ -54,7 +54,11 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     if (folder / MANIFEST).exists():
         manifest = parse_manifest(folder)
         # Some models keep what they compute in their first run: these are thrown away.
-        shapes = find_shapes(empty_model(manifest, config, folder), config)
+        shapes = find_shapes(
+            empty_model(manifest, config, folder),
+            config,
+            [layer.module for layer in manifest.layers],
+        )
         model = empty_model(manifest, config, folder)
         download_bytes = sum(sizes.values())
         return Outline("flash folder", model, config, manifest, shapes, download_bytes)
@@ -96,7 +100,7 @@ def _of_checkpoint(
         model=model,
         config=config,
         manifest=manifest,
-        shapes=find_shapes(build(), config),
+        shapes=find_shapes(build(), config, modules),
         download_bytes=sum(remote_sizes.values()),
         disk_bytes=0 if in_place else manifest.model_bytes + manifest.predictor_bytes,
         in_place=in_place,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
-from ..memory.budget import LEAST_CONTEXT, make_budget
+from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.footprint import Footprint
 from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
@@ -130,7 +130,7 @@ def make_plan(
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         ffn_bytes=manifest.ffn_bytes,
-        least_bytes=footprint.least_bytes,
+        least_bytes=least_bytes(footprint),
         best_bytes=footprint.most_bytes,
         memory_bytes=budget.total_bytes,
         slot_bytes=budget.slot_bytes,

@@ -44,6 +44,7 @@ static void free_reader(PyObject *capsule)
     stop_threads(r);
     for (Source *next, *s = r->sources; s; s = next) {
         next = s->next;
+        free(s->stamps);
         free(s);
     }
     pthread_mutex_destroy(&r->lock);
@@ -136,20 +137,51 @@ static PyObject *py_add_source(PyObject *Py_UNUSED(self), PyObject *args)
     if (!r)
         return NULL;
     size_t arrays = (size_t)extents_size + (size_t)parts_size;
-    Source *s = calloc(1, sizeof *s + arrays + (size_t)n_slots * sizeof(uint32_t));
-    if (!s)
+    Source *s = calloc(1, sizeof *s + arrays);
+    if (!s || !(s->stamps = calloc((size_t)n_slots, sizeof(uint32_t)))) {
+        free(s);
         return PyErr_NoMemory();
+    }
     s->n_units = n_units;
     s->n_slots = n_slots;
     s->n_extents = extents_size / (Py_ssize_t)sizeof(Extent);
     s->extents = memcpy(s + 1, extents, (size_t)extents_size);
     s->parts = memcpy(s->extents + s->n_extents, parts, (size_t)parts_size);
-    s->stamps = (uint32_t *)((char *)s->parts + parts_size);
-    for (Part *p = s->parts; p < (Part *)s->stamps; p++) /* a cut may be a page early */
-        s->pieces_per_unit += p->bytes / (CHUNK_BYTES - PAGE) + 1;
+    s->n_parts = parts_size / (Py_ssize_t)sizeof(Part);
+    for (int64_t i = 0; i < s->n_parts; i++) /* a cut may be a page early */
+        s->pieces_per_unit += s->parts[i].bytes / (CHUNK_BYTES - PAGE) + 1;
     s->next = r->sources;
     r->sources = s;
     return PyCapsule_New(s, "source", NULL); /* the reader frees it */
+}
+
+/* A source's slots lie elsewhere now. Nothing of the reader may be in flight. */
+static PyObject *py_move_source(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *capsule, *source;
+    const char *parts;
+    Py_ssize_t parts_size;
+    long long n_slots;
+    if (!PyArg_ParseTuple(args, "OOy#L", &capsule, &source, &parts, &parts_size,
+                          &n_slots))
+        return NULL;
+    Reader *r = get_reader(capsule);
+    Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
+    if (!s)
+        return NULL;
+    if (r->in_flight || parts_size != s->n_parts * (Py_ssize_t)sizeof(Part)) {
+        PyErr_SetString(PyExc_ValueError, "a source in use, or another one's parts");
+        return NULL;
+    }
+    uint32_t *stamps = calloc((size_t)n_slots, sizeof(uint32_t));
+    if (!stamps)
+        return PyErr_NoMemory();
+    free(s->stamps);
+    s->stamps = stamps;
+    s->stamp = 0;
+    s->n_slots = n_slots;
+    memcpy(s->parts, parts, (size_t)parts_size);
+    Py_RETURN_NONE;
 }
 
 static int refuse(const char *format, int64_t value, int64_t limit)
@@ -282,6 +314,8 @@ static PyMethodDef methods[] = {
     {"create", py_create, METH_VARARGS, "create(threads, max_gap_bytes) -> reader"},
     {"add_source", py_add_source, METH_VARARGS,
      "add_source(reader, extents, parts, n_units, n_slots) -> source"},
+    {"move_source", py_move_source, METH_VARARGS,
+     "move_source(reader, source, parts, n_slots)"},
     {"submit", py_submit, METH_VARARGS,
      "submit(reader, source, address of units, of slots, length) -> ticket"},
     {"wait", py_wait, METH_VARARGS, "wait(ticket) -> what it read, or what failed"},

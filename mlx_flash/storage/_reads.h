@@ -28,10 +28,10 @@ typedef struct {
 
 typedef struct Source {
     struct Source *next;
-    int64_t n_units, n_slots, n_extents, pieces_per_unit;
+    int64_t n_units, n_slots, n_extents, n_parts, pieces_per_unit;
     Extent *extents;
-    Part *parts; /* of all extents */
-    uint32_t *stamps, stamp; /* per slot: the last batch that used it */
+    Part *parts;             /* of all extents */
+    uint32_t *stamps, stamp; /* per slot: the last batch that used it; own memory */
 } Source;
 
 typedef struct { int64_t unit, slot; } Pick;

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FlashError
-from .source import Extent, OpenFiles, Source, make_source
+from .source import Extent, OpenFiles, Source, make_source, move_source
 
 SHORT_READ = -1  # beside the errnos: the file ends too early
 
@@ -73,6 +73,16 @@ class Reader:
         source = make_source(extents, slots, n_units, self._files)
         self._sources.append((source, self._register(source)))
         return len(self._sources) - 1
+
+    def move_source(self, source: int, slots: Sequence[np.ndarray]) -> None:
+        """Read into other arrays from now on, which may have more or fewer slots.
+
+        What is in flight is waited for first.
+        """
+        self.drain()
+        facts, registered = self._sources[source]
+        moved = move_source(facts, slots)
+        self._sources[source] = (moved, self._move(registered, moved))
 
     def submit(self, source: int, units: np.ndarray, slots: np.ndarray) -> Ticket:
         """Start to read units into slots, and return at once.
@@ -134,6 +144,9 @@ class Reader:
             raise ValueError("the reader is closed")
 
     def _register(self, source: Source) -> Any:
+        raise NotImplementedError
+
+    def _move(self, registered: Any, source: Source) -> Any:
         raise NotImplementedError
 
     def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:

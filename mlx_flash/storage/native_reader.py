@@ -25,16 +25,17 @@ class NativeReader(Reader):
         self._stop_with(_reader.close, self._reader)
 
     def _register(self, source: Source) -> Any:
-        extents, parts = b"", b""
+        extents = b""
         for extent, (fd, align) in zip(source.extents, source.descriptors, strict=True):
             facts = fd, align, extent.offset, extent.stride, len(extent.parts)
             extents += struct.pack("=5q", *facts)
-            for index, offset, size in extent.parts:
-                rows = address(source.slots[index])
-                parts += struct.pack("=Q2q", rows, offset, size)
         return _reader.add_source(
-            self._reader, extents, parts, source.n_units, source.n_slots
+            self._reader, extents, _parts(source), source.n_units, source.n_slots
         )
+
+    def _move(self, registered: Any, source: Source) -> Any:
+        _reader.move_source(self._reader, registered, _parts(source), source.n_slots)
+        return registered
 
     def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:
         return _reader.submit(
@@ -46,3 +47,12 @@ class NativeReader(Reader):
 
     def _drain(self) -> None:
         _reader.drain(self._reader)
+
+
+def _parts(source: Source) -> bytes:
+    """Every part of every extent, as C knows it."""
+    return b"".join(
+        struct.pack("=Q2q", address(source.slots[index]), offset, size)
+        for extent in source.extents
+        for index, offset, size in extent.parts
+    )

@@ -79,6 +79,9 @@ class PythonReader(Reader):
     def _register(self, source: Source) -> Source:
         return source
 
+    def _move(self, registered: Source, source: Source) -> Source:
+        return source
+
     def _submit(self, registered: Source, units: np.ndarray, slots: np.ndarray):
         self._check_process()
         submitted = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,14 @@ def make_source(
     checked = tuple(_check_extents(extents, arrays, n_units))
     descriptors = tuple(_open(extent, n_units, files) for extent in checked)
     return Source(checked, descriptors, arrays, n_units, n_slots, files)
+
+
+def move_source(source: Source, slots: Sequence[np.ndarray]) -> Source:
+    """The same layer with other slot arrays, of the same row sizes."""
+    arrays = tuple(slots)
+    if [a.shape[1:] for a in arrays] != [a.shape[1:] for a in source.slots]:
+        raise ValueError("slots of another row size")
+    return replace(source, slots=arrays, n_slots=_check_slots(arrays))
 
 
 def address(array: np.ndarray) -> int:

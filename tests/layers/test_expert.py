@@ -98,7 +98,7 @@ def make_store(tmp_path):
             extents = [bundle_extent(layer, tmp_path)]
             reader = readers[-1]
             made = UnitSlots(layer, extents, slots, Lru(), reader, Fence(), Stats())
-            if made.holds_all:
+            if made.n_slots == made.units:
                 made.read_all()
             return made
 

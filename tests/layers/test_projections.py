@@ -67,11 +67,11 @@ def test_blocks_add_up_to_the_whole(name, bits, bias):
             start = mx.array(blocks)[:, None] * (N // BLOCKS)
             neurons = (start + mx.arange(N // BLOCKS)).reshape(-1)
             total = total + slots.compute(x, parts, mx.array(blocks), neurons)
-        return slots.add_bias(total)
+        return slots.finish([total])
 
     for order in ([[0], [1], [2], [3]], [[2, 0], [3, 1]], [[0, 1, 2, 3]]):
         assert mx.allclose(compute(order), expected, 1e-4, 1e-5), order
-    whole = slots.add_bias(slots.compute(x, parts, slice(None)))
+    whole = slots.finish([slots.compute(x, parts, slice(None))])
     assert mx.allclose(whole, expected, 1e-4, 1e-5)
 
 

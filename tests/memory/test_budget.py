@@ -11,7 +11,7 @@ from mlx_flash.errors import FlashError
 from mlx_flash.layers.kinds import NEURON
 from mlx_flash.memory import budget as budget_module
 from mlx_flash.memory.budget import make_budget
-from mlx_flash.memory.footprint import Footprint, Shapes
+from mlx_flash.memory.footprint import MAX_PREFILL, MIN_PREFILL, Footprint, Shapes
 from mlx_flash.memory_size import parse_memory, say_memory
 from mlx_flash.storage import manifest as format
 
@@ -177,8 +177,8 @@ def test_a_longer_context_leaves_fewer_slots():
 def test_prompt_chunks_grow_with_the_budget():
     chunks = [make("6.7b", f"{gb}GB").prefill_tokens for gb in (7, 8, 12, 20)]
     assert chunks == sorted(chunks)
-    assert chunks[-1] <= budget_module.MAX_PREFILL
-    assert make("6.7b", least("6.7b")).prefill_tokens >= budget_module.MIN_PREFILL
+    assert chunks[-1] <= MAX_PREFILL
+    assert make("6.7b", least("6.7b")).prefill_tokens >= MIN_PREFILL
 
 
 # Amounts

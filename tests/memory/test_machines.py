@@ -135,6 +135,11 @@ class FakeReader:
         self.views += views
         return len(self.views) - 1
 
+    def move_source(self, source, views):
+        self.drain()
+        (self.views[source],) = views
+        self.pass_call()
+
     def pass_call(self):
         self.calls += 1
         if self.calls == self.interrupt:
@@ -228,6 +233,26 @@ class UnitSlotsMachine(RuleBasedStateMachine):
         except Interrupted:
             pass
         self.reader.interrupt = None
+
+    @rule(
+        layer=layers,
+        n_slots=st.integers(1, UNITS),
+        spare_units=st.integers(0, UNITS),
+        fails=st.booleans(),
+        interrupt=st.none() | st.integers(1, 6),
+    )
+    def resize(self, layer, n_slots, spare_units, fails, interrupt):
+        self.reader.fails = [fails]
+        self.reader.calls, self.reader.interrupt = 0, interrupt
+        slots = self.layers[layer]
+        try:
+            slots.resize(n_slots, spare_units * 4 * WIDTH)
+        except (FlashError, Interrupted):
+            assert fails or interrupt is not None
+        else:
+            assert slots.n_slots == n_slots
+            assert slots.holds_all == (n_slots == UNITS)
+        self.reader.fails, self.reader.interrupt = [], None
 
     @precondition(lambda self: getattr(self, "lazy", None))
     @rule()
