@@ -9,11 +9,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .checkpoints.config import read_config
 from .errors import FlashError
-from .memory.footprint import KV_STEP
 from .run_report import Run
 
 
@@ -22,9 +20,8 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate`, with prompts judged first and the cost measured.
 
-    mlx-lm's own function works on the same model; this one reads prompts in chunks
-    that fit the budget's workspace, stops at the model's last position, and leaves
-    what the run cost in `model.flash.run`.
+    mlx-lm's own function works on the same model; this one stops at the model's last
+    position, and leaves what the run cost in `model.flash.run`.
 
     Args:
         model: From `mlx_flash.load`.
@@ -51,9 +48,7 @@ def stream_generate(
                 "positions for prompt and answer together. Shorten the prompt."
             )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
-    options.setdefault("prefill_step_size", flash.budget.prefill_tokens)
-    if "draft_model" not in options and "max_kv_size" not in options:
-        options.setdefault("prompt_cache", exact_cache(model))
+    flash.limits.make_room()
     run = flash.run = Run(flash.stats.copy())
     for response in mlx_stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, **options
@@ -122,15 +117,6 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     if not tokens:
         raise FlashError("The prompt is empty. Give the text to continue.")
     return tokens
-
-
-def exact_cache(model) -> list:
-    """mlx-lm's caches, made to grow by the budget's step instead of 256 tokens."""
-    caches = make_prompt_cache(model)
-    for cache in caches:
-        if type(cache) is KVCache:
-            cache.step = KV_STEP
-    return caches
 
 
 def context_for(folder: Path, prompt_tokens: int, max_tokens: int) -> int | None:

@@ -6,6 +6,7 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 """
 
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import mlx.core as mx
 from .assembly import Assembled, assemble, can_stream
 from .checkpoints.hub import find_model
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
+from .chunks import in_chunks
 from .errors import FlashError, reason_of
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
 from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
 from .memory.fence import Fence
 from .memory.footprint import Footprint
+from .memory.mlx_limits import LimitShare
 from .memory.policies import Lrfu, Lru, Window
+from .memory.pool import Pool
 from .memory.slots import CLOSED, UnitSlots
 from .memory.stats import Stats
 from .run_report import Run, RunReport
@@ -73,7 +77,8 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
-        budget: How its memory is divided.
+        budget: How its memory was divided.
+        pool: How it is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
         vocabulary: Tokens it knows: ids from 0 on.
@@ -94,6 +99,9 @@ class Flash:
         self.closed = False
         self._reader = reader
         self._fence = Fence()
+        self.pool: Pool  # there once the layers have slots
+        self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
+        weakref.finalize(self, self.limits.release).atexit = False
 
     @property
     def direct_io(self) -> bool:
@@ -114,6 +122,7 @@ class Flash:
             for layer in self.layers:
                 layer.detach()
             self._reader.close()
+            self.limits.release()
 
     def check_open(self) -> None:
         """Raise a FlashError if the model was closed."""
@@ -184,16 +193,10 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     folder = find_model(path, checkpoint=can_stream)
     parts = assemble(folder, wanted.predictor)
     policy = _policy(wanted, parts.kind)
-    budget = _budget(memory, parts, folder, policy, wanted)
+    footprint, divide = _needs(parts, policy, wanted)
+    least_context = None if wanted.context else LEAST_CONTEXT
+    budget = make_budget(memory, footprint, folder, divide, least_context)
 
-    mx.reset_peak_memory()
-    try:
-        mx.eval(parts.model.parameters())
-    except RuntimeError as error:
-        raise FlashError(
-            f"The weights of {folder} cannot be read: {reason_of(error)}. Check the "
-            "disk, then download or convert the model again."
-        ) from error
     reader = open_reader(
         READ_THREADS,
         direct=not wanted.page_cache,
@@ -202,10 +205,13 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     )
     flash = Flash(parts, folder, budget, reader)
     try:
-        _attach_slots(flash, parts, policy, wanted.overlap)
+        mx.reset_peak_memory()
+        _read_resident(parts, folder)
+        slots = _attach_slots(flash, parts, policy, wanted.overlap)
     except BaseException:
         flash.close()
         raise
+    flash.pool = Pool(budget, footprint, slots, flash._fence.lock, divide)
     if not (reader.direct or wanted.page_cache):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
@@ -216,28 +222,37 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
         parts.look_ahead()
     flash.stats.reset()
     parts.model.flash = flash
+    in_chunks(parts.model)
     return Loaded((parts.model, parts.config))
 
 
-def _budget(
-    memory: int | str,
-    parts: Assembled,
-    folder: Path,
-    policy: Lru,
-    options: LoadOptions,
-) -> Budget:
+def _needs(
+    parts: Assembled, policy: Lru, options: LoadOptions
+) -> tuple[Footprint, Divide | None]:
+    """What the model needs besides slots, and how slots are given to layers."""
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
-    least_context = None if options.context else LEAST_CONTEXT
-    divide: Divide | None = None
-    if options.trace is not None:
-        divide = by_trace(Path(options.trace), parts.manifest, policy)
-    return make_budget(memory, footprint, folder, divide, least_context)
+    if options.trace is None:
+        return footprint, None
+    return footprint, by_trace(Path(options.trace), parts.manifest, policy)
 
 
-def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) -> None:
+def _read_resident(parts: Assembled, folder: Path) -> None:
+    try:
+        mx.eval(parts.model.parameters())
+    except RuntimeError as error:
+        raise FlashError(
+            f"The weights of {folder} cannot be read: {reason_of(error)}. Check the "
+            "disk, then download or convert the model again."
+        ) from error
+
+
+def _attach_slots(
+    flash: Flash, parts: Assembled, policy: Lru, overlap: bool
+) -> list[UnitSlots]:
     """Give every layer its slots, and fill those of layers that are held whole."""
+    attached = []
     for i, layer in enumerate(parts.layers):
         slots = UnitSlots(
             parts.manifest.layers[i],
@@ -252,6 +267,8 @@ def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) ->
         layer.attach(slots, flash.budget.batch_tokens)
         if slots.n_slots == slots.units:
             slots.read_all()
+        attached.append(slots)
+    return attached
 
 
 def _policy(options: LoadOptions, kind: UnitKind) -> Lru:

@@ -119,19 +119,23 @@ def test_a_chunked_prompt_gives_the_same_answer(folder):
     model.flash.close()
 
 
-def test_prompt_chunks_are_those_of_the_budget(loaded, monkeypatch):
+def test_a_long_prompt_has_slots_give_way_until_it_is_read(loaded, monkeypatch):
+    """Chunks longer than the usual workspace holds, so that units are read less."""
     model, tokenizer = loaded
-    widths = []
-    layer = type(model.flash.layers[0])
+    widths, flash = [], model.flash
+    layer = type(flash.layers[0])
     call = layer.__call__
 
     def note(self, x):
-        widths.append(x.shape[1])
+        widths.append((x.shape[1], sum(ffn.slots.n_slots for ffn in flash.layers)))
         return call(self, x)
 
     monkeypatch.setattr(layer, "__call__", note)
-    run(model, tokenizer, PROMPT * 8, n=1)
-    assert max(widths) == model.flash.budget.prefill_tokens < 47
+    run(model, tokenizer, PROMPT * 8, n=2)
+    usual = sum(flash.budget.slots)
+    longest, slots = max(widths)
+    assert longest > flash.budget.prefill_tokens and slots < usual
+    assert widths[-1] == (1, usual)
 
 
 @pytest.mark.parametrize("seed", [4, 5])

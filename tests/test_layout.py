@@ -15,7 +15,7 @@ ROWS = (
     ("models", "layers"),
     ("checkpoints",),
     ("assembly",),
-    ("run_report",),
+    ("run_report", "chunks"),
     ("loading",),
     ("generation",),
     ("inspection", "server", "tracing"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
-from ..generation import exact_cache
 from ..loading import load_model
 from .report import Row, Sample
 
@@ -50,7 +50,7 @@ def decode(
         model,
         max_tokens=tokens + 2,
         sampler=sampler,
-        prompt_cache=exact_cache(model),
+        prompt_cache=make_prompt_cache(model),
         prefill_step_size=flash.budget.prefill_tokens,
     )
     begin = time.perf_counter()

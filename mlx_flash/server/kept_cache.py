@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
-from ..generation import exact_cache
+from mlx_lm.models.cache import (
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 LEAST_COMMON = 16  # tokens; fewer are read again as quickly
 
@@ -41,9 +43,9 @@ class KeptCache:
             common += 1
         spare = len(kept) - common
         if common < LEAST_COMMON or (spare and not can_trim_prompt_cache(cache)):
-            return exact_cache(model), 0
+            return make_prompt_cache(model), 0
         if spare and trim_prompt_cache(cache, spare) != spare:
-            return exact_cache(model), 0
+            return make_prompt_cache(model), 0
         return cache, common
 
     def keep(self, tokens: list[int], cache: list[Any]) -> None:

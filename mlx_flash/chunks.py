@@ -1,0 +1,44 @@
+"""Whoever calls a model with a long prompt: it goes through it chunk by chunk.
+
+mlx-lm's loops cut prompts into 2,048 tokens of each sequence, whatever memory there is.
+The model itself knows better how many fit, so it cuts them once more, and has slots
+give way where that lets chunks be longer.
+"""
+
+from functools import cache, wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def in_chunks(model: nn.Module) -> None:
+    """Have `model`, one of mlx-lm's, ask `model.flash.pool` before every call.
+
+    A call without a cache, or with more than tokens, goes through as it is.
+    """
+    model.__class__ = _cutting(type(model))
+
+
+@cache
+def _cutting(whole: type[nn.Module]) -> type[nn.Module]:
+    """The same class with another `__call__`, which Python looks for nowhere else.
+
+    It knows no model: a class lives on in circles until somebody collects them.
+    """
+
+    @wraps(whole.__call__)
+    def call(self, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any):
+        if cache is None or inputs is None or inputs.ndim != 2 or args or kwargs:
+            return whole.__call__(self, inputs, cache, *args, **kwargs)
+        B, L = inputs.shape
+        size = max(self.flash.pool.prepare(B, L, cache) // B, 1)
+        logits = []
+        for start in range(0, L, size):
+            if start:
+                mx.eval([entry.state for entry in cache])
+            piece = inputs[:, start : start + size]
+            logits.append(whole.__call__(self, piece, cache=cache))
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=1)
+
+    return type(whole.__name__, (whole,), {"__call__": call})

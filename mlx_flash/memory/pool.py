@@ -1,0 +1,176 @@
+"""All slots of a model, and how they give way to what is needed at the moment.
+
+Slots are a cache: they may be fewer for a while. A long prompt is read in chunks, and
+every chunk has every unit read that memory does not hold; so a longer chunk is worth
+some slots. A conversation that outgrows the reserve for its KV cache takes them, too.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+
+from ..errors import FlashError
+from ..memory_size import say_memory
+from .budget import Budget, Divide, bytes_of_slots, share_slots
+from .footprint import KV_STEP, MAX_PREFILL, Footprint
+from .slots import UnitSlots
+
+KV_AHEAD = 256  # tokens
+
+
+@dataclass(frozen=True)
+class Division:
+    """Slots of each layer beside chunks of so many tokens and so much KV cache."""
+
+    slots: tuple[int, ...]
+    tokens: int
+    kv_bytes: int
+
+
+class Pool:
+    """The slots of all layers of a model, which is to be asked before every call.
+
+    Attributes:
+        budget: How the memory was divided when the model was loaded.
+        division: How it is divided now.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        footprint: Footprint,
+        layers: Sequence[UnitSlots],
+        lock: AbstractContextManager,
+        divide: Divide | None = None,
+    ):
+        self.budget = budget
+        self._footprint = replace(footprint, context=budget.context)
+        self._layers = layers
+        self._lock = lock
+        self._divide = divide
+        # Everything that ever had keys and values of this model and still lives.
+        self._caches: WeakSet[Any] = WeakSet()
+        self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
+
+    def prepare(self, sequences: int, tokens: int, cache: Sequence[Any]) -> int:
+        """Make room for a call of the model, and say how long its chunks may be.
+
+        Args:
+            sequences, tokens: Of the call; so many tokens of each sequence.
+            cache: mlx-lm's caches that the call will add to.
+
+        Returns:
+            Tokens of a chunk, all sequences together. A call of more has to be cut.
+
+        Raises:
+            FlashError: If the KV cache leaves no room for the least number of slots.
+        """
+        with self._lock:
+            step = max(KV_STEP // sequences, 8)
+            for entry in cache:
+                if getattr(entry, "step", 0) > step:
+                    entry.step = step  # mlx-lm's 256 tokens may be a lot of memory
+            self._caches.update(cache)
+            kv_bytes = self._kv_bytes(sequences, tokens, step, cache)
+            tokens *= sequences
+            now, usual = self.division, self.budget
+            fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
+            gave = now.tokens > usual.prefill_tokens or now.kv_bytes > usual.kv_bytes
+            enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
+            if not fits or (gave and enough):
+                self._change(self._best_division(tokens, kv_bytes))
+            return self.division.tokens
+
+    def _kv_bytes(
+        self, sequences: int, tokens: int, step: int, cache: Sequence[Any]
+    ) -> int:
+        """What all caches hold, and what a call will add to some of them."""
+        held = sum(_nbytes(entry) for entry in self._caches)
+        if not any(_is_full(entry, tokens) for entry in cache):
+            return held
+        grown = sequences * -(-tokens // step) * step
+        return int(held + grown * self._footprint.shapes.kv_bytes_per_token)
+
+    def _best_division(self, tokens: int, kv_bytes: int) -> Division:
+        """The division with which a prompt of so many tokens reads the fewest bytes.
+
+        Raises:
+            FlashError: If there is none.
+        """
+        reserve = self.budget.kv_bytes
+        # Some more than is needed now, so that not every step has slots give way.
+        ahead = int(KV_AHEAD * self._footprint.shapes.kv_bytes_per_token)
+        for kv in (kv_bytes + ahead, kv_bytes) if kv_bytes > reserve else (reserve,):
+            chunks = -(-tokens // self.budget.prefill_tokens)
+            sizes = [
+                max(-(-tokens // count), self.budget.prefill_tokens)
+                for count in range(-(-tokens // MAX_PREFILL), chunks + 1)
+            ]
+            possible = [x for size in sizes if (x := self._divided(size, kv))]
+            if possible:
+                return min(possible, key=lambda x: self._bytes_read(tokens, x))
+        raise FlashError(
+            f"The conversations need {kv_bytes / 1e6:,.1f} MB of KV cache, which a "
+            f"budget of {say_memory(self.budget.total_bytes)} does not have beside the "
+            "weights. Begin a new conversation, or give more --memory."
+        )
+
+    def _bytes_read(self, tokens: int, division: Division) -> int:
+        """What a prompt has read, and once more what slots lose by it."""
+        ffn_bytes = self._footprint.manifest.ffn_bytes
+        missing = ffn_bytes - self._bytes(division.slots)
+        usual = ffn_bytes - self._bytes(self.budget.slots)
+        return -(-tokens // division.tokens) * missing + max(missing - usual, 0)
+
+    def _divided(self, tokens: int, kv_bytes: int) -> Division | None:
+        budget, footprint = self.budget, self._footprint
+        workspace = footprint.workspace_bytes(tokens, budget.batch_tokens)
+        fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
+        room = budget.total_bytes - fixed - workspace
+        slots = share_slots(room, footprint, self._divide)
+        return Division(slots, tokens, kv_bytes) if slots else None
+
+    def _bytes(self, slots: Sequence[int]) -> int:
+        layers = self._footprint.manifest.layers
+        return sum(n * x.unit_bytes for n, x in zip(slots, layers, strict=True))
+
+    def _change(self, division: Division) -> None:
+        """Have the slots of `division`: layers that shrink first, then the others.
+
+        If something stops it, the next call of the model tries again.
+        """
+        budget, footprint = self.budget, self._footprint
+        kv_bytes = max(division.kv_bytes, self.division.kv_bytes)
+        self.division = replace(division, tokens=0)
+        now = [layer.n_slots for layer in self._layers]
+        slot_bytes = max(bytes_of_slots(n, footprint) for n in (now, division.slots))
+        weights = footprint.fixed_bytes - footprint.kv_bytes
+        spare = max(budget.total_bytes - weights - kv_bytes - slot_bytes, 0)
+        order = sorted(range(len(now)), key=lambda i: division.slots[i] - now[i])
+        for i in order:
+            self._layers[i].resize(division.slots[i], spare)
+        mx.clear_cache()
+        self.division = division
+
+
+def _nbytes(entry: Any) -> int:
+    """What one of mlx-lm's caches holds; some kinds do not tell."""
+    try:
+        return entry.nbytes
+    except (AttributeError, NotImplementedError):
+        return 0
+
+
+def _is_full(entry: Any, tokens: int) -> bool:
+    """Whether a cache has to grow for so many more tokens of each sequence."""
+    keys = getattr(entry, "keys", None)
+    if not isinstance(keys, mx.array):
+        return True
+    if keys.shape[-2] == getattr(entry, "max_size", None):
+        return False  # it rotates
+    used = entry._idx if hasattr(entry, "_idx") else entry.offset
+    return used + tokens > keys.shape[-2]
