@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError
+from ..storage.digests import sample_sha256
 from ..storage.layout import lay_out
 from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
 from ..storage.manifest import BUNDLES, Layer
@@ -65,6 +66,7 @@ def write_bundles(path: Path, module: str, parts: dict[str, mx.array]) -> Layer:
         parts=layout,
         order="checkpoint",
         predictor=None,
+        sample=sample_sha256(path),
     )
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm  # type: ignore[import-untyped]  # it comes without types
 
+from ..checkpoints.digests import side_digests
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
 from ..storage.manifest import (
@@ -149,6 +150,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         else None,
         calibration=cutter.calibration,
         layers=tuple(job.work.layers),
+        side_files=side_digests(folder),
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read
         raise job.work.source_changed()

@@ -9,8 +9,9 @@ from ..checkpoints.units import activation, find_units
 from ..errors import FlashError
 from ..inspection import verify
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
+from ..storage.digests import file_sha256
 from ..storage.manifest import MANIFEST
-from ..storage.safetensors import file_sha256, write_error
+from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
 from .conversion import Cutter, Job, write_folder
 from .lock import Lock

@@ -12,6 +12,7 @@ import numpy as np
 from ..arrays import parameters
 from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
+from ..storage.digests import sample_sha256
 from ..storage.layout import dtype_name
 from ..storage.manifest import Weights
 from ..storage.safetensors import Tensor, write_safetensors
@@ -51,7 +52,7 @@ def write_weights(path: Path, arrays: dict[str, mx.array]) -> Weights:
     tensors = {key: entry(key) for key in sorted(arrays)}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     sha256 = write_safetensors(path, tensors)
-    return Weights(path.name, sha256, nbytes)
+    return Weights(path.name, sha256, nbytes, sample_sha256(path))
 
 
 def copy_config(source: Source, folder: Path, changes: dict) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FlashError
+from ..storage.digests import file_sha256
 from ..storage.manifest import MANIFEST, Layer, layer_from_json
-from ..storage.safetensors import file_sha256
 
 PROGRESS = "progress.json"
 

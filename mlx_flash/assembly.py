@@ -68,7 +68,7 @@ def assemble(folder: Path, predictor: bool = True) -> Assembled:
     Raises:
         FlashError: If it is damaged, contradicts itself, or has nothing to exchange.
     """
-    if (folder / MANIFEST).exists() or not _is_checkpoint(folder):
+    if (folder / MANIFEST).exists() or not is_checkpoint(folder):
         return _from_flash(folder, predictor)
     return _in_place(folder)
 
@@ -88,7 +88,8 @@ def empty_model(manifest: Manifest, config: dict, folder: Path) -> nn.Module:
     return model
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the files of a checkpoint, with or without experts."""
     return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
 
 

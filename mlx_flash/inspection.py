@@ -1,13 +1,15 @@
-"""What a flash folder holds, for `info`; whether it is intact, for `verify`."""
+"""What a flash folder holds, for `info`; whether a model is intact, for `verify`."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from .assembly import can_stream, is_checkpoint
 from .checkpoints.config import read_config
+from .checkpoints.digests import ACCEPT, compare, without_digest
 from .checkpoints.hub import find_model
+from .checkpoints.record import noted_digests, record_digests
 from .errors import FlashError, printable
-from .storage.manifest import Layer, Weights, read_manifest
-from .storage.safetensors import file_sha256
+from .storage.manifest import MANIFEST, read_manifest
 
 
 def facts(model: str | Path) -> dict:
@@ -75,32 +77,44 @@ def table(model: str | Path) -> str:
     return "\n".join(lines)
 
 
-def verify(model: str | Path, passed: Callable[[str], None]) -> None:
-    """Hold every weight file against its digest; `passed` is told the sound ones.
+def verify(model: str | Path, passed: Callable[[str], None]) -> list[str]:
+    """Hold every file of a model against its digest; `passed` is told the sound ones.
+
+    Returns:
+        The files that have no digest to compare with.
 
     Raises:
-        FlashError: Naming all files that differ.
+        FlashError: Naming all files that differ, or if no file has a digest.
     """
-    folder = find_model(model)
-    manifest = read_manifest(folder)
-    read_config(folder)  # of which no digest was noted
-    files: list[Weights | Layer] = [manifest.resident, *manifest.layers]
-    if manifest.predictors:
-        files.insert(1, manifest.predictors)
-    damaged = []
-    for entry in files:
-        try:
-            sound = file_sha256(folder / entry.file) == entry.sha256
-        except OSError as error:
-            raise FlashError(
-                f"{folder / entry.file} cannot be read: {error.strerror}."
-            ) from error
-        if sound:
-            passed(printable(entry.file))
-        else:
-            damaged.append(entry.file)
-    if damaged:
+    folder = _find(model)
+    noted = noted_digests(folder)
+    if not noted:
         raise FlashError(
-            f"{', '.join(damaged)} in {folder} differ from what was converted. Restore "
-            "them from a copy, or convert the model again with --overwrite."
+            f"{folder} has no digests to compare with. Note what is there now: "
+            f"{ACCEPT} {folder}"
         )
+    unknown = without_digest(folder, noted)
+    compare(folder, noted, True, passed)
+    return unknown
+
+
+def record(model: str | Path, noted: Callable[[str], None]) -> None:
+    """Take a model's files for sound as they are; `noted` is told their names.
+
+    Of a flash folder these are configuration and tokenizer, of a checkpoint that is
+    read in place all files.
+
+    Raises:
+        FlashError: If the digests cannot be written, or files differ from the hub's.
+    """
+    record_digests(_find(model), noted)
+
+
+def _find(model: str | Path) -> Path:
+    """The folder of a model that can be loaded: converted, or with experts in place."""
+    folder = find_model(model, checkpoint=can_stream)
+    converted = (folder / MANIFEST).exists()
+    if converted or not (is_checkpoint(folder) and can_stream(folder)):
+        read_manifest(folder)  # which says what is wrong with it, or how to make one
+    read_config(folder)
+    return folder

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .assembly import Assembled, assemble, can_stream
 from .checkpoints.hub import find_model
+from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
 from .errors import FlashError, reason_of
@@ -59,6 +60,9 @@ class LoadOptions:
         native: True insists on the C reader, False takes the Python one.
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
             would have had on it, instead of the same share each.
+        check: What is held against the digests that were noted of the model's files:
+            "sample" takes configuration, tokenizer and some pieces of each file of
+            weights, "full" every byte, "none" nothing.
     """
 
     predictor: bool = True
@@ -70,6 +74,7 @@ class LoadOptions:
     page_cache: bool = False
     native: bool | None = None
     trace: str | Path | None = None
+    check: str = "sample"
 
 
 class Flash:
@@ -187,11 +192,14 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
         (model, config); `model.flash` is a `Flash`.
 
     Raises:
-        FlashError: If the folder is missing, damaged or newer, or does not fit.
+        FlashError: If the folder is missing, damaged, altered or newer, or does not
+            fit.
     """
     wanted = LoadOptions(**options)
     folder = find_model(path, checkpoint=can_stream)
     parts = assemble(folder, wanted.predictor)
+    # Before weights are read, and after what says more than that a file differs.
+    check_files(folder, wanted.check)
     policy = _policy(wanted, parts.kind)
     footprint, divide = _needs(parts, policy, wanted)
     least_context = None if wanted.context else LEAST_CONTEXT

@@ -40,7 +40,7 @@ def ids():
 
 
 def test_every_digest_is_right():
-    verify(DEMO_MODEL, lambda name: None)
+    assert verify(DEMO_MODEL, lambda name: None) == []
 
 
 def test_recorded_facts():

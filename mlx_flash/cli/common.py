@@ -46,6 +46,16 @@ def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     return find_model(model, checkpoint=can_stream), memory or "auto"
 
 
+check_option = click.option(
+    "--check",
+    type=click.Choice(["none", "sample", "full"]),
+    default="sample",
+    show_default=True,
+    help="Compare with digests before loading: configuration, tokenizer and samples of "
+    "the weights, or every byte.",
+)
+
+
 def sampling_options(temp: float, seed: int | None) -> Callable:
     """--temp and --seed with these defaults."""
 

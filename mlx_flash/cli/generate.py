@@ -9,6 +9,7 @@ import click
 from ..errors import FlashError
 from .common import (
     INTERRUPTED,
+    check_option,
     chosen_model,
     json_option,
     run_options,
@@ -53,6 +54,7 @@ from .common import (
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
 )
 @click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
+@check_option
 @click.option(
     "--trust-remote-code",
     is_flag=True,

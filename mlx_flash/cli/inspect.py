@@ -4,6 +4,7 @@ import json
 
 import click
 
+from ..errors import printable
 from .common import demo_argument, json_option
 
 
@@ -22,11 +23,28 @@ def info(model, as_json):
 
 @click.command()
 @demo_argument
-def verify(model):
-    """Compare every weight file of a model with the digest noted at conversion.
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Take the files as they are for sound. Of a flash folder: configuration and "
+    "tokenizer; of a checkpoint that is read in place: all files.",
+)
+def verify(model, record):
+    """Compare every file of a model with the digest noted of it.
 
-    Without FOLDER, of the demo model.
+    `convert` notes digests in the flash folder. Of a checkpoint with experts that is
+    read in place, --record notes them in this user's cache folder. Without FOLDER, of
+    the demo model.
+
+    \b
+    Examples:
+      mlx-flash verify opt-6.7b-flash
+      mlx-flash verify --record Qwen3-30B-A3B-4bit
     """
-    from ..inspection import verify as check
+    from .. import inspection
 
-    check(model, lambda name: click.echo(f"ok  {name}"))
+    if record:
+        inspection.record(model, lambda name: click.echo(f"noted  {name}"))
+        return
+    for name in inspection.verify(model, lambda name: click.echo(f"ok  {name}")):
+        click.echo(f"no digest  {printable(name)}")

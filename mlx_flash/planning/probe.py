@@ -24,10 +24,11 @@ from .._version import __version__
 from ..errors import FlashError
 from ..memory.allocation import allocate
 from ..storage import direct_io
+from ..storage.files import cache_folder
 from ..storage.limits import MERGE_BYTES
 from ..storage.reader import Extent, open_reader
 from . import kernels, machine
-from .profile import PROFILE_VERSION, FlashPoint, Profile, cache_folder
+from .profile import PROFILE_VERSION, FlashPoint, Profile
 
 BLOCKS = (4096, 16384, 65536, 262144, 1 << 20)
 THREADS = (1, 4, 16, 32)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FlashError
+from ..storage.files import cache_folder, write_whole
 from ..storage.typed_json import from_json
 
 PROFILE_VERSION = 1
@@ -147,23 +148,14 @@ def default_path() -> Path:
     return Path(named).expanduser() if named else cache_folder() / "profile.json"
 
 
-def cache_folder() -> Path:
-    """`mlx-flash` below `XDG_CACHE_HOME` or `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mlx-flash"
-
-
 def save_profile(profile: Profile, path: Path) -> None:
     """Write a profile, whole or not at all.
 
     Raises:
         FlashError: If the folder cannot be made or written.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(profile.to_json())
-        os.replace(part, path)
+        write_whole(path, profile.to_json())
     except OSError as error:
         raise FlashError(
             f"The profile cannot be written to {path}: {error.strerror or error}. Name "

@@ -27,6 +27,36 @@ def file_bytes(path: Path) -> int:
     return found.st_size
 
 
+def cache_folder() -> Path:
+    """Where this user's caches and records are.
+
+    `MLX_FLASH_CACHE`, or `mlx-flash` below `XDG_CACHE_HOME` or `~/.cache`.
+    """
+    if named := os.environ.get("MLX_FLASH_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mlx-flash"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all. Its folder is made if need be.
+
+    Raises:
+        OSError: If the system refuses; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds.
 

@@ -13,8 +13,8 @@ projection). Unit u of a layer starts `data_offset + u * unit_bytes` bytes into 
 file; `data_offset` is a multiple of 16 KiB, the page of Apple silicon, so that direct
 I/O can read bundles where their size is a multiple of the block size.
 
-The manifest is judged against the files' sizes before it is believed; digests are
-only compared by `mlx-flash verify`, because that reads every byte.
+The manifest is judged against the files' sizes before it is believed. Digests are
+compared by `checkpoints/digests.py`.
 """
 
 import dataclasses
@@ -69,7 +69,11 @@ class PredictorFacts:
 
 @dataclass(frozen=True)
 class Layer:
-    """One FFN on flash. `module` is its path in the model's module tree."""
+    """One FFN on flash. `module` is its path in the model's module tree.
+
+    `sample` is of some pieces of the file (`digests.sample_sha256`). It is empty in
+    folders that an earlier version wrote.
+    """
 
     module: str
     file: str
@@ -80,6 +84,7 @@ class Layer:
     parts: tuple[Part, ...]
     order: str
     predictor: PredictorFacts | None
+    sample: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -88,11 +93,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file that is loaded whole; `bytes` counts its tensors' data."""
+    """A safetensors file that is loaded whole; `bytes` counts its tensors' data.
+
+    `sample` is as a layer's.
+    """
 
     file: str
     sha256: str
     bytes: int
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file of the configuration or the tokenizer."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Manifest:
-    """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights."""
+    """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights.
+
+    `side_files` is empty in folders that an earlier version wrote.
+    """
 
     format_version: int
     source: str
@@ -119,6 +139,7 @@ class Manifest:
     predictors: Weights | None
     calibration: Calibration | None
     layers: tuple[Layer, ...]
+    side_files: tuple[SideFile, ...] = ()
 
     @property
     def ffn_bytes(self) -> int:

@@ -161,12 +161,3 @@ def _sound(entry) -> bool:
         return first <= last and (not size or prod(shape) * size == last - first)
     except (TypeError, KeyError, ValueError):
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

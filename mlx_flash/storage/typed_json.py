@@ -20,17 +20,24 @@ def from_json(kind: Any, value: Any, path: Path, where: str) -> Any:
         path, where: The file and the place in it, for the error.
 
     Raises:
-        FlashError: If a field is missing or of another type.
+        FlashError: If a field without a default is missing, or one has another type.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise FlashError(f"{path}: {where} must be an object.")
         hints = typing.get_type_hints(kind)
-        missing = sorted(set(hints) - set(value))
+        optional = {
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.default is not dataclasses.MISSING
+        }
+        missing = sorted(set(hints) - set(value) - optional)
         if missing:
             raise FlashError(f"{path}: {where} lacks {', '.join(missing)}.")
         fields = {
-            k: from_json(t, value[k], path, f"{where}.{k}") for k, t in hints.items()
+            k: from_json(t, value[k], path, f"{where}.{k}")
+            for k, t in hints.items()
+            if k in value
         }
         return kind(**fields)
     origin, args = typing.get_origin(kind), typing.get_args(kind)

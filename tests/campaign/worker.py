@@ -24,17 +24,35 @@ TEXT = "w5 w17"
 TOKENS = [[5, 17]]
 
 
+def load(folder: Path, check: str):
+    return mlx_flash.load(folder, MEMORY, native=False, check=check)
+
+
+def is_noticed(folder: Path) -> bool:
+    """Whether the folder is refused as it is loaded by default."""
+    try:
+        with load(folder, "sample"):
+            return False
+    except FlashError:
+        return True
+
+
 def judge(folder: Path) -> dict:
-    """What becomes of a folder: {"kind": "clean" | "answer" | "traceback", …}."""
+    """What becomes of a folder: {"kind": "clean" | "answer" | "traceback", …}.
+
+    Digests are left out at first: what they would notice is tried, too. `noticed` says
+    of an answer whether they notice.
+    """
     try:
         if (folder / "flash.json").exists():
             table(folder)
-        with mlx_flash.load(folder, MEMORY, native=False) as (model, tokenizer):
+        with load(folder, "none") as (model, tokenizer):
             logits = model(mx.array(TOKENS)).astype(mx.float32)
             mx.eval(logits)
             words = mlx_flash.generate(model, tokenizer, TEXT, max_tokens=2)
         digest = hashlib.sha256(np.array(logits).tobytes()).hexdigest()
-        return {"kind": "answer", "digest": digest, "words": words}
+        answer = {"kind": "answer", "digest": digest, "words": words}
+        return answer | {"noticed": is_noticed(folder)}
     except FlashError as error:
         if not str(error).isprintable():
             return {"kind": "traceback", "text": f"not one line: {str(error)!r}"}

@@ -17,7 +17,7 @@ from mlx_flash.checkpoints.config import read_config
 from mlx_flash.checkpoints.tokenizer import load_tokenizer
 from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
-from mlx_flash.inspection import table
+from mlx_flash.inspection import record, table
 from mlx_flash.loading import load_model
 from mlx_flash.storage.safetensors import read_header
 
@@ -137,6 +137,9 @@ def test_a_token_that_was_added_is_refused_in_the_prompt_alone(tmp_path):
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     tokenizer.save_pretrained(folder)
+    with pytest.raises(FlashError, match="differ from what was noted.*--record"):
+        mlx_flash.load(folder)
+    record(folder, lambda name: None)
     with mlx_flash.load(folder) as (model, tokenizer):
         assert mlx_flash.generate(model, tokenizer, "w5 w6", max_tokens=2)
         with pytest.raises(FlashError, match="token 97, the model knows 97 tokens"):

@@ -103,7 +103,7 @@ def test_flash_folder_is_downloaded(hub, checkpoint, tmp_path):
     result = CliRunner().invoke(main, ["info", NAME, "--json"])
     assert result.exit_code == 0 and json.loads(result.stdout)["layers"] == 2
     result = CliRunner().invoke(main, ["verify", NAME])
-    assert result.exit_code == 0 and result.stdout.count("ok  ") == 3
+    assert result.exit_code == 0 and result.stdout.count("ok  ") == 6
     result = CliRunner().invoke(main, ["generate", "a", "--model", NAME, "-m", "2"])
     assert result.exit_code == 0
 

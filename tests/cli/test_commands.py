@@ -61,6 +61,7 @@ INFO_KEYS = {
     "source",
     "dtype",
 }
+SIDE_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture(scope="module")
@@ -494,6 +495,7 @@ def test_verify_a_sound_folder(flash):
     result = run("verify", flash)
     files = ["resident.safetensors", "predictors.safetensors"]
     files += [f"ffn/layer_0{i}.safetensors" for i in range(2)]
+    files += SIDE_FILES
     assert result.stdout.splitlines() == [f"ok  {file}" for file in files]
 
 
@@ -508,6 +510,7 @@ def test_verify_names_what_was_altered(own):
     assert result.stdout.splitlines() == [
         "ok  predictors.safetensors",
         "ok  ffn/layer_00.safetensors",
+        *[f"ok  {name}" for name in SIDE_FILES],
     ]
     assert result.stderr.startswith(
         f"Error: resident.safetensors, ffn/layer_01.safetensors in {own} differ"

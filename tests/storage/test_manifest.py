@@ -31,13 +31,14 @@ FILES = [
     "ffn/layer_00.safetensors",
     "ffn/layer_01.safetensors",
 ]
+SIDE_FILES = ["config.json"]  # a golden has no tokenizer
 
 # Any manifest
 
 names = st.text(max_size=12)
 ints = st.integers(0, 2**63 - 1)
 floats = st.floats(allow_nan=False)
-weights = st.builds(format.Weights, file=names, sha256=names, bytes=ints)
+weights = st.builds(format.Weights, file=names, sha256=names, bytes=ints, sample=names)
 parts = st.builds(
     format.Part,
     name=names,
@@ -68,6 +69,7 @@ layers = st.builds(
     parts=st.lists(parts, max_size=3).map(tuple),
     order=names,
     predictor=st.none() | predictors,
+    sample=names,
 )
 manifests = st.builds(
     format.Manifest,
@@ -83,6 +85,9 @@ manifests = st.builds(
     calibration=st.none()
     | st.builds(format.Calibration, text=names, tokens=ints, held_out_tokens=ints),
     layers=st.lists(layers, max_size=3).map(tuple),
+    side_files=st.lists(
+        st.builds(format.SideFile, file=names, sha256=names), max_size=3
+    ).map(tuple),
 )
 
 
@@ -288,6 +293,14 @@ def test_any_change_is_refused_or_harmless(victim, data):
         (("layers", 0, "parts", 0, "offset"), 8),
         (("layers", 0, "parts", 1, "offset"), 0),
         (("layers", 0, "parts", 1, "offset"), 104),
+        (("layers", 0, "sample"), "0" * 64),
+        (("layers", 0, "sample"), None),
+        (("side_files",), None),
+        (("side_files", 0), {}),
+        (("side_files", 0, "file"), "../f/config.json"),
+        (("side_files", 0, "file"), "/etc/passwd"),
+        (("side_files", 0, "file"), "resident.safetensors"),
+        (("side_files", 0, "sha256"), ""),
         (("layers", 0, "predictor"), None),
         (("layers", 0, "predictor", "rank"), 0),
         (("layers", 0, "predictor", "bits"), 2**40),  # no C integer
@@ -406,10 +419,10 @@ def test_verify_names_exactly_the_damaged_files(own_folder, count):
     with pytest.raises(FlashError) as error:
         verify(own_folder, passed.append)
     assert [name for name in FILES if name in str(error.value)] == FILES[:count]
-    assert passed == FILES[count:]
+    assert passed == FILES[count:] + SIDE_FILES
 
 
 def test_verify_passes_a_sound_folder(flash_folder):
     passed = []
     verify(flash_folder, passed.append)
-    assert passed == FILES
+    assert passed == FILES + SIDE_FILES

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from mlx_flash.errors import FlashError
 from mlx_flash.storage import safetensors as safetensors_io
+from mlx_flash.storage.digests import file_sha256
 from mlx_flash.storage.safetensors import (
     Tensor,
-    file_sha256,
     read_header,
     write_safetensors,
 )
