@@ -15,27 +15,19 @@ import mlx.core as mx
 import numpy as np
 
 from . import alone
+from .families.configs import make_config
 from .options import Count, Folder, Memory, scratch
 from .report import Column, Report, cache_state
 from .synthetic import random_words, write_checkpoint
 
-CONFIG = {
-    "model_type": "qwen3_moe",
+CONFIG = make_config("qwen3_moe") | {
     "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "intermediate_size": 6144,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "head_dim": 128,
     "num_experts": 128,
     "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
     "vocab_size": 2048,
     "quantization": {"group_size": 64, "bits": 4},

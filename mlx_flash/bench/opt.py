@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,12 @@ from ..storage.safetensors import DTYPES, Tensor, write_safetensors
 from .report import progress
 from .synthetic import (
     Shapes,
-    empty_part,
     have_room,
     parameter_shapes,
     weight,
     write_checkpoint,
     write_config,
+    written_whole,
 )
 
 LINEARS = ("fc1", "fc2")  # the parts of a neuron's bundle
@@ -120,13 +119,12 @@ def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
     return folder
 
 
-def write_flash(folder: Path, shape: Shape) -> Manifest:
+def write_flash(folder: Path, shape: Shape) -> None:
     """A flash folder without predictors, whole or not at all."""
     have_room(folder, shape.nbytes)
     shapes = shape.weights()
-    part = empty_part(folder)
-    (part / "ffn").mkdir()
-    try:
+    with written_whole(folder) as part:
+        (part / "ffn").mkdir()
         write_config(part, shape.config())
         entries = []
         for i in progress(range(shape.layers), "writing bundles", "layer"):
@@ -151,11 +149,6 @@ def write_flash(folder: Path, shape: Shape) -> Manifest:
             layers=tuple(entries),
         )
         (part / MANIFEST).write_text(manifest.to_json())
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return manifest
 
 
 def _write_resident(path: Path, shapes: Shapes, dtype: str) -> Weights:

@@ -19,10 +19,11 @@ from .. import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
 from ..memory.stats import Stats
+from ..tracing import PIECE_TOKENS as LENGTH
+from ..tracing import cut_text
 from .options import Count, DemoModel, Memory, Text
 from .report import Column, Report, Row, progress
 
-LENGTH = 128  # half the model's size has little room for a longer KV cache
 WARM = 16  # tokens of each piece that are not counted
 POLICIES: dict[str, dict] = {
     **{f"window {k}": {"policy": "window", "window": k} for k in (1, 2, 4, 8)},
@@ -81,15 +82,13 @@ def run(
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
     """Pieces of a text, [rows, LENGTH] token ids, `count` in all."""
-    ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
-    start = tokenizer.encode("", add_special_tokens=True)[:1]
-    body = LENGTH - len(start)
-    rows = [ids[i : i + body] for i in range(0, len(ids) - body, body)]
-    if not rows:
+    pieces = cut_text(tokenizer, text.read_text())
+    whole = [piece for piece in pieces if len(piece) == LENGTH]
+    if not whole:
         raise FlashError(
-            f"{text} has {len(ids)} tokens, a piece takes {body}. Give a longer text."
+            f"{text} is shorter than a piece of {LENGTH} tokens. Give a longer text."
         )
-    return np.array([start + row for row in rows[: max(count // LENGTH, 1)]])
+    return np.array(whole[: max(count // LENGTH, 1)])
 
 
 def perplexity(model: nn.Module, rows: np.ndarray) -> float:

@@ -10,7 +10,8 @@ import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -128,21 +129,21 @@ def write_checkpoint(
     """
     shards: dict[str, Shapes] = {}
     for name, shape in parameter_shapes(config).items():
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        shards.setdefault(layer[1] if layer else "outer", {})[name] = shape
-    part = empty_part(folder)
-    write_config(part, config)
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        shards.setdefault(found[1] if found else "outer", {})[name] = shape
     weight_map: dict[str, str] = {}
-    for layer_name, shapes in progress(shards.items(), "writing a checkpoint", "shard"):
-        file = f"model-{layer_name}.safetensors"
-        made: dict[str, mx.array] = {}
-        for name, shape in shapes.items():
-            made |= make(name, shape)
-        mx.save_safetensors(str(part / file), made, {"format": "pt"})
-        weight_map |= dict.fromkeys(made, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (part / "model.safetensors.index.json").write_text(json.dumps(index))
-    return part.rename(folder)
+    with written_whole(folder) as part:
+        write_config(part, config)
+        for layer, shapes in progress(shards.items(), "writing a checkpoint", "shard"):
+            file = f"model-{layer}.safetensors"
+            made: dict[str, mx.array] = {}
+            for name, shape in shapes.items():
+                made |= make(name, shape)
+            mx.save_safetensors(str(part / file), made, {"format": "pt"})
+            weight_map |= dict.fromkeys(made, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (part / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def plain_weights(dtype: str) -> Callable[[str, tuple[int, ...]], dict[str, mx.array]]:
@@ -150,12 +151,18 @@ def plain_weights(dtype: str) -> Callable[[str, tuple[int, ...]], dict[str, mx.a
     return lambda name, shape: {name: weight(name, shape, dtype)}
 
 
-def empty_part(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be renamed to it when all is written."""
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `folder` if nothing goes wrong."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    return part
+    try:
+        yield part
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def have_room(folder: Path, nbytes: int) -> None:

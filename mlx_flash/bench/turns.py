@@ -51,3 +51,7 @@ class Turns:
         pairs = zip(self.samples[over], self.samples[under], strict=True)
         low, middle, high = quantiles([a.total_ms / b.total_ms for a, b in pairs], n=4)
         return low, middle, high
+
+    def ratio_text(self, over: str, under: str) -> str:
+        low, middle, high = self.ratio(over, under)
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -278,6 +278,7 @@ def test_plan_check_needs_a_profile(tmp_path, monkeypatch):
 
 def test_plan_check_takes_the_hit_rate_of_the_run(small_moe, tmp_path, monkeypatch):
     small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 4096}
+    small |= {"num_key_value_heads": 2, "head_dim": 32}
     llama = plan_check.LLAMA | small | {"num_hidden_layers": 2, "vocab_size": 128}
     shape = opt.Shape(2, 64, 4096, heads=2, vocab=96, dtype="float32")
     monkeypatch.setattr(plan_check, "load_profile", lambda: PROFILE)

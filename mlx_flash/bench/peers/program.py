@@ -1,18 +1,18 @@
-"""One program of the comparison, in a process of its own: `python -m … KIND JSON`.
+"""One program of the comparison: `run`, to be called in a process of its own.
 
-It prints one line of JSON: the seconds and the bytes read of each token, and what the
-process held. Tokens are random, as the weights are, and the first ones are not counted.
+It gives the seconds and the bytes read of each token, and what the process held. Tokens
+are random, as the weights are, and the first ones are not counted.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from ...memory.system import peak_process_bytes
-from ..process import print_result
 
 Steps = Generator[Callable[[], object], None, None]
 
@@ -124,25 +124,18 @@ def _random_ids(job: dict) -> list[int]:
 
 def bytes_read() -> int | None:
     """What this process had read from disk until now; None where nobody counts."""
-    path = Path("/proc/self/io")
-    if not path.exists():
-        return None
-    fields = dict(line.split(": ") for line in path.read_text().splitlines())
-    return int(fields["read_bytes"])
+    process = psutil.Process()
+    return process.io_counters().read_bytes if hasattr(process, "io_counters") else None
 
 
 def held() -> dict:
     """Peak resident and swapped bytes of this process, where the system says."""
-    found: dict[str, int | None] = {
-        "peak_bytes": peak_process_bytes(),
-        "swap_bytes": None,
-    }
-    path = Path("/proc/self/status")
-    if path.exists():
-        names = {"RssAnon": "anonymous_bytes", "VmSwap": "swap_bytes"}
-        pairs = (line.split(":", 1) for line in path.read_text().splitlines())
-        found |= {names[k]: 1024 * int(v.split()[0]) for k, v in pairs if k in names}
-    return found
+    found = {"peak_bytes": peak_process_bytes()}
+    if sys.platform != "linux":
+        return found | {"swap_bytes": None}
+    memory = psutil.Process().memory_full_info()
+    anonymous = memory.rss - memory.shared
+    return found | {"anonymous_bytes": anonymous, "swap_bytes": memory.swap}
 
 
 def run(kind: str, job: dict) -> dict:
@@ -173,7 +166,3 @@ def run(kind: str, job: dict) -> dict:
         **facts,
         **{k: job[k] for k in ("offloaded_modules",) if k in job},
     }
-
-
-if __name__ == "__main__":
-    print_result(lambda: run(sys.argv[1], json.loads(sys.argv[2])))
