@@ -32,8 +32,10 @@ def generate(name: str, folder: Path, memory: str, **options) -> Row:
     Raises:
         FlashError: As that process ended, with a refused budget for example.
     """
-    job = {"name": name, "folder": str(folder), "memory": memory}
-    return Row.from_json(call_apart(_generate, **job, **options))
+    found = call_apart(
+        _generate, name=name, folder=str(folder), memory=memory, **options
+    )
+    return Row.from_json(found)
 
 
 def convert(source: Path, target: Path, **options) -> dict:
