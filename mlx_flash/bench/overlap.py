@@ -61,8 +61,7 @@ def run(
 
 
 def _row(name: str, turns: Turns) -> Row:
-    budget = turns.models[name].flash.budget.total_bytes
-    row = Row.of(name, turns.samples[name], budget, median_ms=turns.median_ms(name))
+    row = turns.row(name, median_ms=turns.median_ms(name))
     if name != "in turn":
         row.more["faster"] = turns.ratio_text("in turn", name)
     return row

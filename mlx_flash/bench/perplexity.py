@@ -13,16 +13,15 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from .. import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
-from ..memory.stats import Stats
 from ..tracing import PIECE_TOKENS as LENGTH
 from ..tracing import cut_text
 from .options import Count, DemoModel, Memory, Text
-from .report import Column, Report, Row, progress
+from .report import Column, Report, progress
+from .turns import Turns
 
 WARM = 16  # tokens of each piece that are not counted
 POLICIES: dict[str, dict] = {
@@ -53,14 +52,13 @@ def run(
         slots = net.flash.budget.slots
         found = [x.predictor for x in net.flash.manifest.layers if x.predictor]
     some = pieces[: max(decode_tokens // LENGTH, 1)]
-    steps = some.size - WARM * len(some)
     rows = []
     for name, policy in POLICIES.items():
         with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
-            spent = decode(net, some)
-        row = Row(name, tokens=steps)
-        row.count(spent)
-        rows.append(row)
+            turns = Turns({name: net}, WARM)
+            for piece in some.tolist():
+                turns.play(piece)
+            rows.append(turns.row(name))
     cost = predicted / dense - 1
     note = (
         f"Perplexity on {pieces.size:,} tokens of {text.name}: dense {dense:.3f}, "
@@ -101,17 +99,3 @@ def perplexity(model: nn.Module, rows: np.ndarray) -> float:
         own = mx.take_along_axis(logits, mx.array(row[1:, None]), axis=1)[:, 0]
         loss += float((mx.logsumexp(logits, axis=1) - own).sum())
     return math.exp(loss / (rows.size - len(rows)))
-
-
-def decode(model: nn.Module, rows: np.ndarray) -> Stats:
-    """The counters of feeding `rows` token by token, after the first few of each."""
-    total = Stats()
-    for row in rows:
-        cache = make_prompt_cache(model)
-        before = model.flash.stats.copy()
-        for i, token in enumerate(row.tolist()):
-            if i == WARM:
-                before = model.flash.stats.copy()
-            mx.eval(model(mx.array([[token]]), cache=cache))
-        total += model.flash.stats - before
-    return total

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..memory.stats import Stats
-from .report import Sample, progress
+from .report import Row, Sample, progress
 
 
 class Turns:
@@ -42,6 +42,11 @@ class Turns:
                 seconds = time.perf_counter() - begin
                 if i >= self.warm_up:
                     self.samples[name].append(Sample(stats - before, seconds))
+
+    def row(self, name: str, **more) -> Row:
+        """The means of a model from flash; its memory is its budget."""
+        budget = self.models[name].flash.budget.total_bytes
+        return Row.of(name, self.samples[name], budget, **more)
 
     def median_ms(self, name: str) -> float:
         return median(sample.total_ms for sample in self.samples[name])

@@ -71,10 +71,7 @@ def llama_cpp(job: dict) -> Steps:
         use_mlock=False,
         verbose=False,
     )
-    ids = _random_ids(job)
-    yield lambda: model.eval(ids[: job["prompt_tokens"]])
-    for token in ids[job["prompt_tokens"] :]:
-        yield partial(model.eval, [token])
+    yield from _feed(model.eval, job)
 
 
 def accelerate(job: dict) -> Steps:
@@ -95,31 +92,30 @@ def accelerate(job: dict) -> Steps:
     )
     places = list(getattr(model, "hf_device_map", {}).values())
     job["offloaded_modules"] = f"{places.count('disk')} of {len(places)}"
-    ids = _random_ids(job)
-    state = {"cache": None}
+    cache = None
 
     def step(tokens: list[int]) -> None:
+        nonlocal cache
+        ids = torch.tensor([tokens])
         with torch.inference_mode():
-            out = model(
-                input_ids=torch.tensor([tokens]),
-                past_key_values=state["cache"],
-                use_cache=True,
-            )
-        state["cache"] = out.past_key_values
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
 
-    yield lambda: step(ids[: job["prompt_tokens"]])
-    for token in ids[job["prompt_tokens"] :]:
-        yield partial(step, [token])
+    yield from _feed(step, job)
 
 
 KINDS = {f.__name__: f for f in (mlx_flash, mlx_lm, llama_cpp, accelerate)}
 
 
-def _random_ids(job: dict) -> list[int]:
+def _feed(step: Callable[[list[int]], object], job: dict) -> Steps:
+    """Random tokens: the prompt at once, then one after the other."""
     import numpy as np
 
-    count = job["prompt_tokens"] + job["warm_up"] + job["tokens"]
-    return np.random.default_rng(0).integers(3, job["vocab"], count).tolist()
+    prompt, count = job["prompt_tokens"], job["warm_up"] + job["tokens"]
+    ids = np.random.default_rng(0).integers(3, job["vocab"], prompt + count).tolist()
+    yield lambda: step(ids[:prompt])
+    for token in ids[prompt:]:
+        yield partial(step, [token])
 
 
 def bytes_read() -> int | None:
@@ -156,13 +152,13 @@ def run(kind: str, job: dict) -> dict:
         seconds.append(time.perf_counter() - begin)
         after = bytes_read()
         read.append(None if after is None or before is None else after - before)
-    facts = held()
-    steps.close()
-    return {
+    found = {
         "seconds": seconds,
         "bytes_read": read,
         "load_s": load_s,
         "prompt_s": prompt_s,
-        **facts,
+        **held(),
         **{k: job[k] for k in ("offloaded_modules",) if k in job},
     }
+    steps.close()
+    return found
