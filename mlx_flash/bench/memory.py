@@ -85,14 +85,14 @@ def run(
         least = str(make_plan(model, context=context).least_bytes)
         for budget, kind, count in progress(plan, "measuring", "run"):
             name = f"{budget}, {kind}"
+            given = least if budget == "least" else budget
             options = {
-                "memory": least if budget == "least" else budget,
                 "prompt_tokens": prompt,
                 "tokens": count,
                 "predictor": kind == "predictor",
             }
             try:
-                rows.append(judge(alone.generate(name, model, **options)))
+                rows.append(judge(alone.generate(name, model, given, **options)))
             except FlashError as error:
                 rows.append(Row.failed(name, error))
     over = [r.more["over_bytes"] for r in rows if "over_bytes" in r.more]

@@ -8,17 +8,17 @@ model. Scales are float32, because half-precision quantised products are many ti
 slower on MLX's CPU backend.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
-import numpy as np
 
 from . import alone
 from .families.configs import make_config
 from .options import Count, Folder, Memory, scratch
 from .report import Column, Report, cache_state
-from .synthetic import random_words, write_checkpoint
+from .synthetic import key_of, write_checkpoint
 
 CONFIG = make_config("qwen3_moe") | {
     "hidden_size": 2048,
@@ -69,7 +69,8 @@ def packed_weights(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
     scale = 0.2 * shape[-1] ** -0.5
     scale *= next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
     return {
-        name: mx.array(random_words(name, packed, np.dtype(np.uint32))),
+        # Keys are random words, too.
+        name: mx.random.split(key_of(name), math.prod(packed) // 2).reshape(packed),
         f"{path}.scales": mx.full(groups, scale),
         f"{path}.biases": mx.full(groups, -7.5 * scale),
     }
