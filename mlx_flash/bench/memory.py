@@ -112,15 +112,6 @@ def run(
             f"process stays below {CONVERT_BYTES / 1e9:.0f} GB.",
             f"growth − budget: {between}. Reads are direct: no page cache is counted.",
         ],
-        {
-            "dtypes": dtype,
-            "budgets": memory,
-            "prompt": prompt,
-            "tokens": tokens,
-            "exact_tokens": exact_tokens,
-            "long": long,
-            **fit,
-        },
     )
 
 

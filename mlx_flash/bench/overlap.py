@@ -57,7 +57,7 @@ def run(
         f"{folder.name}, memory {memory}: {tokens} random tokens in turn after {WARM} "
         "others. The prediction of a synthetic model is SYNTHETIC."
     )
-    return Report("overlap", rows, COLUMNS, [note], {"memory": memory})
+    return Report("overlap", rows, COLUMNS, [note])
 
 
 def _row(name: str, turns: Turns) -> Row:

@@ -65,9 +65,6 @@ def run(
         f"predicted {predicted:.3f} ({cost:+.2%}), memory {memory}."
     )
     facts = {
-        "model": str(model),
-        "memory": memory,
-        "text": text.name,
         "tokens": pieces.size,
         "dense": dense,
         "predicted": predicted,

@@ -62,13 +62,6 @@ def run(
     Example:
       mlx-flash bench placement valid.txt --place-text train.txt
     """
-    options = {
-        "memory": memory,
-        "tokens": tokens,
-        "place_tokens": place_tokens,
-        "policy": policy,
-        "rounds": rounds,
-    }
     words = text.read_text()
     half = len(words) // 2
     learn = place_text.read_text() if place_text else words[:half]
@@ -117,8 +110,7 @@ def run(
         f"tokens. ± is the deviation over tokens; {cache_state(direct)}."
     )
     rows = [player.row() for player in players]
-    facts = {"text": text.name, "slots": slots, "options": options}
-    return Report("placement, gap", rows, COLUMNS, [note], facts)
+    return Report("placement, gap", rows, COLUMNS, [note], {"slots": slots})
 
 
 def placements(learned: Trace) -> dict[str, list[np.ndarray]]:

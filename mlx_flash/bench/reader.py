@@ -105,7 +105,7 @@ def run(
         rows,
         COLUMNS,
         _notes(bench, direct, fio_seconds if with_fio else None),
-        {"trace": "synthetic", "options": vars(options), "noise": bench.noise},
+        {"trace": "synthetic", "noise": bench.noise},
     )
 
 

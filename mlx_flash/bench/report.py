@@ -179,7 +179,7 @@ class Report:
     rows: list[Row]
     columns: list[Column]
     notes: list[str]
-    facts: dict
+    facts: dict = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The table, with the notes above it."""
@@ -207,7 +207,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        path.write_text(json.dumps(self.to_json(), indent=1, default=str) + "\n")
 
 
 def cache_state(direct: bool) -> str:

@@ -68,12 +68,7 @@ def run(
         f"prompt of {prompt_tokens} random ones; {cache_state(direct)}. ± is the "
         "deviation over tokens. Peak is what MLX allocated."
     ]
-    facts = {
-        "model": str(model),
-        "model_bytes": model_bytes,
-        "cache_state": cache_state(direct),
-        "repeats": repeats,
-    }
+    facts = {"model_bytes": model_bytes, "cache_state": cache_state(direct)}
     return Report("sweep", rows, COLUMNS, notes, facts)
 
 

@@ -102,10 +102,7 @@ def run(
     facts = {
         "prediction": "synthetic",
         "cache_state": cache_state(direct),
-        "memory": memory,
-        "prompt_tokens": prompt_tokens,
         "model_bytes": manifest.model_bytes,
-        "repeats": 1,
     }
     return Report("table 3", rows, COLUMNS, notes, facts)
 

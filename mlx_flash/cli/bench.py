@@ -74,6 +74,7 @@ def make_command(name: str, run: Callable) -> click.Command:
 
     def command(as_json: Path | None, plot: Path | None = None, **options) -> None:
         report = run(**options)
+        report.facts["options"] = options | report.facts.get("options", {})
         click.echo(report.markdown())
         if as_json:
             report.write(as_json)

@@ -109,7 +109,9 @@ def test_reader_rows_differ_in_reader_and_policy(tmp_path):
     report = tmp_path / "r.json"
     args = "--layers", 2, "--units", 512, "--dims", 1024, "--tokens", 8
     run("reader", *args, "--window", 4, "--fio-seconds", 0, "--json", report)
-    rows = json.loads(report.read_text())["rows"]
+    found = json.loads(report.read_text())
+    assert found["options"]["window"] == [4] and found["options"]["rounds"] == 4
+    rows = found["rows"]
     names = [row["name"] for row in rows]
     assert names == ["LRU, C reader", "LRU, Python reader", "window 4, C reader"]
     one, other, window = rows

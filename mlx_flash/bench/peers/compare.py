@@ -160,7 +160,6 @@ def run(
         "model_bytes": model_bytes,
         "shape": vars(opt),
         "packages": {name: _version(name) for name in PACKAGES},
-        "repeats": 1,
     }
     return Report("peers", rows, COLUMNS, notes, facts)
 
