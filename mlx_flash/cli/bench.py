@@ -73,6 +73,10 @@ def make_command(name: str, run: Callable) -> click.Command:
     signature = inspect.signature(run, eval_str=True)
 
     def command(as_json: Path | None, plot: Path | None = None, **options) -> None:
+        from ..bench.plots import check_plot, draw
+
+        if plot:
+            check_plot(plot)  # before anything is measured
         report = run(**options)
         report.facts["options"] = options | report.facts.get("options", {})
         click.echo(report.markdown())
@@ -80,8 +84,6 @@ def make_command(name: str, run: Callable) -> click.Command:
             report.write(as_json)
             click.echo(f"{as_json} has the report.", err=True)
         if plot:
-            from ..bench.plots import draw
-
             draw(report, plot)
             click.echo(f"{plot} has the plot.", err=True)
 

@@ -69,19 +69,10 @@ def sampling_options(temp: float, seed: int | None) -> Callable:
 
 
 def plot_option(drawn: str) -> Callable:
-    """--plot FILE.png of a command that draws `drawn`, judged before it begins."""
-
-    def check(ctx, param, path: Path | None) -> Path | None:
-        if path:
-            from ..bench.plots import check_plot
-
-            check_plot(path)
-        return path
-
+    """--plot FILE.png of a command that draws `drawn`."""
     return click.option(
         "--plot",
         type=click.Path(dir_okay=False, path_type=Path),
-        callback=check,
         metavar="FILE.png",
         help=f"Draw {drawn} (needs matplotlib).",
     )

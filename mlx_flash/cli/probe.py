@@ -26,6 +26,10 @@ def probe(folder, as_json, plot, quiet):
       mlx-flash probe
       mlx-flash probe opt-6.7b-flash --plot reads.png
     """
+    if plot:
+        from ..bench.plots import check_plot
+
+        check_plot(plot)
     from ..planning.probe import probe as measure
     from ..planning.profile import default_path, save_profile
     from ..planning.text import profile_text

@@ -22,6 +22,10 @@ def replay(trace, as_json, plot):
       mlx-flash trace "Once upon a time" -o story.npz
       mlx-flash replay story.npz --plot story.png
     """
+    if plot:
+        from ..bench.plots import check_plot
+
+        check_plot(plot)
     from ..traces.replay import SHARES, compare, table
     from ..traces.trace import read_trace
 
