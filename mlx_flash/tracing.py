@@ -24,21 +24,28 @@ def record_prompt(model, tokenizer, prompt, max_tokens: int, **options) -> Trace
 
 
 def record_text(model, tokenizer, text: str, tokens: int) -> Trace:
-    """The trace of reading a text token by token, in pieces of PIECE_TOKENS.
-
-    Each piece begins as the tokenizer begins a text, with an empty KV cache.
+    """The trace of reading a text token by token, each piece with an empty KV cache.
 
     Raises:
         FlashError: If the text has no token.
     """
-    start = tokenizer.encode("", add_special_tokens=True)[:1]
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:tokens]
-    if not ids:
+    pieces = cut_text(tokenizer, text, tokens)
+    if not pieces:
         raise FlashError("The text is empty. Give some to read.")
-    body = PIECE_TOKENS - len(start)
     with record(model.flash) as recorder:
-        for begin in range(0, len(ids), body):
+        for piece in pieces:
             cache = make_prompt_cache(model)
-            for token in start + ids[begin : begin + body]:
+            for token in piece:
                 mx.eval(model(mx.array([[token]]), cache=cache))
         return recorder.trace()
+
+
+def cut_text(tokenizer, text: str, tokens: int | None = None) -> list[list[int]]:
+    """A text, or its first `tokens`, as pieces of up to PIECE_TOKENS token ids.
+
+    Each piece begins as the tokenizer begins a text.
+    """
+    start = tokenizer.encode("", add_special_tokens=True)[:1]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:tokens]
+    body = PIECE_TOKENS - len(start)
+    return [start + ids[i : i + body] for i in range(0, len(ids), body)]

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -67,19 +66,8 @@ def decode(
     return samples, prompt_s
 
 
-@dataclass(frozen=True)
-class Run:
-    """A model loaded, run and closed: its tokens, and `facts` that JSON can hold."""
-
-    samples: list[Sample]
-    peak_bytes: int  # of what MLX allocated
-    facts: dict
-
-    def row(self, name: str, **more) -> Row:
-        return Row.of(name, self.samples, self.peak_bytes, **self.facts, **more)
-
-
 def run_model(
+    name: str,
     folder: str | Path,
     memory: int | str,
     prompt_tokens: int,
@@ -89,16 +77,20 @@ def run_model(
     warm_up: int = 0,
     prepare: Callable[[nn.Module], Callable[[], object]] | None = None,
     **options,
-) -> Run:
+) -> Row:
     """Load a model, read a prompt of random tokens, generate, close.
 
     Args:
+        name: Of the row.
         folder: A flash folder, or a checkpoint that is streamed in place.
         memory: Its budget.
         tokens: New tokens that count, after `warm_up` others.
         greedy: Take the likeliest token instead of a random one.
         prepare: Makes `before_token`, as `decode` takes it, of the loaded model.
         options: As `load_model` takes them.
+
+    Returns:
+        The row of the tokens that count; its memory is what MLX allocated.
     """
     # Two more: the first token and the one that is computed ahead.
     context = prompt_tokens + warm_up + tokens + 2
@@ -114,17 +106,22 @@ def run_model(
             None if greedy else random_sampler(vocabulary),
             prepare(model) if prepare else None,
         )
-        facts = {
-            "budget_bytes": flash.budget.total_bytes,
-            "model_bytes": flash.manifest.model_bytes,
-            "slots": sum(flash.budget.slots),
-            "units": sum(layer.units for layer in flash.manifest.layers),
-            "direct_io": flash.direct_io,
-            "load_s": load_s,
-            "prompt_s": prompt_s,
-        }
-        run = Run(samples[warm_up:], mx.get_peak_memory(), facts)
+        slots = sum(flash.budget.slots)
+        units = sum(layer.units for layer in flash.manifest.layers)
+        row = Row.of(
+            name,
+            samples[warm_up:],
+            mx.get_peak_memory(),
+            budget_bytes=flash.budget.total_bytes,
+            model_bytes=flash.manifest.model_bytes,
+            slots=slots,
+            units=units,
+            slot_share=slots / units,
+            direct_io=flash.direct_io,
+            load_s=load_s,
+            prompt_s=prompt_s,
+        )
     del model, flash
     gc.collect()
     mx.clear_cache()
-    return run
+    return row

@@ -12,6 +12,7 @@ from typing import Annotated
 import click
 
 from ..errors import FlashError
+from ..planning.plan import make_plan
 from . import alone
 from .opt import Shape, checkpoint, numbers_text
 from .options import DTYPE, OPT_VOCAB, Count, Folder, make_shape, scratch
@@ -73,12 +74,6 @@ def run(
         "rank": rank,
         "fit_steps": fit_steps,
     }
-    lengths = {
-        "prompt": prompt,
-        "tokens": tokens,
-        "exact_tokens": exact_tokens,
-        "long": long,
-    }
     plan = [(budget, "predictor", tokens) for budget in memory]
     plan += [(budget, "exact", exact_tokens) for budget in memory]
     if long:
@@ -86,19 +81,18 @@ def run(
     with scratch(folder) as place:
         rows = [convert(place, shape, wanted, fit) for wanted in dtype]
         model = place / dtype[-1]
-        least = smallest_budget(model, prompt, max(tokens, long))
+        context = prompt + max(tokens, long) + 2
+        least = str(make_plan(model, context=context).least_bytes)
         for budget, kind, count in progress(plan, "measuring", "run"):
             name = f"{budget}, {kind}"
+            given = least if budget == "least" else budget
+            options = {
+                "prompt_tokens": prompt,
+                "tokens": count,
+                "predictor": kind == "predictor",
+            }
             try:
-                row = alone.generate(
-                    name,
-                    model,
-                    least if budget == "least" else budget,
-                    prompt_tokens=prompt,
-                    tokens=count,
-                    predictor=kind == "predictor",
-                )
-                rows.append(judge(row))
+                rows.append(judge(alone.generate(name, model, given, **options)))
             except FlashError as error:
                 rows.append(Row.failed(name, error))
     over = [r.more["over_bytes"] for r in rows if "over_bytes" in r.more]
@@ -118,7 +112,6 @@ def run(
             f"process stays below {CONVERT_BYTES / 1e9:.0f} GB.",
             f"growth − budget: {between}. Reads are direct: no page cache is counted.",
         ],
-        {"dtypes": dtype, "budgets": memory} | fit | lengths,
     )
 
 
@@ -141,15 +134,6 @@ def convert(place: Path, shape: Shape, dtype: str, fit: dict) -> Row:
     facts = json.loads(noted.read_text())
     kept = facts["peak_bytes"] < CONVERT_BYTES
     return Row(f"convert to {dtype}", more=facts | {"kept": kept})
-
-
-def smallest_budget(folder: Path, prompt: int, tokens: int) -> str:
-    """The smallest budget, as the refusal of a tiny one names it."""
-    try:
-        alone.generate("", folder, "1KB", prompt_tokens=prompt, tokens=tokens)
-    except FlashError as error:
-        return str(error).split("--memory ")[1].split()[0]
-    raise AssertionError("A budget of 1 KB was not refused.")
 
 
 def judge(row: Row) -> Row:

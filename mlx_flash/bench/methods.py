@@ -65,16 +65,11 @@ class Player:
             if keep:
                 self.samples.append(Sample(spent))
 
-    def row(self) -> Row:
-        paper = PAPER.get(self.name)
-        return Row.of(
-            self.name,
-            self.samples,
-            self.memory_bytes,
-            gb_per_s=self.stats.read_gb_per_s,
-            paper_gb=paper.gb if paper else None,
-            paper_io_ms=paper.io_ms if paper else None,
-        )
+    def row(self, **more) -> Row:
+        """The means of its tokens, beside the paper's row of this name."""
+        if paper := PAPER.get(self.name):
+            more |= {"paper_gb": paper.gb, "paper_io_ms": paper.io_ms}
+        return Row.of(self.name, self.samples, self.memory_bytes, **more)
 
 
 def warm_up(players: Sequence[Player], tokens: int) -> None:

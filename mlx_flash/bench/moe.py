@@ -8,34 +8,26 @@ model. Scales are float32, because half-precision quantised products are many ti
 slower on MLX's CPU backend.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
-import numpy as np
 
 from . import alone
+from .families.configs import make_config
 from .options import Count, Folder, Memory, scratch
 from .report import Column, Report, cache_state
-from .synthetic import random_words, write_checkpoint
+from .synthetic import key_of, write_checkpoint
 
-CONFIG = {
-    "model_type": "qwen3_moe",
+CONFIG = make_config("qwen3_moe") | {
     "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "intermediate_size": 6144,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "head_dim": 128,
     "num_experts": 128,
     "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
     "vocab_size": 2048,
     "quantization": {"group_size": 64, "bits": 4},
@@ -77,7 +69,8 @@ def packed_weights(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
     scale = 0.2 * shape[-1] ** -0.5
     scale *= next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
     return {
-        name: mx.array(random_words(name, packed, np.dtype(np.uint32))),
+        # Keys are random words, too.
+        name: mx.random.split(key_of(name), math.prod(packed) // 2).reshape(packed),
         f"{path}.scales": mx.full(groups, scale),
         f"{path}.biases": mx.full(groups, -7.5 * scale),
     }

@@ -2,15 +2,13 @@
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from ..converters.bundles import write_bundles
+from ..converters.resident import write_weights
 from ..errors import FlashError
 from ..layers.kinds import NEURON
 from ..storage.manifest import (
@@ -18,19 +16,18 @@ from ..storage.manifest import (
     MANIFEST,
     RESIDENT,
     Manifest,
-    Weights,
     read_manifest,
 )
-from ..storage.safetensors import DTYPES, Tensor, write_safetensors
+from ..storage.safetensors import DTYPES
 from .report import progress
 from .synthetic import (
     Shapes,
-    empty_part,
     have_room,
     parameter_shapes,
     weight,
     write_checkpoint,
     write_config,
+    written_whole,
 )
 
 LINEARS = ("fc1", "fc2")  # the parts of a neuron's bundle
@@ -120,20 +117,18 @@ def flash_folder(place: Path, shape: Shape, memory: str | None = None) -> Path:
     return folder
 
 
-def write_flash(folder: Path, shape: Shape) -> Manifest:
+def write_flash(folder: Path, shape: Shape) -> None:
     """A flash folder without predictors, whole or not at all."""
     have_room(folder, shape.nbytes)
-    shapes = shape.weights()
-    part = empty_part(folder)
-    (part / "ffn").mkdir()
-    try:
+    rest = {n: weight(n, size, shape.dtype) for n, size in shape.weights().items()}
+    with written_whole(folder) as part:
+        (part / "ffn").mkdir()
         write_config(part, shape.config())
         entries = []
         for i in progress(range(shape.layers), "writing bundles", "layer"):
             module, parts = MODULE.format(i), {}
             for linear in LINEARS:
-                name = f"{module}.{linear}.weight"
-                array = weight(name, shapes.pop(name), shape.dtype)
+                array = rest.pop(f"{module}.{linear}.weight")
                 parts[f"{linear}.weight"] = array.T if linear == "fc2" else array
             path = part / f"ffn/layer_{i:02d}.safetensors"
             entries.append(write_bundles(path, module, parts))
@@ -145,27 +140,9 @@ def write_flash(folder: Path, shape: Shape) -> Manifest:
             unit=NEURON.name,
             activation="relu",
             dtype=shape.dtype,
-            resident=_write_resident(part / RESIDENT, shapes, shape.dtype),
+            resident=write_weights(part / RESIDENT, rest),
             predictors=None,
             calibration=None,
             layers=tuple(entries),
         )
         (part / MANIFEST).write_text(manifest.to_json())
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return manifest
-
-
-def _write_resident(path: Path, shapes: Shapes, dtype: str) -> Weights:
-    def made(name: str, shape: tuple[int, ...]) -> Tensor:
-        def chunks() -> Iterator[memoryview]:
-            array = weight(name, shape, dtype).reshape(-1)
-            yield np.asarray(array.view(mx.uint8)).data
-
-        return Tensor(dtype, shape, chunks)
-
-    tensors = {name: made(name, size) for name, size in shapes.items()}
-    sha256 = write_safetensors(path, tensors)
-    return Weights(path.name, sha256, sum(tensor.nbytes for tensor in tensors.values()))

@@ -11,7 +11,6 @@ import mlx.nn as nn
 import numpy as np
 
 from ..loading import load_model
-from ..memory.stats import Stats
 from .options import VOCABULARY, Count, Memory, Model, model_or_opt, parse_shape
 from .report import Column, Report, Row
 from .turns import Turns
@@ -58,21 +57,11 @@ def run(
         f"{folder.name}, memory {memory}: {tokens} random tokens in turn after {WARM} "
         "others. The prediction of a synthetic model is SYNTHETIC."
     )
-    return Report("overlap", rows, COLUMNS, [note], {"memory": memory})
+    return Report("overlap", rows, COLUMNS, [note])
 
 
 def _row(name: str, turns: Turns) -> Row:
-    spent = sum((sample.spent for sample in turns.samples[name]), Stats())
-    budget = turns.models[name].flash.budget.total_bytes
-    row = Row.of(
-        name,
-        turns.samples[name],
-        budget,
-        median_ms=turns.median_ms(name),
-        hidden_share=spent.read_hidden_share,
-        early_precision=spent.early_precision,
-    )
+    row = turns.row(name, median_ms=turns.median_ms(name))
     if name != "in turn":
-        low, middle, high = turns.ratio("in turn", name)
-        row.more["faster"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        row.more["faster"] = turns.ratio_text("in turn", name)
     return row

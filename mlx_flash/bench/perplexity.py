@@ -13,16 +13,16 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from .. import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
-from ..memory.stats import Stats
+from ..tracing import PIECE_TOKENS as LENGTH
+from ..tracing import cut_text
 from .options import Count, DemoModel, Memory, Text
-from .report import Column, Report, Row, progress
+from .report import Column, Report, progress
+from .turns import Turns
 
-LENGTH = 128  # half the model's size has little room for a longer KV cache
 WARM = 16  # tokens of each piece that are not counted
 POLICIES: dict[str, dict] = {
     **{f"window {k}": {"policy": "window", "window": k} for k in (1, 2, 4, 8)},
@@ -52,23 +52,19 @@ def run(
         slots = net.flash.budget.slots
         found = [x.predictor for x in net.flash.manifest.layers if x.predictor]
     some = pieces[: max(decode_tokens // LENGTH, 1)]
-    steps = some.size - WARM * len(some)
     rows = []
     for name, policy in POLICIES.items():
         with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
-            spent = decode(net, some)
-        row = Row(name, tokens=steps)
-        row.count(spent)
-        rows.append(row)
+            turns = Turns({name: net}, WARM)
+            for piece in some.tolist():
+                turns.play(piece)
+            rows.append(turns.row(name))
     cost = predicted / dense - 1
     note = (
         f"Perplexity on {pieces.size:,} tokens of {text.name}: dense {dense:.3f}, "
         f"predicted {predicted:.3f} ({cost:+.2%}), memory {memory}."
     )
     facts = {
-        "model": str(model),
-        "memory": memory,
-        "text": text.name,
         "tokens": pieces.size,
         "dense": dense,
         "predicted": predicted,
@@ -81,15 +77,13 @@ def run(
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
     """Pieces of a text, [rows, LENGTH] token ids, `count` in all."""
-    ids = tokenizer.encode(text.read_text(), add_special_tokens=False, verbose=False)
-    start = tokenizer.encode("", add_special_tokens=True)[:1]
-    body = LENGTH - len(start)
-    rows = [ids[i : i + body] for i in range(0, len(ids) - body, body)]
-    if not rows:
+    pieces = cut_text(tokenizer, text.read_text())
+    whole = [piece for piece in pieces if len(piece) == LENGTH]
+    if not whole:
         raise FlashError(
-            f"{text} has {len(ids)} tokens, a piece takes {body}. Give a longer text."
+            f"{text} is shorter than a piece of {LENGTH} tokens. Give a longer text."
         )
-    return np.array([start + row for row in rows[: max(count // LENGTH, 1)]])
+    return np.array(whole[: max(count // LENGTH, 1)])
 
 
 def perplexity(model: nn.Module, rows: np.ndarray) -> float:
@@ -102,17 +96,3 @@ def perplexity(model: nn.Module, rows: np.ndarray) -> float:
         own = mx.take_along_axis(logits, mx.array(row[1:, None]), axis=1)[:, 0]
         loss += float((mx.logsumexp(logits, axis=1) - own).sum())
     return math.exp(loss / (rows.size - len(rows)))
-
-
-def decode(model: nn.Module, rows: np.ndarray) -> Stats:
-    """The counters of feeding `rows` token by token, after the first few of each."""
-    total = Stats()
-    for row in rows:
-        cache = make_prompt_cache(model)
-        before = model.flash.stats.copy()
-        for i, token in enumerate(row.tolist()):
-            if i == WARM:
-                before = model.flash.stats.copy()
-            mx.eval(model(mx.array([[token]]), cache=cache))
-        total += model.flash.stats - before
-    return total

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import click
@@ -28,9 +27,9 @@ from ..storage.safetensors import read_header
 from ..traces.trace import Trace
 from ..tracing import record_text
 from .landing import bundled
-from .methods import Player, slots_player
+from .methods import slots_player
 from .options import TEXT, Count, DemoModel, Memory, Text
-from .report import Column, Report, Row, cache_state, progress
+from .report import Column, Report, cache_state, progress
 
 POLICIES = {"lru": Lru, "lrfu": Lrfu}
 GAPS = (0, 1, 4)  # pages that are read over
@@ -38,7 +37,7 @@ COLUMNS = [
     Column("reads per token", "reads_per_token", 1, 1),
     Column("KB per token", "bytes_per_token", 1e3),
     Column("KB per read", "bytes_per_read", 1e3, 2),
-    Column("neurons per read", "neurons_per_read", 1, 2),
+    Column("neurons per read", "units_per_read", 1, 2),
     Column("hit rate %", "hit_rate", 0.01, 1),
     Column("I/O ms", "io_ms", 1, 2),
     Column("median", "median_io_ms", 1, 2),
@@ -63,13 +62,6 @@ def run(
     Example:
       mlx-flash bench placement valid.txt --place-text train.txt
     """
-    options = {
-        "memory": memory,
-        "tokens": tokens,
-        "place_tokens": place_tokens,
-        "policy": policy,
-        "rounds": rounds,
-    }
     words = text.read_text()
     half = len(words) // 2
     learn = place_text.read_text() if place_text else words[:half]
@@ -117,9 +109,8 @@ def run(
         f"neurons a layer, {policy}; placed by {place_tokens} other "
         f"tokens. ± is the deviation over tokens; {cache_state(direct)}."
     )
-    rows = [_row(player) for player in players]
-    facts = {"text": text.name, "slots": slots, "options": options}
-    return Report("placement, gap", rows, COLUMNS, [note], facts)
+    rows = [player.row() for player in players]
+    return Report("placement, gap", rows, COLUMNS, [note], {"slots": slots})
 
 
 def placements(learned: Trace) -> dict[str, list[np.ndarray]]:
@@ -143,14 +134,3 @@ def permuted_copy(layer: Layer, folder: Path, order: np.ndarray, path: Path) -> 
     bundles = bundles.reshape(layer.units, layer.unit_bytes)
     path.write_bytes(content[:start] + bundles[order].tobytes() + content[end:])
     return dataclasses.replace(layer, file=path.name)
-
-
-def _row(player: Player) -> Row:
-    row, spent = player.row(), player.stats
-    reads = max(spent.reads, 1)
-    row.more |= {
-        "bytes_per_read": spent.bytes_read / reads,
-        "neurons_per_read": spent.misses / reads,
-        "median_io_ms": median(sample.io_ms for sample in player.samples),
-    }
-    return row

@@ -18,19 +18,20 @@ from ..planning.plan import make_plan
 from ..planning.profile import Profile, load_profile
 from . import moe
 from .decode import run_model
+from .families.configs import make_config
 from .opt import Shape, flash_folder
 from .options import Budgets, Count
 from .report import Column, Report, Row
 from .synthetic import plain_weights, write_checkpoint
 
 OPT = Shape(5, 2048, 8192, heads=16, vocab=2048, dtype="float32")
-LLAMA = {
-    "model_type": "llama",
+LLAMA = make_config("llama") | {
     "hidden_size": 2048,
     "num_hidden_layers": 4,
     "intermediate_size": 8192,
     "num_attention_heads": 16,
-    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
     "vocab_size": 2048,
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
@@ -93,6 +94,7 @@ def run(
         raise FlashError("This machine has no profile yet. Make one: mlx-flash probe")
     folder.mkdir(parents=True, exist_ok=True)
     context, warm = prompt_tokens + tokens, tokens // 4
+    lengths = prompt_tokens, tokens - warm
     rows = []
     for name in kind or MODELS:
         model = MODELS[name](folder)
@@ -100,9 +102,7 @@ def run(
             title = f"{name}, {budget}"
             try:
                 runs = [
-                    run_model(
-                        model, budget, prompt_tokens, tokens - warm, warm_up=warm
-                    ).row(title)
+                    run_model(title, model, budget, *lengths, warm_up=warm)
                     for _ in range(rounds)
                 ]
             except FlashError as error:

@@ -10,7 +10,7 @@ from ..errors import FlashError
 from ..traces.replay import OPTIMUM
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
     from ..planning.profile import Profile
     from ..traces.trace import Trace
@@ -38,16 +38,12 @@ def draw(report: Report, path: Path) -> None:
     rows = [row for row in report.rows if row.total_ms is not None]
     if not rows:
         raise FlashError(f"{path} was not drawn: no row could be measured.")
-    curves = report.benchmark == "sweep"
-    figure = _figure((9, 3.2) if curves else (8, 3.6))
-    (_curves if curves else _bars)(figure, rows)
-    _save(figure, path)
+    _save(_curves(rows) if report.benchmark == "sweep" else _bars(rows), path)
 
 
 def plot_reads(profile: Profile, path: Path) -> None:
     """Draw the throughput over the length of a read, a line for each queue depth."""
-    figure = _figure((7, 4.5))
-    axes = figure.add_subplot()
+    (axes,) = _axes(7, 4.5)
     for threads in sorted({p.threads for p in profile.flash}):
         points = sorted(
             (p.block_bytes, p.bytes_per_s / 1e9)
@@ -58,12 +54,10 @@ def plot_reads(profile: Profile, path: Path) -> None:
     speed = profile.sequential_bytes_per_s / 1e9
     axes.axhline(speed, color="grey", linestyle="--", label="in order")
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("bytes of a read")
-    axes.set_ylabel("GB/s (GB is 1e9)")
+    axes.set(xlabel="bytes of a read", ylabel="GB/s (GB is 1e9)", ylim=(0, None))
     axes.set_title(f"{profile.device}\n{profile.source}", fontsize=9)
     axes.legend()
-    _save(figure, path)
+    _save(axes, path)
 
 
 def plot_hit_rates(
@@ -77,8 +71,7 @@ def plot_hit_rates(
     Raises:
         FlashError: If `path` cannot be written.
     """
-    figure = _figure((6, 4))
-    axes = figure.add_subplot()
+    (axes,) = _axes(6, 4)
     percent = [100 * share for share in shares]
     for name, values in rates.items():
         style = "k--" if name == OPTIMUM else "o-"
@@ -91,53 +84,56 @@ def plot_hit_rates(
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    _save(axes, path)
 
 
-def _figure(inches: tuple[float, float]) -> Figure:
+def _axes(width: float, height: float, count: int = 1) -> Sequence[Axes]:
+    """`count` axes side by side in a new figure of so many inches."""
     from matplotlib.figure import Figure  # no pyplot: no display, no state
 
-    return Figure(figsize=inches, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure.subplots(1, count, squeeze=False)[0]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(axes: Axes, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=150)
+        axes.figure.savefig(path, dpi=150)
     except OSError as error:
         raise FlashError(f"{path} could not be written: {error.strerror}.") from error
 
 
-def _curves(figure: Figure, rows: list[Row]) -> None:
+def _curves(rows: list[Row]) -> Axes:
     rows = sorted(rows, key=lambda row: row.more["budget_bytes"])
     gb = [row.more["budget_bytes"] / 1e9 for row in rows]
-    for axis, key, scale, label in zip(
-        figure.subplots(1, 3),
-        ("tokens_per_s", "bytes_per_token", "hit_rate"),
-        (1, 1e6, 0.01),
-        ("tokens/s", "MB read per token", "hit rate, %"),
-        strict=True,
-    ):
-        axis.plot(gb, [(row.get(key) or 0) / scale for row in rows], marker="o")
-        axis.set(xlabel="memory budget, GB", ylabel=label)
-        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
-        axis.grid(alpha=0.3)
+    drawn = {
+        "tokens_per_s": (1, "tokens/s"),
+        "bytes_per_token": (1e6, "MB read per token"),
+        "hit_rate": (0.01, "hit rate, %"),
+    }
+    all_axes = _axes(9, 3.2, len(drawn))
+    for axes, (key, (scale, label)) in zip(all_axes, drawn.items(), strict=True):
+        axes.plot(gb, [(row.get(key) or 0) / scale for row in rows], marker="o")
+        axes.set(xlabel="memory budget, GB", ylabel=label)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
+        axes.grid(alpha=0.3)
+    return axes
 
 
-def _bars(figure: Figure, rows: list[Row]) -> None:
+def _bars(rows: list[Row]) -> Axes:
     """Time per token, split where its parts were measured, with the figure beside."""
-    axis = figure.subplots()
+    (axes,) = _axes(8, 3.6)
     names = [row.name for row in rows]
     left = [0.0] * len(rows)
     parts = TIMES if any(row.io_ms is not None for row in rows) else {"total_ms": ""}
     for key, label in parts.items():
         values = [row.get(key) or 0.0 for row in rows]
         if any(values):
-            axis.barh(names, values, left=left, label=label)
+            axes.barh(names, values, left=left, label=label)
             left = [a + b for a, b in zip(left, values, strict=True)]
     for i, row in enumerate(rows):
-        axis.annotate(f" {row.total_ms:,.0f}", (row.total_ms, i), va="center")
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.12 * max(row.total_ms or 0.0 for row in rows))
-    axis.set_xlabel("ms per token")
+        axes.annotate(f" {row.total_ms:,.0f}", (row.total_ms, i), va="center")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12 * max(left)), xlabel="ms per token")
     if len(parts) > 1:
-        axis.legend()
+        axes.legend()
+    return axes

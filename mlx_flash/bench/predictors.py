@@ -29,7 +29,7 @@ from ..storage.manifest import (
 )
 from .decode import random_prompt
 from .report import progress
-from .selections import miss_share
+from .selections import bisect, miss_share
 
 SELECTED = 0.10  # of a layer, chosen for a token
 MISSING = 0.024  # of a layer, read for a token
@@ -118,13 +118,11 @@ def _bias(scores: np.ndarray, units: int, n_slots: int) -> tuple[mx.array, float
         threshold = np.quantile(total, 1 - SELECTED)
         return total > threshold, weight * popularity - threshold
 
-    low, high = 0.0, 16.0
-    for _ in range(10):
-        weight = (low + high) / 2
+    def steady(weight: float) -> bool:
         asked = [np.flatnonzero(row) for row in at(weight)[0]]
-        miss = miss_share(asked, units, n_slots, Lru(), WARM_TOKENS)
-        low, high = (weight, high) if miss > MISSING else (low, weight)
-    chosen, bias = at((low + high) / 2)
+        return miss_share(asked, units, n_slots, Lru(), WARM_TOKENS) <= MISSING
+
+    chosen, bias = at(bisect(steady, 16.0, range(10)))
     return mx.array(bias), float(chosen.mean())
 
 

@@ -1,5 +1,6 @@
-"""Run a module of this package in a process of its own, which ends with ours."""
+"""Call functions of this package in a process of its own, which ends with ours."""
 
+import importlib
 import json
 import os
 import signal
@@ -10,25 +11,33 @@ from collections.abc import Callable
 from ..errors import FlashError
 
 WATCH_S = 2.0  # between calls of `watch`
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
-def run_module(
-    module: str, *arguments: str, watch: Callable[[], None] | None = None
+def call_apart(
+    function: Callable[..., dict], *, watch: Callable[[], None] | None = None, **job
 ) -> dict:
-    """Run `python -m module …` and return its last line, which is JSON.
+    """What `function(**job)` returns in a process of its own.
 
     Args:
+        function: Of a module of this package.
         watch: Called while it runs; what it raises ends the process.
+        job: What JSON can hold, as has to be what the function returns.
 
     Raises:
         FlashError: If the process fails, in its own last words.
     """
+    names = function.__module__, function.__name__
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", __name__, *names, json.dumps(job)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | QUIET,
     )
     try:
         while True:
@@ -50,9 +59,10 @@ def run_module(
     return json.loads(out.splitlines()[-1])
 
 
-def print_result(work: Callable[[], dict]) -> None:
-    """What the module does: print a line of JSON, or end with a FlashError's text."""
+if __name__ == "__main__":
+    module, name, job_text = sys.argv[1:]
     try:
-        print(json.dumps(work()))
+        found = getattr(importlib.import_module(module), name)(**json.loads(job_text))
+        print(json.dumps(found))
     except FlashError as error:
         sys.exit(str(error))

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import click
@@ -106,7 +105,7 @@ def run(
         rows,
         COLUMNS,
         _notes(bench, direct, fio_seconds if with_fio else None),
-        {"trace": "synthetic", "options": vars(options), "noise": bench.noise},
+        {"trace": "synthetic", "noise": bench.noise},
     )
 
 
@@ -122,15 +121,9 @@ def _wanted(reader: str, windows: Sequence[int]) -> list[tuple[str, Lru, bool]]:
 
 
 def _row(player: Player, units: int, blocks: list[Stats], disk: list[float]) -> Row:
-    row, spent = player.row(), player.stats
+    row = player.row(units=units)
     held = sum(int((slots.cache.slot_of >= 0).sum()) for slots in player.layers)
-    row.more |= {
-        "resident_share": held / units,
-        "missing_share": spent.misses / units / row.tokens,
-        "bytes_per_read": spent.bytes_read / max(spent.reads, 1),
-        "reads_per_s": spent.reads / spent.read_s if spent.read_s else None,
-        "median_cache_ms": median(sample.cache_ms for sample in player.samples),
-    }
+    row.more["resident_share"] = held / units
     speeds = [block.read_gb_per_s or 0.0 for block in blocks]
     row.note_spread("gb_per_s", speeds)
     if disk:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -59,9 +59,10 @@ class Sample:
 
 @dataclass
 class Row:
-    """Means over `tokens`, deviations beside them in `std`; `more` is the bench's own.
+    """Means over `tokens`, deviations beside them in `std`.
 
-    A row that could not be measured has the reason in `more["error"]`.
+    `more` has what follows from the counters, see `count`, and the bench's own figures;
+    of a row that could not be measured, the reason as "error".
     """
 
     name: str
@@ -75,26 +76,46 @@ class Row:
     tokens: int = 0
     std: dict[str, float] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, samples: list[Sample], memory_bytes: int, **more) -> Row:
-        """The means of `samples`, with their sample deviations where there are two."""
+        """The means of `samples`, with their sample deviations where there are two.
+
+        Args:
+            more: Further figures; with "units", those of the model, come the shares of
+                them that a token selects and misses.
+        """
         row = cls(name, memory_bytes=memory_bytes, tokens=len(samples), more=more)
+        row.samples = samples
         for time in TIMES:
             values = [getattr(sample, time) for sample in samples]
             if values and None not in values:
                 setattr(row, time, mean(values))
                 row.std[time] = stdev(values) if len(values) > 1 else 0.0
+                more[f"median_{time}"] = median(values)
         if samples:
             row.count(sum((sample.spent for sample in samples), Stats()))
+        if row.compute_ms is not None:
+            more["tokens_per_s"] = 1e3 / mean(sample.total_ms for sample in samples)
         return row
 
     def count(self, spent: Stats) -> None:
         """Note what all tokens together have read."""
         self.bytes_per_token = spent.bytes_read / self.tokens
         self.reads_per_token = spent.reads / self.tokens
-        if spent.asked:
-            self.more["hit_rate"] = spent.hit_rate
+        self.more |= {
+            "hit_rate": spent.hit_rate,
+            "gb_per_s": spent.read_gb_per_s,
+            "bytes_per_read": spent.bytes_read / max(spent.reads, 1),
+            "units_per_read": spent.misses / max(spent.reads, 1),
+            "reads_per_s": spent.reads / spent.read_s if spent.read_s else None,
+            "hidden_share": spent.read_hidden_share,
+            "early_precision": spent.early_precision,
+        }
+        if units := self.more.get("units"):
+            self.more["selected_share"] = spent.asked / units / self.tokens
+            self.more["missing_share"] = spent.misses / units / self.tokens
 
     @classmethod
     def failed(cls, name: str, error: object) -> Row:
@@ -102,7 +123,7 @@ class Row:
         return cls(name, more={"error": str(error)})
 
     def to_json(self) -> dict:
-        facts = {k: v for k, v in vars(self).items() if k != "more"}
+        facts = {k: v for k, v in vars(self).items() if k not in ("more", "samples")}
         return facts | self.more
 
     @classmethod
@@ -158,7 +179,7 @@ class Report:
     rows: list[Row]
     columns: list[Column]
     notes: list[str]
-    facts: dict
+    facts: dict = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The table, with the notes above it."""
@@ -186,7 +207,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        path.write_text(json.dumps(self.to_json(), indent=1, default=str) + "\n")
 
 
 def cache_state(direct: bool) -> str:

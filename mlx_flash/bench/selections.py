@@ -6,7 +6,7 @@ prints figures from them has to say so.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -55,12 +55,21 @@ def calibrated(
 
     Found by bisection, playing selections against the real bookkeeping without reading.
     """
-    low, high = 0.0, 1.0
-    for _ in progress(range(8), "calibrating"):
-        noise = (low + high) / 2
+
+    def misses(noise: float) -> float:
         chosen = Selections(units, share, noise, seed=1_000).tokens(120)
-        too_few = miss_share(chosen, units, slots, policy, warm=30) < missing
-        low, high = (noise, high) if too_few else (low, noise)
+        return miss_share(chosen, units, slots, policy, warm=30)
+
+    steps = progress(range(8), "calibrating")
+    return bisect(lambda noise: misses(noise) >= missing, 1.0, steps)
+
+
+def bisect(enough: Callable[[float], bool], high: float, steps: Iterable) -> float:
+    """Where, between 0 and `high`, `enough` becomes true: a halving in each step."""
+    low = 0.0
+    for _ in steps:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return (low + high) / 2
 
 

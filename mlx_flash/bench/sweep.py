@@ -1,13 +1,12 @@
 """How speed, bytes per token and hit rate depend on the memory a model is given."""
 
-from statistics import mean
 from typing import Annotated
 
 import click
 
 from .. import DEMO_MODEL
 from ..errors import FlashError
-from .decode import Run, run_model
+from .decode import run_model
 from .options import Budgets, Count, DemoModel
 from .report import Column, Report, Row, cache_state, progress
 
@@ -45,14 +44,14 @@ def run(
       mlx-flash bench sweep --plot sweep.png
       mlx-flash bench sweep --model opt-6.7b-flash --memory 7GB --memory 9GB
     """
-    found: dict[str, list[Run]] = {budget: [] for budget in memory}
+    found: dict[str, list[Row]] = {budget: [] for budget in memory}
     errors: dict[str, str] = {}
     # Each repeat goes through all budgets, so that a slow spell does not hit one alone.
     for budget in progress(list(memory) * repeats, "measuring", "run"):
         if budget in errors:
             continue
         try:
-            run = run_model(model, budget, prompt_tokens, tokens, greedy=True)
+            run = run_model(budget, model, budget, prompt_tokens, tokens, greedy=True)
             found[budget].append(run)
         except FlashError as error:
             errors[budget] = str(error)
@@ -60,7 +59,7 @@ def run(
         Row.failed(budget, errors[budget]) if budget in errors else _row(budget, runs)
         for budget, runs in found.items()
     ]
-    facts_of_runs = [run.facts for runs in found.values() for run in runs]
+    facts_of_runs = [run.more for runs in found.values() for run in runs]
     direct = all(facts["direct_io"] for facts in facts_of_runs)
     model_bytes = max((facts["model_bytes"] for facts in facts_of_runs), default=None)
     size = "" if model_bytes is None else f", {model_bytes / 1e9:.3f} GB"
@@ -69,26 +68,16 @@ def run(
         f"prompt of {prompt_tokens} random ones; {cache_state(direct)}. ± is the "
         "deviation over tokens. Peak is what MLX allocated."
     ]
-    facts = {
-        "model": str(model),
-        "model_bytes": model_bytes,
-        "cache_state": cache_state(direct),
-        "repeats": repeats,
-    }
+    facts = {"model_bytes": model_bytes, "cache_state": cache_state(direct)}
     return Report("sweep", rows, COLUMNS, notes, facts)
 
 
-def _row(memory: str, runs: list[Run]) -> Row:
-    row = Row.of(
+def _row(memory: str, runs: list[Row]) -> Row:
+    return Row.of(
         memory,
         [sample for run in runs for sample in run.samples],
-        max(run.peak_bytes for run in runs),
-        budget_bytes=runs[-1].facts["budget_bytes"],
-        slots=runs[-1].facts["slots"],
-        runs_tokens_per_s=[
-            1e3 / mean(sample.total_ms for sample in run.samples) for run in runs
-        ],
+        max(run.memory_bytes or 0 for run in runs),
+        budget_bytes=runs[-1].more["budget_bytes"],
+        slots=runs[-1].more["slots"],
+        runs_tokens_per_s=[run.more["tokens_per_s"] for run in runs],
     )
-    if row.total_ms:
-        row.more["tokens_per_s"] = 1e3 / row.total_ms
-    return row

@@ -1,21 +1,21 @@
 """Models of any size that nobody trained: the same random weights in every format.
 
 A weight's values follow from its name alone, so that each file that is written of a
-model holds the same ones, a matrix in memory at a time. They have the right size, sign
-and spread, and mean nothing: only costs can be measured with them.
+model holds the same ones. They are drawn when they are written, a matrix in memory at a
+time. They have the right size, sign and spread, and mean nothing: only costs can be
+measured with them.
 """
 
 import json
-import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..arrays import parameters
 from ..errors import FlashError
@@ -24,12 +24,6 @@ from .report import progress
 
 Shapes = dict[str, tuple[int, ...]]
 
-# (sign and mantissa, exponent's bias, mantissa bits) of a dtype, as unsigned words
-FLOATS: dict[str, tuple[np.dtype, int, int, int]] = {
-    "float32": (np.dtype(np.uint32), 0x807FFFFF, 127, 23),
-    "float16": (np.dtype(np.uint16), 0x83FF, 15, 10),
-    "bfloat16": (np.dtype(np.uint16), 0x807F, 127, 7),
-}
 TOKENS = 0.5  # spread of token embeddings: makes neighbours differ, as they do in text
 # What attention and FFNs add must be small beside it. Else what all tokens share grows
 # from layer to layer, and in 32 of them the tokens become one: 0.6 % of a layer was
@@ -53,7 +47,7 @@ def make_model(config: dict) -> nn.Module:
 
 
 def weight(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
-    """The values of one weight: ± [1, 2) times a power of two, uniform bits."""
+    """The values of one weight, uniform and not drawn yet."""
     if len(shape) == 1:
         if name.endswith("fc1.bias"):
             return mx.full(shape, ACTIVE, getattr(mx, dtype))
@@ -66,32 +60,27 @@ def weight(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
         spread = TOKENS if "embed_tokens" in name else SMALL
     elif "fc2" in name or "out_proj" in name:
         spread *= SMALL
-    word, mask, bias, mantissa = FLOATS[dtype]
-    exponent = math.floor(math.log2(spread / 1.53))  # the spread of ± [1, 2)
-    bits = random_words(name, shape, word)
-    bits &= word.type(mask)
-    bits |= word.type((exponent + bias) << mantissa)
-    return mx.array(bits).view(getattr(mx, dtype))
+    return _uniform(shape, 0.77 * spread, key_of(name)).astype(getattr(mx, dtype))
 
 
-def random_words(name: str, shape: tuple[int, ...], word: np.dtype) -> np.ndarray:
-    """Unsigned integers of which all bits are random, the same for the same name."""
-    count = math.prod(shape)
-    generator = np.random.SFC64(zlib.crc32(name.encode()))
-    raw = np.asarray(generator.random_raw(-(-count * word.itemsize // 8)))
-    return raw.view(word)[:count].reshape(shape)
+def key_of(name: str) -> mx.array:
+    """The key of all that is drawn for a weight."""
+    return mx.random.key(zlib.crc32(name.encode()))
+
+
+def _uniform(shape: tuple[int, ...], spread: float, key: mx.array) -> mx.array:
+    edge = 3**0.5 * spread
+    return mx.random.uniform(-edge, edge, shape, key=key)
 
 
 def _low_rank(name: str, shape: tuple[int, ...], dtype: str) -> mx.array:
     """Rows that give pre-activations of unit variance, nine tenths from a low rank."""
     rows, columns = shape
-    rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-    common = rng.standard_normal((rows, UP_RANK), np.float32)
-    common *= (0.9 / UP_RANK / columns) ** 0.5
-    values = rng.standard_normal((rows, columns), np.float32)
-    values *= (0.1 / columns) ** 0.5
-    values += common @ rng.standard_normal((UP_RANK, columns), np.float32)
-    return mx.array(values).astype(getattr(mx, dtype))
+    left, right, own = mx.random.split(key_of(name), 3)
+    common = _uniform((rows, UP_RANK), (0.9 / UP_RANK / columns) ** 0.5, left)
+    values = common @ mx.random.normal((UP_RANK, columns), key=right)
+    values += _uniform(shape, (0.1 / columns) ** 0.5, own)
+    return values.astype(getattr(mx, dtype))
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -128,21 +117,21 @@ def write_checkpoint(
     """
     shards: dict[str, Shapes] = {}
     for name, shape in parameter_shapes(config).items():
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        shards.setdefault(layer[1] if layer else "outer", {})[name] = shape
-    part = empty_part(folder)
-    write_config(part, config)
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        shards.setdefault(found[1] if found else "outer", {})[name] = shape
     weight_map: dict[str, str] = {}
-    for layer_name, shapes in progress(shards.items(), "writing a checkpoint", "shard"):
-        file = f"model-{layer_name}.safetensors"
-        made: dict[str, mx.array] = {}
-        for name, shape in shapes.items():
-            made |= make(name, shape)
-        mx.save_safetensors(str(part / file), made, {"format": "pt"})
-        weight_map |= dict.fromkeys(made, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (part / "model.safetensors.index.json").write_text(json.dumps(index))
-    return part.rename(folder)
+    with written_whole(folder) as part:
+        write_config(part, config)
+        for layer, shapes in progress(shards.items(), "writing a checkpoint", "shard"):
+            file = f"model-{layer}.safetensors"
+            made: dict[str, mx.array] = {}
+            for name, shape in shapes.items():
+                made |= make(name, shape)
+            mx.save_safetensors(str(part / file), made, {"format": "pt"})
+            weight_map |= dict.fromkeys(made, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (part / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def plain_weights(dtype: str) -> Callable[[str, tuple[int, ...]], dict[str, mx.array]]:
@@ -150,12 +139,18 @@ def plain_weights(dtype: str) -> Callable[[str, tuple[int, ...]], dict[str, mx.a
     return lambda name, shape: {name: weight(name, shape, dtype)}
 
 
-def empty_part(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be renamed to it when all is written."""
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `folder` if nothing goes wrong."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    return part
+    try:
+        yield part
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def have_room(folder: Path, nbytes: int) -> None:

@@ -7,8 +7,6 @@ predictors and the slot cache. The tokens are random, the prediction is SYNTHETI
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 import mlx.core as mx
@@ -20,7 +18,7 @@ from . import options
 from .decode import run_model
 from .landing import KeepNothing, WholeFiles
 from .paper import TABLE_3
-from .report import Column, Report, Row, cache_state
+from .report import Column, Report, cache_state
 
 # OPT-6.7B, 32 bit on the CPU of an M1 Max. No hybrid row is given for it.
 PAPER = {"naive": TABLE_3[0], "all": TABLE_3[1]}
@@ -68,7 +66,7 @@ def run(
         manifest = read_manifest(path)
         size = path, memory, prompt_tokens
         rows = [
-            measure(
+            run_model(
                 "naive",
                 *size,
                 dense_tokens,
@@ -76,8 +74,8 @@ def run(
                 policy=KeepNothing(),
                 prepare=_reread_resident,
             ),
-            measure("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
-            measure("all", *size, tokens, policy=Lru()),
+            run_model("hybrid", *size, dense_tokens, predictor=False, policy=Lru()),
+            run_model("all", *size, tokens, policy=Lru()),
         ]
     for row in rows:
         if rows[0].total_ms and row.total_ms:
@@ -104,26 +102,9 @@ def run(
     facts = {
         "prediction": "synthetic",
         "cache_state": cache_state(direct),
-        "memory": memory,
-        "prompt_tokens": prompt_tokens,
         "model_bytes": manifest.model_bytes,
-        "repeats": 1,
     }
     return Report("table 3", rows, COLUMNS, notes, facts)
-
-
-def measure(
-    name: str, folder: Path, memory: str, prompt_tokens: int, tokens: int, **options
-) -> Row:
-    """One row: load, read the prompt, generate, close; what was selected beside it."""
-    run = run_model(folder, memory, prompt_tokens, tokens, **options)
-    spent = [sample.spent for sample in run.samples]
-    units = run.facts["units"]
-    return run.row(
-        name,
-        selected_share=mean(s.asked for s in spent) / units,
-        missing_share=mean(s.misses for s in spent) / units,
-    )
 
 
 def _reread_resident(model: nn.Module) -> Callable[[], None]:

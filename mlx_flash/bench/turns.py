@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..memory.stats import Stats
-from .report import Sample, progress
+from .report import Row, Sample, progress
 
 
 class Turns:
@@ -43,6 +43,11 @@ class Turns:
                 if i >= self.warm_up:
                     self.samples[name].append(Sample(stats - before, seconds))
 
+    def row(self, name: str, **more) -> Row:
+        """The means of a model from flash; its memory is its budget."""
+        budget = self.models[name].flash.budget.total_bytes
+        return Row.of(name, self.samples[name], budget, **more)
+
     def median_ms(self, name: str) -> float:
         return median(sample.total_ms for sample in self.samples[name])
 
@@ -51,3 +56,7 @@ class Turns:
         pairs = zip(self.samples[over], self.samples[under], strict=True)
         low, middle, high = quantiles([a.total_ms / b.total_ms for a, b in pairs], n=4)
         return low, middle, high
+
+    def ratio_text(self, over: str, under: str) -> str:
+        low, middle, high = self.ratio(over, under)
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -15,36 +15,26 @@ from ..converters.convert import convert
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..loading import load_model
 from ..models.registry import get_model_classes
+from .families.configs import make_config
 from .report import Column, Report, Row
 from .synthetic import plain_weights, write_checkpoint
 from .turns import Turns
 
-COMMON = {
+SIZES = {
     "hidden_size": 1024,
     "num_hidden_layers": 8,
     "intermediate_size": 4096,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
+    "head_dim": 64,
+    "num_experts": 16,
+    "moe_intermediate_size": 512,
     "vocab_size": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
 }
 MODELS: dict[UnitKind, dict] = {
-    NEURON: COMMON | {"model_type": "llama", "hidden_act": "relu"},
-    BLOCK: COMMON | {"model_type": "llama"},
-    EXPERT: COMMON
-    | {
-        "model_type": "qwen3_moe",
-        "head_dim": 64,
-        "num_experts": 16,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 512,
-        "norm_topk_prob": True,
-    },
+    NEURON: make_config("llama, ReLU") | SIZES,
+    BLOCK: make_config("llama") | SIZES,
+    EXPERT: make_config("qwen3_moe") | SIZES,
 }
 WARM = 8  # the first tokens read pages for the first time
 COLUMNS = [
@@ -69,15 +59,14 @@ def run(tokens: Annotated[int, click.IntRange(12)] = 120) -> Report:
                 assert list(slots) == [layer.units for layer in layers], "not all fits"
                 turns = Turns({"resident": plain, "flash": model}, WARM)
                 turns.play(range(tokens))
-        low, middle, high = turns.ratio("flash", "resident")
         more = {
             "resident_ms": turns.median_ms("resident"),
             "median_ms": turns.median_ms("flash"),
-            "ratio": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            "ratio": turns.ratio_text("flash", "resident"),
         }
         rows.append(Row(f"{kind.name}s", tokens=tokens - WARM, more=more))
     note = (
         f"The same weights resident and from flash; medians of {tokens - WARM} tokens, "
         "in turn."
     )
-    return Report("unit", rows, COLUMNS, [note], {"config": COMMON})
+    return Report("unit", rows, COLUMNS, [note], {"config": SIZES})

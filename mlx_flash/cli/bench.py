@@ -78,6 +78,7 @@ def make_command(name: str, run: Callable) -> click.Command:
         if plot:
             check_plot(plot)  # before anything is measured
         report = run(**options)
+        report.facts["options"] = options | report.facts.get("options", {})
         click.echo(report.markdown())
         if as_json:
             report.write(as_json)

@@ -128,14 +128,15 @@ class CausalModel(nn.Module):
         self.args = args
         self.model_type = args.model_type
         for name, module in body.items():
+            self.body = name
             self[name] = module
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(width, args.vocab_size, bias=False)
 
     @property
     def decoder(self) -> Decoder:
-        """The module that maps tokens to hidden states; subclasses hold it."""
-        raise NotImplementedError
+        """The module that maps tokens to hidden states."""
+        return self[self.body]
 
     @property
     def embedding(self) -> nn.Module:

@@ -163,7 +163,3 @@ class FalconModel(Decoder):
 class Model(CausalModel):
     def __init__(self, args: ModelArgs):
         super().__init__(args, args.hidden_size, transformer=FalconModel(args))
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.transformer

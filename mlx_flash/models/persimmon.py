@@ -102,7 +102,3 @@ class PersimmonModel(Decoder):
 class Model(CausalModel):
     def __init__(self, args: ModelArgs):
         super().__init__(args, args.hidden_size, model=PersimmonModel(args))
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.model

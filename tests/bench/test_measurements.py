@@ -109,7 +109,9 @@ def test_reader_rows_differ_in_reader_and_policy(tmp_path):
     report = tmp_path / "r.json"
     args = "--layers", 2, "--units", 512, "--dims", 1024, "--tokens", 8
     run("reader", *args, "--window", 4, "--fio-seconds", 0, "--json", report)
-    rows = json.loads(report.read_text())["rows"]
+    found = json.loads(report.read_text())
+    assert found["options"]["window"] == [4] and found["options"]["rounds"] == 4
+    rows = found["rows"]
     names = [row["name"] for row in rows]
     assert names == ["LRU, C reader", "LRU, Python reader", "window 4, C reader"]
     one, other, window = rows
@@ -278,6 +280,7 @@ def test_plan_check_needs_a_profile(tmp_path, monkeypatch):
 
 def test_plan_check_takes_the_hit_rate_of_the_run(small_moe, tmp_path, monkeypatch):
     small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 4096}
+    small |= {"num_key_value_heads": 2, "head_dim": 32}
     llama = plan_check.LLAMA | small | {"num_hidden_layers": 2, "vocab_size": 128}
     shape = opt.Shape(2, 64, 4096, heads=2, vocab=96, dtype="float32")
     monkeypatch.setattr(plan_check, "load_profile", lambda: PROFILE)

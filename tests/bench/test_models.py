@@ -24,16 +24,18 @@ def folder(tmp_path_factory):
 
 
 def test_predictors_choose_and_miss_what_was_asked(folder):
-    """On tokens that they were not calibrated with."""
+    """On tokens that they were not calibrated with, the mean of three runs."""
     manifest = read_manifest(folder)
     for layer in manifest.layers:
         assert layer.predictor.predicted_share == pytest.approx(0.1, abs=0.002)
     context = predictors.TOKENS  # as many slots as were reckoned with
     with load_model(folder, MEMORY, context=context) as (model, _):
-        mx.random.seed(1)
-        sampler = random_sampler(SHAPE.vocab)
-        samples, _ = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
-    late = samples[48:]
+        late = []
+        for seed in (1, 2, 3):
+            mx.random.seed(seed)
+            sampler = random_sampler(SHAPE.vocab)
+            samples, _ = decode(model, random_prompt(128, SHAPE.vocab), 96, sampler)
+            late += samples[48:]
     chosen = np.mean([s.spent.asked for s in late]) / (3 * 2048)
     missed = np.mean([s.spent.misses for s in late]) / (3 * 2048)
     assert chosen == pytest.approx(0.1, abs=0.02)

@@ -157,6 +157,18 @@ def test_a_disk_too_small_is_refused_before_writing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [opt.checkpoint, opt.write_flash])
+def test_an_interrupted_model_is_not_left_behind(tmp_path, monkeypatch, write):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic, "progress", interrupted)
+    monkeypatch.setattr(opt, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "model", SHAPE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_layouts_cover_a_layer_once(folder):
     layer = read_manifest(folder).layers[0]
     (whole,) = bundled(layer, folder)

@@ -7,7 +7,6 @@ process of its own while a ballast leaves it only so much memory.
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,10 +21,11 @@ import psutil
 
 from ...errors import FlashError
 from ...memory_size import parse_memory
+from ...storage.direct_io import drop_cached
 from ...storage.manifest import read_manifest
 from .. import options
 from ..opt import Shape, checkpoint, flash_folder
-from ..process import run_module
+from ..process import call_apart
 from ..report import Column, Report, Row, progress
 from . import exports, program
 from .ballast import limited_memory
@@ -160,7 +160,6 @@ def run(
         "model_bytes": model_bytes,
         "shape": vars(opt),
         "packages": {name: _version(name) for name in PACKAGES},
-        "repeats": 1,
     }
     return Report("peers", rows, COLUMNS, notes, facts)
 
@@ -185,13 +184,15 @@ def _measure(
         found = run_program(peer.kind, job | {"path": str(path)}, check)
     ms = [1e3 * s for s in found.pop("seconds")]
     read = found.pop("bytes_read")
-    row = Row(peer.name, memory_bytes=found.pop("peak_bytes"), tokens=len(ms))
-    row.more = {**found, "tokens_per_s": 1e3 / mean(ms)}
-    row.total_ms = mean(ms)
-    row.std["total_ms"] = stdev(ms) if len(ms) > 1 else 0.0
-    if None not in read:
-        row.bytes_per_token = mean(read)
-    return row
+    return Row(
+        peer.name,
+        total_ms=mean(ms),
+        bytes_per_token=None if None in read else mean(read),
+        memory_bytes=found.pop("peak_bytes"),
+        tokens=len(ms),
+        std={"total_ms": stdev(ms) if len(ms) > 1 else 0.0},
+        more={**found, "tokens_per_s": 1e3 / mean(ms)},
+    )
 
 
 def _remove(path: Path) -> None:
@@ -207,20 +208,15 @@ def run_program(kind: str, job: dict, watch: Callable[[], None] | None = None) -
     Args:
         watch: Called while it runs; what it raises ends the program.
     """
-    return run_module(program.__name__, kind, json.dumps(job), watch=watch)
+    return call_apart(program.run, kind=kind, job=job, watch=watch)
 
 
 def forget_pages(path: Path) -> None:
     """Drop a file's pages from the page cache, where the system takes that advice."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     for file in [path] if path.is_file() else path.rglob("*.safetensors"):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(fd)  # pages not yet written would stay
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())  # pages not yet written would stay
+        drop_cached(file)
 
 
 def _version(package: str) -> str | None:

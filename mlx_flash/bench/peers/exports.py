@@ -5,6 +5,8 @@ learned positions, layer norms before attention and FFN, biases everywhere, a ti
 All sizes are equal and so is the work, as llama.cpp looks for no zeros.
 """
 
+import math
+from collections import defaultdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,14 +19,18 @@ from ..report import progress
 from ..synthetic import have_room, weight
 
 # the model's names → GPT-2's in GGUF; q, k and v become one
-GGUF_NAMES = {
+OUTER_NAMES = {
+    "embed_tokens": "token_embd",
+    "embed_positions": "position_embd",
+    "final_layer_norm": "output_norm",
+}
+LAYER_NAMES = {
     "self_attn_layer_norm": "attn_norm",
     "self_attn.out_proj": "attn_output",
     "final_layer_norm": "ffn_norm",
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
-LAYER = "model.decoder.layers."
 
 
 def write_gguf(path: Path, shape: Shape) -> None:
@@ -55,8 +61,7 @@ def write_gguf(path: Path, shape: Shape) -> None:
     writer.add_eos_token_id(2)
     tensors = gguf_tensors(shape)
     for name, (_, size, dtype) in tensors.items():
-        nbytes = int(np.prod(size)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, size, np.dtype(dtype), nbytes)
+        writer.add_tensor_info(name, size, dtype, math.prod(size) * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -70,29 +75,24 @@ def write_gguf(path: Path, shape: Shape) -> None:
     part.rename(path)
 
 
-def gguf_tensors(shape: Shape) -> dict[str, tuple[list, tuple[int, ...], str]]:
+def gguf_tensors(shape: Shape) -> dict[str, tuple[list, tuple[int, ...], np.dtype]]:
     """{GGUF name: (its sources, shape, dtype)}; vectors are always float32 there."""
-    found: dict[str, tuple[list, tuple[int, ...], str]] = {}
+    sources: dict[str, list] = defaultdict(list)
     for name, size in shape.weights().items():
-        theirs = _gguf_name(name)
-        sources = (
-            [*found[theirs][0], (name, size)] if theirs in found else [(name, size)]
-        )
-        rows = sum(s[0] for _, s in sources)
-        rows -= POSITION_OFFSET if theirs == "position_embd.weight" else 0
-        dtype = "float32" if len(size) == 1 or "position" in theirs else shape.dtype
-        found[theirs] = (sources, (rows, *size[1:]), dtype)
+        sources[_gguf_name(name)].append((name, size))
+    found = {}
+    for name, pieces in sources.items():
+        rows = sum(size[0] for _, size in pieces)
+        rows -= POSITION_OFFSET if name == "position_embd.weight" else 0
+        size = rows, *pieces[0][1][1:]
+        dtype = "float32" if len(size) == 1 or "position" in name else shape.dtype
+        found[name] = pieces, size, np.dtype(dtype)
     return found
 
 
 def _gguf_name(name: str) -> str:
-    stem, kind = name.rsplit(".", 1)
-    outer = {
-        "model.decoder.embed_tokens": "token_embd",
-        "model.decoder.embed_positions": "position_embd",
-        "model.decoder.final_layer_norm": "output_norm",
-    }
-    if stem in outer:
-        return f"{outer[stem]}.{kind}"
-    layer, rest = stem.removeprefix(LAYER).split(".", 1)
-    return f"blk.{layer}.{GGUF_NAMES.get(rest, 'attn_qkv')}.{kind}"
+    stem, kind = name.removeprefix("model.decoder.").rsplit(".", 1)
+    if stem in OUTER_NAMES:
+        return f"{OUTER_NAMES[stem]}.{kind}"
+    _, layer, rest = stem.split(".", 2)
+    return f"blk.{layer}.{LAYER_NAMES.get(rest, 'attn_qkv')}.{kind}"

@@ -1,18 +1,18 @@
-"""One program of the comparison, in a process of its own: `python -m … KIND JSON`.
+"""One program of the comparison: `run`, to be called in a process of its own.
 
-It prints one line of JSON: the seconds and the bytes read of each token, and what the
-process held. Tokens are random, as the weights are, and the first ones are not counted.
+It gives the seconds and the bytes read of each token, and what the process held. Tokens
+are random, as the weights are, and the first ones are not counted.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from ...memory.system import peak_process_bytes
-from ..process import print_result
 
 Steps = Generator[Callable[[], object], None, None]
 
@@ -71,10 +71,7 @@ def llama_cpp(job: dict) -> Steps:
         use_mlock=False,
         verbose=False,
     )
-    ids = _random_ids(job)
-    yield lambda: model.eval(ids[: job["prompt_tokens"]])
-    for token in ids[job["prompt_tokens"] :]:
-        yield partial(model.eval, [token])
+    yield from _feed(model.eval, job)
 
 
 def accelerate(job: dict) -> Steps:
@@ -95,54 +92,46 @@ def accelerate(job: dict) -> Steps:
     )
     places = list(getattr(model, "hf_device_map", {}).values())
     job["offloaded_modules"] = f"{places.count('disk')} of {len(places)}"
-    ids = _random_ids(job)
-    state = {"cache": None}
+    cache = None
 
     def step(tokens: list[int]) -> None:
+        nonlocal cache
+        ids = torch.tensor([tokens])
         with torch.inference_mode():
-            out = model(
-                input_ids=torch.tensor([tokens]),
-                past_key_values=state["cache"],
-                use_cache=True,
-            )
-        state["cache"] = out.past_key_values
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
 
-    yield lambda: step(ids[: job["prompt_tokens"]])
-    for token in ids[job["prompt_tokens"] :]:
-        yield partial(step, [token])
+    yield from _feed(step, job)
 
 
 KINDS = {f.__name__: f for f in (mlx_flash, mlx_lm, llama_cpp, accelerate)}
 
 
-def _random_ids(job: dict) -> list[int]:
+def _feed(step: Callable[[list[int]], object], job: dict) -> Steps:
+    """Random tokens: the prompt at once, then one after the other."""
     import numpy as np
 
-    count = job["prompt_tokens"] + job["warm_up"] + job["tokens"]
-    return np.random.default_rng(0).integers(3, job["vocab"], count).tolist()
+    prompt, count = job["prompt_tokens"], job["warm_up"] + job["tokens"]
+    ids = np.random.default_rng(0).integers(3, job["vocab"], prompt + count).tolist()
+    yield lambda: step(ids[:prompt])
+    for token in ids[prompt:]:
+        yield partial(step, [token])
 
 
 def bytes_read() -> int | None:
     """What this process had read from disk until now; None where nobody counts."""
-    path = Path("/proc/self/io")
-    if not path.exists():
-        return None
-    fields = dict(line.split(": ") for line in path.read_text().splitlines())
-    return int(fields["read_bytes"])
+    process = psutil.Process()
+    return process.io_counters().read_bytes if hasattr(process, "io_counters") else None
 
 
 def held() -> dict:
     """Peak resident and swapped bytes of this process, where the system says."""
-    found: dict[str, int | None] = {
-        "peak_bytes": peak_process_bytes(),
-        "swap_bytes": None,
-    }
-    path = Path("/proc/self/status")
-    if path.exists():
-        names = {"RssAnon": "anonymous_bytes", "VmSwap": "swap_bytes"}
-        pairs = (line.split(":", 1) for line in path.read_text().splitlines())
-        found |= {names[k]: 1024 * int(v.split()[0]) for k, v in pairs if k in names}
-    return found
+    found = {"peak_bytes": peak_process_bytes()}
+    if sys.platform != "linux":
+        return found | {"swap_bytes": None}
+    memory = psutil.Process().memory_full_info()
+    anonymous = memory.rss - memory.shared
+    return found | {"anonymous_bytes": anonymous, "swap_bytes": memory.swap}
 
 
 def run(kind: str, job: dict) -> dict:
@@ -163,17 +152,13 @@ def run(kind: str, job: dict) -> dict:
         seconds.append(time.perf_counter() - begin)
         after = bytes_read()
         read.append(None if after is None or before is None else after - before)
-    facts = held()
-    steps.close()
-    return {
+    found = {
         "seconds": seconds,
         "bytes_read": read,
         "load_s": load_s,
         "prompt_s": prompt_s,
-        **facts,
+        **held(),
         **{k: job[k] for k in ("offloaded_modules",) if k in job},
     }
-
-
-if __name__ == "__main__":
-    print_result(lambda: run(sys.argv[1], json.loads(sys.argv[2])))
+    steps.close()
+    return found
