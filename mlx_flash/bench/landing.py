@@ -10,9 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..memory.allocation import allocate
 from ..memory.policies import Lru, Slots
 from ..memory.slot_cache import EMPTY
-from ..memory.slots import UnitSlots, allocate
+from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
 from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer

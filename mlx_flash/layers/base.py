@@ -73,7 +73,8 @@ class FlashFFN(nn.Module):
         count = -(-len(x) // self.batch_tokens)
         if count < 2:
             return [x]
-        return mx.split(x, [len(x) * i // count for i in range(1, count)])
+        cuts = [len(x) * i // count for i in range(1, count)]
+        return list(mx.split(x, cuts))
 
     def detach(self) -> None:
         """Let go of the slots. Calls then raise a FlashError."""

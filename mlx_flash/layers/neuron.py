@@ -125,8 +125,8 @@ class NeuronFFN(SlotFFN):
             wanted = None
             if rounded > count:
                 wanted = mx.arange(rounded) < count
-            rows, units = np.resize(wave.slots, rounded), np.resize(wave.units, rounded)
-            return mx.array(rows), mx.array(units), wanted
+            rows = mx.array(np.resize(wave.slots, rounded))
+            return rows, mx.array(np.resize(wave.units, rounded)), wanted
         marks = np.zeros(slots.n_slots, bool)
         marks[wave.slots] = True
         units = mx.array(np.maximum(slots.cache.unit_of, 0))
