@@ -104,7 +104,7 @@ class Flash:
         self.closed = False
         self._reader = reader
         self._fence = Fence()
-        self.pool: Pool  # there once the layers have slots
+        self.pool: Pool | None = None  # there once the layers have slots
         self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
         weakref.finalize(self, self.limits.release).atexit = False
 
@@ -126,6 +126,8 @@ class Flash:
             self.closed = True
             for layer in self.layers:
                 layer.detach()
+            if self.pool is not None:
+                self.pool.close()
             self._reader.close()
             self.limits.release()
 

@@ -67,7 +67,7 @@ def test_recall_on_a_swept_text_is_as_promised(ids):
     with load() as (model, _):
         mx.eval(model(mx.array([ids])))
         assert model.flash.stats.predictor_recall > 0.92
-        assert model.flash.stats.swept_active > 10_000
+        assert model.flash.stats.swept_active > 1_000  # of the last batch
 
 
 def test_a_larger_window_reads_less(ids):

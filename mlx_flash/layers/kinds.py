@@ -92,7 +92,11 @@ class UnitKind:
         return 1
 
     def hidden_bytes(
-        self, layers: Sequence[Layer], value_bytes: int, experts_per_token: int
+        self,
+        layers: Sequence[Layer],
+        value_bytes: int,
+        experts_per_token: int,
+        share: float,
     ) -> int:
         """What the hidden values of one token take while its widest FFN is computed.
 
@@ -100,6 +104,7 @@ class UnitKind:
             layers: Of the manifest.
             value_bytes: Of an activation.
             experts_per_token: Of a mixture of experts.
+            share: Of a layer's units, the most that are multiplied at once.
         """
         raise NotImplementedError
 
@@ -172,9 +177,10 @@ class Neurons(UnitKind):
     def least_slots(self, units: int) -> int:
         return max(units // NEURONS_PER_SLOT, 1)
 
-    def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
-        # Hidden values, a predictor's scores, and masks.
-        return max(layer.units for layer in layers) * (4 * value_bytes + 4 + 3)
+    def hidden_bytes(self, layers, value_bytes, experts_per_token, share) -> int:
+        # Hidden values, then a predictor's scores and masks.
+        per_unit = share * 4 * value_bytes + 4 + 3
+        return int(max(layer.units for layer in layers) * per_unit)
 
     def asked(self, layer, experts_per_token, predicted) -> float | None:
         return None if predicted is None else predicted * layer.units
@@ -207,7 +213,7 @@ class Experts(UnitKind):
     def guess_of(self, layer, block, following) -> Guess | None:
         return router_guess(block, following.experts, layer.dims)
 
-    def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
+    def hidden_bytes(self, layers, value_bytes, experts_per_token, share) -> int:
         rows = max(p.shape[0] for x in layers for p in x.parts if p.shape)
         return experts_per_token * rows * 5 * value_bytes
 
@@ -241,9 +247,9 @@ class Blocks(UnitKind):
     def make(self, module: nn.Module, layer: Layer, predictor: bool) -> BlockFFN:
         return BlockFFN(module)
 
-    def hidden_bytes(self, layers, value_bytes, experts_per_token) -> int:
+    def hidden_bytes(self, layers, value_bytes, experts_per_token, share) -> int:
         rows = max(x.units * prod(x.parts[0].shape[:-1]) for x in layers)
-        return rows * 4 * value_bytes
+        return int(rows * 4 * value_bytes * share) + 1
 
 
 NEURON, EXPERT, BLOCK = Neurons(), Experts(), Blocks()

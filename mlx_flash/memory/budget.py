@@ -94,10 +94,12 @@ def _fit(
     total: int, footprint: Footprint, divide: Divide | None = None
 ) -> Budget | None:
     """`total` bytes divided, or None if they are too few."""
+    room = total - footprint.fixed_bytes
+    share = min(max(room / footprint.manifest.ffn_bytes, 0.0), 1.0)
+    footprint = replace(footprint, share=share)
     tokens, batch = footprint.chunk(WORKSPACE_SHARE * total)
     workspace = footprint.workspace_bytes(tokens, batch)
-    room = total - footprint.fixed_bytes - workspace
-    slots = share_slots(room, footprint, divide)
+    slots = share_slots(room - workspace, footprint, divide)
     if slots is None:
         return None
     manifest = footprint.manifest

@@ -121,7 +121,11 @@ class Needs(Protocol):
     def least_slots(self, units: int) -> int: ...
 
     def hidden_bytes(
-        self, layers: Sequence[Layer], value_bytes: int, experts_per_token: int
+        self,
+        layers: Sequence[Layer],
+        value_bytes: int,
+        experts_per_token: int,
+        share: float,
     ) -> int: ...
 
     def token_bytes(
@@ -137,12 +141,14 @@ class Footprint:
         manifest, shapes: Of the model.
         needs: Its unit kind.
         context: Tokens of KV cache.
+        share: Of a layer's units, the most that have slots.
     """
 
     manifest: Manifest
     shapes: Shapes
     needs: Needs
     context: int
+    share: float = 1.0
 
     @property
     def kv_bytes(self) -> int:
@@ -174,7 +180,8 @@ class Footprint:
     def hidden_bytes(self) -> int:
         """What one token occupies while an FFN multiplies it."""
         experts, layers = self.shapes.experts_per_token, self.manifest.layers
-        return self.needs.hidden_bytes(layers, self._value_bytes, experts)
+        size, share = self._value_bytes, self.share
+        return self.needs.hidden_bytes(layers, size, experts, share)
 
     @property
     def per_token_bytes(self) -> int:

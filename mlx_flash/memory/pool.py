@@ -17,7 +17,7 @@ from ..errors import FlashError
 from ..memory_size import say_memory
 from .budget import Budget, Divide, bytes_of_slots, share_slots
 from .footprint import KV_STEP, MAX_PREFILL, Footprint
-from .slots import UnitSlots
+from .slots import CLOSED, UnitSlots
 
 KV_AHEAD = 256  # tokens
 
@@ -48,8 +48,10 @@ class Pool:
         divide: Divide | None = None,
     ):
         self.budget = budget
-        self._footprint = replace(footprint, context=budget.context)
-        self._layers = layers
+        units = [layer.units for layer in footprint.manifest.layers]
+        share = max(n / m for n, m in zip(budget.slots, units, strict=True))
+        self._footprint = replace(footprint, context=budget.context, share=share)
+        self._layers: Sequence[UnitSlots] | None = layers
         self._lock = lock
         self._divide = divide
         # Everything that ever had keys and values of this model and still lives.
@@ -67,9 +69,12 @@ class Pool:
             Tokens of a chunk, all sequences together. A call of more has to be cut.
 
         Raises:
-            FlashError: If the KV cache leaves no room for the least number of slots.
+            FlashError: If the KV cache leaves no room for the least number of slots, or
+                if the model was closed.
         """
         with self._lock:
+            if self._layers is None:
+                raise FlashError(CLOSED)
             step = max(KV_STEP // sequences, 8)
             for entry in cache:
                 if getattr(entry, "step", 0) > step:
@@ -84,6 +89,11 @@ class Pool:
             if not fits or (gave and enough):
                 self._change(self._best_division(tokens, kv_bytes))
             return self.division.tokens
+
+    def close(self) -> None:
+        """Let go of the slots, and refuse further calls."""
+        with self._lock:
+            self._layers = None
 
     def _kv_bytes(
         self, sequences: int, tokens: int, step: int, cache: Sequence[Any]
@@ -132,7 +142,10 @@ class Pool:
         fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
         room = budget.total_bytes - fixed - workspace
         slots = share_slots(room, footprint, self._divide)
-        return Division(slots, tokens, kv_bytes) if slots else None
+        if slots is None:
+            return None
+        usual = zip(slots, budget.slots, strict=True)
+        return Division(tuple(min(pair) for pair in usual), tokens, kv_bytes)
 
     def _bytes(self, slots: Sequence[int]) -> int:
         layers = self._footprint.manifest.layers
@@ -143,6 +156,7 @@ class Pool:
 
         If something stops it, the next call of the model tries again.
         """
+        assert self._layers is not None
         budget, footprint = self.budget, self._footprint
         kv_bytes = max(division.kv_bytes, self.division.kv_bytes)
         self.division = replace(division, tokens=0)

@@ -280,8 +280,8 @@ def test_weights_that_cannot_be_read_are_one_line(own_folder, monkeypatch):
         os.truncate(own_folder / "resident.safetensors", 2000)
         return real(*_, **__)
 
-    real = loading._budget
-    monkeypatch.setattr(loading, "_budget", cut)
+    real = loading.make_budget
+    monkeypatch.setattr(loading, "make_budget", cut)
     with pytest.raises(FlashError, match="cannot be read"):
         load_model(own_folder)
 
