@@ -4,10 +4,13 @@ import warnings
 
 import gpu_emulator
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import FFN
 
 from mlx_flash.layers import row_kernel
+from mlx_flash.layers.neuron import NeuronFFN
 from mlx_flash.layers.projections import pack
 from mlx_flash.layers.row_kernel import Rows, rows_into, rows_out
 
@@ -246,6 +249,43 @@ def test_on_the_gpu(dtype, packing):
                 assert_both_right(tokens, rows, dtype)
         if packing is None:
             assert_both_right(2, make_rows(some_ids(70), 1003, dtype), dtype)
+
+
+# In an FFN
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_neuron_layer_copies_no_rows(emulator, bench, T):
+    chosen = np.arange(24)[None] % 8 == np.arange(T)[:, None]
+    ffn = bench.ffn(18, lambda x: mx.array(chosen))
+    x = bench.inputs(T)
+    y = ffn(x)
+    expected = bench.expected(x, chosen)
+    bench.close()
+    assert np.abs(np.array(y) - expected).max() < 1e-5 * np.abs(expected).max()
+    into, out = emulator.calls[-2:]
+    assert into["name"] == "flash_rows_into" and into["output_shapes"] == [(T, 3 * T)]
+    # The weights are the slots, all of them, and not as many as were chosen.
+    assert into["shapes"][1] == out["shapes"][1] == (18, 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_projections_copy_no_rows(emulator, monkeypatch, bits):
+    packing = affine(bits, 32)
+    module = FFN(64, 96)
+    nn.quantize(module, **packing)
+    parts = {
+        f"{name}.{key}": array
+        for seed, name in enumerate(("fc1", "fc2"))
+        for key, array in pack(draw(11, 64, mx.float32, seed), packing).items()
+    }
+    x, slots, neurons = draw(2, 64, mx.float32), mx.array([9, 2]), mx.array([7, 80])
+    ffn = NeuronFFN(module)
+    y = ffn.compute(x, parts, slots, neurons)
+    into, out = emulator.calls[-2:]
+    assert into["shapes"][1] == out["shapes"][1] == parts["fc1.weight"].shape
+    monkeypatch.setattr(row_kernel, "kernel_maker", lambda: None)
+    assert mx.allclose(y, ffn.compute(x, parts, slots, neurons), 1e-5, 1e-5)
 
 
 # The emulator
