@@ -100,6 +100,7 @@ def _scores(
         recorders = [Recorder(predictor) for predictor in predictors]
         for layer, recorder in zip(model.flash.layers, recorders, strict=True):
             layer.predictor = recorder
+            layer.batch_tokens = TOKENS  # it is asked about one batch alone
         mx.eval(model(random_prompt(TOKENS, config["vocab_size"])[None]))
         scores = [
             np.array(r.predictor.scores(mx.concatenate(r.inputs)).astype(mx.float32))

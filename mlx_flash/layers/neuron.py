@@ -125,7 +125,7 @@ class NeuronFFN(SlotFFN):
             wanted = None
             if rounded > count:
                 wanted = mx.arange(rounded) < count
-            rows = mx.array(np.resize(wave.slots, rounded))
+            rows = mx.array(np.resize(wave.slots, rounded).astype(np.uint32))
             return rows, mx.array(np.resize(wave.units, rounded)), wanted
         marks = np.zeros(slots.n_slots, bool)
         marks[wave.slots] = True

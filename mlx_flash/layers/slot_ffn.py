@@ -21,6 +21,7 @@ from .projections import (
     packing,
     rows_per_neuron,
 )
+from .row_kernel import Rows, rows_into, rows_out
 
 Arrays = Mapping[str, mx.array]
 # Of a linear layer, as it is or wrapped by mlx-lm's LoRA and DoRA.
@@ -46,11 +47,20 @@ class Into(NoSuchWeight, nn.Module):
             self.bias = linear.bias
 
     def __call__(
-        self, x: mx.array, arrays: Arrays, neurons: mx.array | None
+        self,
+        x: mx.array,
+        arrays: Arrays,
+        neurons: mx.array | None,
+        ids: mx.array | None = None,
     ) -> mx.array:
-        """Project x by `arrays`; `neurons` says whose biases, None for all in order."""
+        """Project x by `arrays`, or by the rows of them that `ids` names.
+
+        `neurons` says whose biases to add, None for all in order.
+        """
         a = {k: v.reshape(-1, v.shape[-1]) for k, v in arrays.items()}
-        if self.packing is None:
+        if ids is not None:
+            y = rows_into(x, Rows(arrays, ids, self.packing))
+        elif self.packing is None:
             y = x @ a["weight"].T
         else:
             y = mx.quantized_matmul(
@@ -85,11 +95,17 @@ class OutOf(NoSuchWeight, nn.Module):
             self.bias = linear.bias  # added once by the FFN, not once a wave
 
     def __call__(
-        self, h: mx.array, arrays: Arrays, through: Through | None
+        self,
+        h: mx.array,
+        arrays: Arrays,
+        through: Through | None,
+        ids: mx.array | None = None,
     ) -> mx.array:
-        """Project what `through` makes of the hidden values h."""
+        """Project what `through` makes of the hidden values h; `ids` as `Into` has."""
         if through is not None:
             h = through(h)
+        if ids is not None:
+            return rows_out(h, Rows(arrays, ids, self.packing))
         if self.columns and self.packing:
             n = len(arrays["weight"])
             h = h.reshape(len(h), n, -1).swapaxes(0, 1)
@@ -171,10 +187,10 @@ class SlotFFN(FlashFFN):
         *ins, out = self._names
         bound = {}
         for name in ins:
-            arrays = _arrays(parts, name, rows)
-            bound[name] = partial(self[name], arrays=arrays, neurons=neurons)
-        arrays = _arrays(parts, out, rows)
-        bound[out] = partial(self[out], arrays=arrays, through=through)
+            arrays, ids = _arrays(parts, name, rows)
+            bound[name] = partial(self[name], arrays=arrays, neurons=neurons, ids=ids)
+        arrays, ids = _arrays(parts, out, rows)
+        bound[out] = partial(self[out], arrays=arrays, through=through, ids=ids)
         return with_children(self._ffn, bound)(x)
 
 
@@ -183,11 +199,18 @@ def add(total: mx.array | None, part: mx.array) -> mx.array:
     return part if total is None else total.astype(mx.float32) + part
 
 
-def _arrays(parts: Arrays, name: str, rows: mx.array | slice | None) -> Arrays:
-    """The rows of one projection's parts, by their names inside of it."""
+def _arrays(
+    parts: Arrays, name: str, rows: mx.array | slice | None
+) -> tuple[Arrays, mx.array | None]:
+    """One projection's parts by their names inside of it, and which rows are meant.
+
+    The second is None where all of them are. Slots of one row each are given whole,
+    with the ids of the rows: nothing is copied where there is a kernel.
+    """
     start = f"{name}."
-    return {
-        key.removeprefix(start): array if rows is None else array[rows]
-        for key, array in parts.items()
-        if key.startswith(start)
-    }
+    arrays = {k.removeprefix(start): a for k, a in parts.items() if k.startswith(start)}
+    if rows is None:
+        return arrays, None
+    if isinstance(rows, mx.array) and arrays["weight"].ndim == 2:
+        return arrays, rows
+    return {key: array[rows] for key, array in arrays.items()}, None

@@ -46,6 +46,7 @@ class UnitSlots:
 
     Attributes:
         listener: Told of every step, or None.
+        files: What is read, which must not change.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class UnitSlots:
         self._reader = reader
         self._fence = fence
         self._source = reader.add_source(extents, self._held.views, layer.units)
-        self._files = Identities(extent.path for extent in extents)
+        self.files = Identities(extent.path for extent in extents)
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
         self._closed = False
@@ -261,7 +262,7 @@ class UnitSlots:
         since = time.perf_counter()
         try:
             result = self._reader.wait(early.ticket)
-            self._files.check()
+            self.files.check()
         except FlashError:  # met again, and reported, if the units are needed
             self.cache.forget(early.slots)
             self._held.clear(early.slots)
@@ -305,7 +306,7 @@ class UnitSlots:
             return
         since = time.perf_counter()
         result = self._reader.wait(ticket)
-        self._files.check()
+        self.files.check()
         self.cache.arrived(wave.missing_slots)
         self.stats.io_s += time.perf_counter() - since
         self.stats.count(result)

@@ -1,7 +1,7 @@
 """Whether files are still those that were there when a model was loaded."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import FlashError
@@ -12,6 +12,9 @@ class Identities:
 
     def __init__(self, paths: Iterable[Path]):
         self._files = {path: _identity(path) for path in paths}
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._files)
 
     def check(self) -> None:
         """Refuse what was read from a file that was written anew: it is another model.

@@ -96,7 +96,7 @@ def change_and_ask(trial, situation, change, within, disk, counts):
     trial.folder = own
     try:
         model = trial.load(situation)
-        path = next(iter(model.flash.layers[1].slots._files))
+        path = next(iter(model.flash.layers[1].slots.files))
         cache = make_prompt_cache(model)
         for tokens in (PROMPT, STEP):
             result = logits(model, tokens, cache)
