@@ -35,6 +35,7 @@ class Run:
     last_stats: Stats | None = None
     first_time: float = 0.0
     last_time: float = 0.0
+    held_bytes: int = 0
 
     def note(self, response: GenerationResponse, stats: Stats) -> None:
         """Take in one more response, and the counters as they are now."""
@@ -45,6 +46,8 @@ class Run:
             self.tokens.append(response.token)
         self.text += response.text
         self.last = response
+        held = mx.get_active_memory() + mx.get_cache_memory()
+        self.held_bytes = max(self.held_bytes, held)
 
 
 class Reported(Protocol):
@@ -63,7 +66,8 @@ class RunReport:
     Bytes are bytes, GB is 1e9, times are milliseconds for each new token: `io` is
     waiting for reads, `cache` the bookkeeping of slots, `compute` all the rest. The
     prompt and the first new token are apart from them. What could not be measured (a
-    run of one token has no time per token) is None.
+    run of one token has no time per token) is None. Freed buffers that MLX keeps count
+    as memory, as far as they were seen after a token.
     """
 
     unit: str
@@ -91,6 +95,7 @@ class RunReport:
     read_hidden_share: float | None = None
     early_precision: float | None = None
     hit_rate: float | None = None
+    waits_per_token: float | None = None
     predictor_recall: float | None = None
 
     @classmethod
@@ -105,7 +110,7 @@ class RunReport:
             predictor_bytes=budget.predictor_bytes,
             slot_bytes=budget.slot_bytes,
             memory_budget_bytes=budget.total_bytes,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=max(mx.get_peak_memory(), run.held_bytes if run else 0),
             peak_process_bytes=peak_process_bytes(),
             layers_from_flash=len(flash.layers),
             layers_total=len(manifest.layers),
@@ -146,6 +151,7 @@ class RunReport:
         self.read_hidden_share = decode.read_hidden_share
         self.early_precision = decode.early_precision
         self.hit_rate = decode.hit_rate
+        self.waits_per_token = decode.waits / steps
 
     def to_dict(self) -> dict[str, Any]:
         """The figures by name, as `generate --json` prints them."""
@@ -198,6 +204,8 @@ class RunReport:
             f"{ms['io']:.2f} I/O + {ms['cache']:.2f} cache + {ms['compute']:.2f} "
             "compute",
             flash,
+            f"waits       {self.waits_per_token:.1f} per token of the host for MLX, to "
+            "know what to read",
         ]
 
 

@@ -17,7 +17,6 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
-from ..memory.fence import evaluate
 from ..memory.slot_cache import Wave
 from .base import (
     FlashFFN,
@@ -93,8 +92,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         guess = None
         if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
             guess = self.guess_next(x, indices.shape[-1])
-        # The one point where the host waits for MLX: it must know what to read.
-        evaluate(indices, guess)
+        self.slots.wait_for(indices, guess)
         chosen = np.asarray(indices).reshape(len(x), -1)
         needed, K = chosen_units(indices), chosen.shape[-1]
         pairs = chosen.reshape(-1)

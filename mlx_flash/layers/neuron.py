@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..memory.fence import evaluate
 from ..memory.slot_cache import Wave
 from .base import chosen_units, each, join
 from .predictor import Predictor
@@ -57,7 +56,7 @@ class NeuronFFN(SlotFFN):
         chosen = keep = None
         if "predictor" in self:
             chosen = self.predictor(batches[last])
-            evaluate(chosen)
+            slots.wait_for(chosen)
             keep = np.flatnonzero(np.asarray(chosen[-1]))
         found: list[mx.array] = []
 
@@ -85,8 +84,7 @@ class NeuronFFN(SlotFFN):
     def decode(self, x: mx.array) -> mx.array:
         """The neurons that are predicted for each of a few tokens x [T, D]."""
         chosen, guess = self.predictor(x), self.guess_next(x)
-        # The one point where the host waits for MLX: it must know what to read.
-        evaluate(chosen, guess)
+        self.slots.wait_for(chosen, guess)
         needed = chosen_units(chosen)
 
         def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:

@@ -50,24 +50,34 @@ class Fence:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._held: Any = None
+        self._owner: object = None
 
-    def hold(self, result: Any) -> None:
+    def hold(self, result: Any, owner: object = None) -> None:
         """Start to compute `result` (arrays, a list of them, or None) and keep it.
 
         The one before is waited for first: until then somebody may hold what was made
-        of it, a KV cache for example.
+        of it, a KV cache for example. MLX computes `result` meanwhile.
+
+        Args:
+            owner: Whose slots it was computed from.
         """
         begin(result)
         self.settle()
-        self._held = result
+        self._held, self._owner = result, owner
 
-    def settle(self) -> None:
+    def settle(self, owner: object = None) -> None:
         """Wait until what is held was computed, and let go of it.
+
+        Args:
+            owner: Wait only for what was computed from the slots of this one, so that
+                the result of the layer before can go on being computed.
 
         Raises:
             RuntimeError: If MLX fails to compute it. It is let go of all the same:
                 it would fail for ever.
         """
+        if owner is not None and self._owner is not owner:
+            return
         try:
             mx.eval(self._held)
         except RuntimeError:

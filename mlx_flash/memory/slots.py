@@ -188,7 +188,7 @@ class UnitSlots:
             result = self._fold(waves, multiply, meanwhile)
             if finish is not None and result is not None:
                 result = finish(result)
-            self._fence.hold(result)
+            self._fence.hold(result, self)
             self._in_step = False
             return result
 
@@ -215,6 +215,14 @@ class UnitSlots:
             wave, ticket = following
         return total
 
+    def wait_for(self, *choices: Any) -> None:
+        """Have the choice of units computed: the host must know what to read.
+
+        The one point of a step at which MLX has nothing else to do meanwhile.
+        """
+        evaluate(*choices)
+        self.stats.waits += 1
+
     def read_early(self, units: np.ndarray) -> None:
         """Begin to read what the next step will probably ask for.
 
@@ -229,7 +237,7 @@ class UnitSlots:
             if busy or self._closed or self.holds_all:
                 return
             self._in_step = True
-            self._fence.settle()
+            self._fence.settle(self)
             since = time.perf_counter()
             missing, slots = self.cache.early(units.astype(np.intp, copy=False))
             self.stats.cache_s += time.perf_counter() - since
@@ -291,10 +299,12 @@ class UnitSlots:
             return None, None
         stats.hits += len(wave.units) - len(wave.missing)
         stats.misses += len(wave.missing)
-        evaluate(total)  # also before a wave of hits: it would pile up in memory
+        if total is not None:
+            evaluate(total)  # also before a wave of hits: it would pile up in memory
+            stats.waits_for_slots += 1
         if not len(wave.missing):
             return wave, None
-        self._fence.settle()
+        self._fence.settle(self)
         since = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
         stats.io_s += time.perf_counter() - since

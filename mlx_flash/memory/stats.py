@@ -16,6 +16,9 @@ class Stats:
     under way, `cache_s` the bookkeeping of slots. `early` units were read on a guess,
     of which `early_right` were needed. `swept_*` count neurons of prompt sweeps, where
     predictions can be compared with the truth because every neuron is computed anyway.
+    `waits` counts how often the host waited for MLX to know what to read, while MLX had
+    nothing else to do; `waits_for_slots` how often for slots that MLX still computed
+    from, behind which reads were under way.
     """
 
     hits: int = 0
@@ -27,6 +30,8 @@ class Stats:
     read_s: float = 0.0
     io_s: float = 0.0
     cache_s: float = 0.0
+    waits: int = 0
+    waits_for_slots: int = 0
     swept_active: int = 0
     swept_predicted: int = 0
 

@@ -1,12 +1,14 @@
 """What MLX allocates stays below the budget that a model was loaded with.
 
-Models of 38 to 50 MB in 60 % of that: far enough from everything for rounding to be
-nothing. What was there before a model is not counted, and neither is a draft model.
+Models of 38 to 50 MB, with MLX's cache of freed buffers left without any limit before
+they are loaded, which is worse than on Metal: the models have to limit it. What was
+there before a model is not counted, and neither is a draft model.
 """
 
 import gc
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from conftest import save_tokenizer
 from mlx_lm import batch_generate
@@ -92,7 +94,7 @@ def long_prompt(model, tokenizer, meter, draft):
 
 
 def many_tokens(model, tokenizer, meter, draft):
-    answer(model, tokenizer, meter, PROMPT[:8], 200)
+    answer(model, tokenizer, meter, PROMPT[:8], 300)
 
 
 def short_answer(model, tokenizer, meter, draft):
@@ -105,75 +107,56 @@ def batch_of_four(model, tokenizer, meter, draft):
     meter.look()
 
 
+def beyond_the_reserve(model, tokenizer, meter, draft):
+    steps = mlx_lm.stream_generate(model, tokenizer, PROMPT[:300], max_tokens=40)
+    for _ in steps:
+        meter.look()
+    assert model.flash.pool.division.kv_bytes > model.flash.budget.kv_bytes
+
+
 def with_a_draft(model, tokenizer, meter, draft):
     answer(model, tokenizer, meter, PROMPT[:100], 50, draft_model=draft)
 
 
 USES = load_alone, long_prompt, many_tokens, batch_of_four, with_a_draft
-# What is known to take more than the budget, as a share of it: (kind, use) → share
-# (mlx-lm reads the prompts of a batch in chunks of its own size; a predictor's choice
-# is gathered into arrays of ever other sizes, and MLX keeps the buffers of all).
-ABOVE_PEAK = {
-    ("neurons", "batch_of_four"): 1.27,
-    ("predicted neurons", "batch_of_four"): 1.34,
-    ("blocks", "batch_of_four"): 1.20,
-    ("experts in place", "batch_of_four"): 1.11,
-    ("converted experts", "batch_of_four"): 1.12,
-}
-ABOVE_CACHED = ABOVE_PEAK | {
-    ("predicted neurons", "long_prompt"): 1.31,
-    ("predicted neurons", "many_tokens"): 1.42,
-    ("predicted neurons", "with_a_draft"): 1.13,
-}
+BUDGETS = "50%", "60%", "90%"
 
 
-def cases(above):
-    """Every kind and use; those above the budget are expected to be."""
-    for name in KINDS:
-        for use in USES:
-            share = above.get((name, use.__name__))
-            reason = f"takes {share} of the budget"
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if share else []
-            yield pytest.param(name, use, marks=marks, id=f"{name}-{use.__name__}")
+@pytest.fixture(autouse=True)
+def endless_cache():
+    before = mx.set_cache_limit(1 << 40)
+    yield
+    assert mx.set_cache_limit(before) == 1 << 40  # the model has restored it
 
 
-@pytest.fixture(scope="module")
-def measured(folders):
-    """measured(kind, use) → (peak, peak with MLX's cache) as shares of the budget."""
-    known = {}
-
-    def measure(name, use):
-        if (name, use) not in known:
-            folder = folders(name)
-            draft = make_weights(LLAMA)
-            mx.eval(draft.parameters())
-            meter = Meter()
-            with mlx_flash.load(folder, "60%") as (model, tokenizer):
-                use(model, tokenizer, meter, draft)
-                meter.look()
-                total = model.flash.budget.total_bytes
-            shares = meter.peak_bytes / total, meter.cached_bytes / total
-            known[name, use] = shares
-            print(f"{name}, {use.__name__}: {shares[0]:.2f}, {shares[1]:.2f}")
-        return known[name, use]
-
-    return measure
+def judge(folder, use, memory, **options):
+    """(peak, peak with MLX's cache) as shares of the budget."""
+    draft = make_weights(LLAMA)
+    mx.eval(draft.parameters())
+    meter = Meter()
+    with mlx_flash.load(folder, memory, **options) as (model, tokenizer):
+        use(model, tokenizer, meter, draft)
+        meter.look()
+        total = model.flash.budget.total_bytes
+    shares = meter.peak_bytes / total, meter.cached_bytes / total
+    print(f"{folder.parent.name}, {use.__name__}, {memory}: {shares}")
+    return shares
 
 
-@pytest.mark.parametrize("name", ["neurons", "experts in place"])
-def test_a_short_answer_keeps_the_budget(name, measured):
-    assert max(measured(name, short_answer)) <= 1
+@pytest.mark.parametrize("name", ["predicted neurons", "experts in place"])
+def test_a_short_answer_keeps_the_budget(name, folders):
+    assert max(judge(folders(name), short_answer, "60%")) <= 1
+
+
+@pytest.mark.parametrize("name", ["blocks", "experts in place"])
+def test_a_conversation_beyond_the_reserve_keeps_the_budget(name, folders):
+    """Slots give way to keys and values, through mlx-lm's own loop."""
+    assert max(judge(folders(name), beyond_the_reserve, "60%", context=128)) <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, use", list(cases(ABOVE_PEAK)))
-def test_the_peak_keeps_the_budget(name, use, measured):
-    peak, _ = measured(name, use)
-    assert peak <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, use", list(cases(ABOVE_CACHED)))
-def test_the_cache_keeps_the_budget(name, use, measured):
-    _, cached = measured(name, use)
-    assert cached <= 1
+@pytest.mark.parametrize("memory", BUDGETS)
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_budget_is_kept(name, use, memory, folders):
+    assert max(judge(folders(name), use, memory)) <= 1

@@ -264,7 +264,9 @@ def test_a_neuron_layer_copies_no_rows(emulator, bench, T):
     bench.close()
     assert np.abs(np.array(y) - expected).max() < 1e-5 * np.abs(expected).max()
     into, out = emulator.calls[-2:]
-    assert into["name"] == "flash_rows_into" and into["output_shapes"] == [(T, 3 * T + 1)]
+    assert into["name"] == "flash_rows_into" and into["output_shapes"] == [
+        (T, 3 * T + 1)
+    ]
     # The weights are the slots, all of them, and not as many as were chosen (which are
     # rounded up to pairs here).
     assert into["shapes"][1] == out["shapes"][1] == (22, 16)
