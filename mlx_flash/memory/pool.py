@@ -159,14 +159,15 @@ class Pool:
         assert self._layers is not None
         budget, footprint = self.budget, self._footprint
         kv_bytes = max(division.kv_bytes, self.division.kv_bytes)
-        self.division = replace(division, tokens=0)
-        now = [layer.n_slots for layer in self._layers]
-        slot_bytes = max(bytes_of_slots(n, footprint) for n in (now, division.slots))
         weights = footprint.fixed_bytes - footprint.kv_bytes
-        spare = max(budget.total_bytes - weights - kv_bytes - slot_bytes, 0)
-        order = sorted(range(len(now)), key=lambda i: division.slots[i] - now[i])
+        room = budget.total_bytes - weights - kv_bytes
+        self.division = replace(division, tokens=0)
+        slots = [layer.n_slots for layer in self._layers]
+        order = sorted(range(len(slots)), key=lambda i: division.slots[i] - slots[i])
         for i in order:
-            self._layers[i].resize(division.slots[i], spare)
+            slots[i] = division.slots[i]
+            spare = room - bytes_of_slots(slots, footprint)
+            self._layers[i].resize(slots[i], max(spare, 0))
         mx.clear_cache()
         self.division = division
 
