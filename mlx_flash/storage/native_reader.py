@@ -26,9 +26,9 @@ class NativeReader(Reader):
 
     def _register(self, source: Source) -> Any:
         extents, parts = b"", b""
-        for extent, (fd, align) in zip(source.extents, source.descriptors, strict=True):
-            facts = fd, align, extent.offset, extent.stride, len(extent.parts)
-            extents += struct.pack("=5q", *facts)
+        for extent, opened in zip(source.extents, source.opened, strict=True):
+            facts = *opened, extent.offset, extent.stride, len(extent.parts)
+            extents += struct.pack("=6q", *facts)
             for index, offset, size in extent.parts:
                 rows = address(source.slots[index])
                 parts += struct.pack("=Q2q", rows, offset, size)
