@@ -27,6 +27,7 @@ from .memory.stats import Stats
 from .run_report import Run, RunReport
 from .storage.limits import PAGE_BYTES
 from .storage.manifest import Manifest
+from .storage.open_files import allow_open_files
 from .storage.reader import Reader, open_reader
 from .traces.curves import by_trace
 
@@ -182,6 +183,7 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     """
     wanted = LoadOptions(**options)
     folder = find_model(path, checkpoint=can_stream)
+    allow_open_files(len(list(folder.rglob("*.safetensors"))))
     parts = assemble(folder, wanted.predictor)
     policy = _policy(wanted, parts.kind)
     budget = _budget(memory, parts, folder, policy, wanted)

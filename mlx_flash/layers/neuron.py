@@ -105,7 +105,7 @@ class NeuronFFN(SlotFFN):
         """
         slots = self.slots
         if 2 * len(wave.slots) <= slots.n_slots:
-            return mx.array(wave.slots), mx.array(wave.units), None
+            return mx.array(wave.slots, mx.uint32), mx.array(wave.units), None
         wanted = np.zeros(slots.n_slots, bool)
         wanted[wave.slots] = True
         units = mx.array(np.maximum(slots.cache.unit_of, 0))
