@@ -24,6 +24,7 @@ from .memory.footprint import Footprint
 from .memory.policies import Lrfu, Lru, Window
 from .memory.slots import CLOSED, UnitSlots
 from .memory.stats import Stats
+from .memory.system import check_gpu_memory
 from .run_report import Run, RunReport
 from .storage.limits import PAGE_BYTES
 from .storage.manifest import Manifest
@@ -235,7 +236,10 @@ def _budget(
     divide: Divide | None = None
     if options.trace is not None:
         divide = by_trace(Path(options.trace), parts.manifest, policy)
-    return make_budget(memory, footprint, folder, divide, least_context)
+    budget = make_budget(memory, footprint, folder, divide, least_context)
+    # Who gives more than the model can use, does no harm with it.
+    check_gpu_memory(min(budget.total_bytes, footprint.most_bytes))
+    return budget
 
 
 def _attach_slots(flash: Flash, parts: Assembled, policy: Lru, overlap: bool) -> None:

@@ -1,7 +1,7 @@
 """What a process of its own holds while it generates or converts.
 
 `generate` and `convert` start this module again as a process; growth is what the
-resident memory of that process rises, at its peak, above what Python and the libraries
+memory of that process rises, at its peak, above what Python and the libraries
 take once they are imported.
 """
 
@@ -14,27 +14,25 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from ..converters.convert import convert as convert_here
-from ..memory.system import peak_process_bytes
+from ..memory.system import peak_process_bytes, process_bytes
 from .decode import run_model
 from .process import print_result, run_module
 from .report import Row
 
 
 class Watch(threading.Thread):
-    """The resident memory of this process, fifty times a second, and its peak."""
+    """The memory of this process, fifty times a second, and its peak."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.process = psutil.Process()
         self.sizes: list[int] = []  # after each token
         self.peak = 0
         self.stopped = threading.Event()
 
     def now(self) -> int:
-        size = self.process.memory_info().rss
+        size = process_bytes()
         self.peak = max(self.peak, size)
         return size
 
