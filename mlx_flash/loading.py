@@ -21,11 +21,13 @@ from .layers.kinds import UnitKind
 from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
 from .memory.fence import Fence
 from .memory.footprint import Footprint
+from .memory.page_cache import use_page_cache
 from .memory.policies import Lrfu, Lru, Window
 from .memory.slots import CLOSED, UnitSlots
 from .memory.stats import Stats
 from .memory.system import check_gpu_memory
 from .run_report import Run, RunReport
+from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.manifest import Manifest
 from .storage.open_files import allow_open_files
@@ -53,7 +55,8 @@ class LoadOptions:
         overlap: Read what a layer lacks while MLX multiplies what is there.
         look_ahead: Read also what the next layer will probably need, judged by this
             layer's input.
-        page_cache: Leave the operating system's cache on for reads.
+        page_cache: Let the operating system cache what is read: "on" or True, "off" or
+            False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
             would have had on it, instead of the same share each.
@@ -65,7 +68,7 @@ class LoadOptions:
     context: int | None = None
     overlap: bool = True
     look_ahead: bool = False
-    page_cache: bool = False
+    page_cache: bool | str = "auto"
     native: bool | None = None
     trace: str | Path | None = None
 
@@ -81,6 +84,8 @@ class Flash:
         vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
         run: The last generation, for `report`.
+        cached_share: Of the files on flash, what reads could find in memory when the
+            model was loaded: 0 is cold, None unknown.
     """
 
     def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
@@ -93,6 +98,7 @@ class Flash:
         self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None
+        self.cached_share: float | None = None
         self.closed = False
         self._reader = reader
         self._fence = Fence()
@@ -197,19 +203,28 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
             f"The weights of {folder} cannot be read: {reason_of(error)}. Check the "
             "disk, then download or convert the model again."
         ) from error
+    through = use_page_cache(
+        wanted.page_cache,
+        parts.manifest.layers,
+        budget.slots,
+        budget.total_bytes,
+        parts.kind.worth_caching,
+    )
     reader = open_reader(
         READ_THREADS,
-        direct=not wanted.page_cache,
+        direct=not through,
         native=wanted.native,
         max_gap_bytes=GAP_BYTES,
     )
     flash = Flash(parts, folder, budget, reader)
+    files = {extent.path for extents in parts.extents for extent in extents}
     try:
+        flash.cached_share = cached_before(files, not through)
         _attach_slots(flash, parts, policy, wanted.overlap)
     except BaseException:
         flash.close()
         raise
-    if not (reader.direct or wanted.page_cache):
+    if not (reader.direct or through):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
             "page cache, so timings are not those of the disk.",

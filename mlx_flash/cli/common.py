@@ -46,6 +46,17 @@ def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     return find_model(model, checkpoint=can_stream), memory or "auto"
 
 
+page_cache_option = click.option(
+    "--page-cache",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    is_flag=False,
+    flag_value="on",
+    help="Let the system cache what is read: auto, where memory is free for it.",
+)
+
+
 def sampling_options(temp: float, seed: int | None) -> Callable:
     """--temp and --seed with these defaults."""
 

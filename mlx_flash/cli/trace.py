@@ -5,7 +5,12 @@ from pathlib import Path
 import click
 
 from ..errors import FlashError
-from .common import chosen_model, run_options, sampling_options
+from .common import (
+    chosen_model,
+    page_cache_option,
+    run_options,
+    sampling_options,
+)
 
 
 @click.command()
@@ -31,7 +36,8 @@ from .common import chosen_model, run_options, sampling_options
     help="New tokens, or tokens of the text.  [default: 100; of a text 1024]",
 )
 @sampling_options(temp=0.7, seed=0)
-def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
+@page_cache_option
+def trace(prompt, text, output, model, memory, max_tokens, temp, seed, page_cache):
     """Record the neurons or experts that a run asks for, for `replay`.
 
     \b
@@ -42,7 +48,7 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     if (prompt is None) == (text is None):
         raise click.UsageError("Give either a PROMPT or --text FILE.")
     words = None if text is None else _read(text)
-    recorded = _record(prompt, words, model, memory, max_tokens, temp, seed)
+    recorded = _record(prompt, words, model, memory, max_tokens, temp, seed, page_cache)
     recorded.save(output)
     steps = len(recorded.tokens[0]) - recorded.warm[0]
     click.echo(
@@ -53,7 +59,7 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed):
     )
 
 
-def _record(prompt, words, model, memory, max_tokens, temp, seed):
+def _record(prompt, words, model, memory, max_tokens, temp, seed, page_cache):
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -63,13 +69,15 @@ def _record(prompt, words, model, memory, max_tokens, temp, seed):
 
     folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder)
+    options = {"page_cache": page_cache}
     if words is not None:
-        with load_model(folder, memory, context=PIECE_TOKENS) as (network, _):
+        options["context"] = PIECE_TOKENS
+        with load_model(folder, memory, **options) as (network, _):
             return record_text(network, tokenizer, words, max_tokens or 1024)
     tokens = encode_prompt(tokenizer, prompt)
     max_tokens = max_tokens or 100
-    context = context_for(folder, len(tokens), max_tokens)
-    with load_model(folder, memory, context=context) as (network, _):
+    options["context"] = context_for(folder, len(tokens), max_tokens)
+    with load_model(folder, memory, **options) as (network, _):
         mx.random.seed(seed)  # after loading, which draws numbers, too
         sampler = make_sampler(temp)
         return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)

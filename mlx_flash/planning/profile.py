@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import FlashError
 from ..storage.typed_json import from_json
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 SHIPPED = Path(__file__).parent / "profiles"
 # From this length on a random read is taken to be as fast as reading in order.
 LONG_READ_BYTES = 8 << 20
@@ -29,6 +29,16 @@ class FlashPoint:
     threads: int
     bytes_per_s: float
     reads_per_s: float
+
+
+@dataclass(frozen=True)
+class BufferedPoint:
+    """The same reads through the page cache: of what it does not have, and has."""
+
+    block_bytes: int
+    threads: int
+    cold_bytes_per_s: float
+    warm_bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class Profile:
         cold: Whether the flash figures are surely those of the flash.
         notes: What a reader of the figures has to know.
         memory_bytes: Of the machine.
-        flash: Random reads.
+        flash: Random reads, around the page cache.
+        buffered: Some of them through it; none where nobody measured that.
         sequential_bytes_per_s: Reading a file in order.
         memory_bytes_per_s: Copying, read and written bytes both counted.
         rates: Of multiplications.
@@ -79,6 +90,7 @@ class Profile:
     notes: tuple[str, ...]
     memory_bytes: int
     flash: tuple[FlashPoint, ...]
+    buffered: tuple[BufferedPoint, ...]
     sequential_bytes_per_s: float
     memory_bytes_per_s: float
     rates: tuple[Rate, ...]
@@ -215,12 +227,14 @@ def _check(profile: Profile, path: Path) -> None:
     """Every rate is divided by: it must be a positive number."""
     rates = {
         "flash": [n for p in profile.flash for n in dataclasses.astuple(p)],
+        "buffered": [n for p in profile.buffered for n in dataclasses.astuple(p)],
         "rates": [n for r in profile.rates for n in (r.bytes_per_s, r.flops_per_s)],
         "sequential_bytes_per_s": [profile.sequential_bytes_per_s],
         "memory_bytes_per_s": [profile.memory_bytes_per_s],
     }
     for name, values in rates.items():
-        if not values or not all(0 < n < math.inf for n in values):
+        missing = not values and name != "buffered"
+        if missing or not all(0 < n < math.inf for n in values):
             raise FlashError(
                 f"{path}: {name} must hold numbers above zero. Measure again: "
                 "mlx-flash probe"

@@ -8,7 +8,7 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,6 +84,26 @@ def cached_share(path: str | Path) -> float | None:
             return None
     # Bit 0 is "in memory"; macOS keeps other facts in the higher ones.
     return float((np.frombuffer(bytes(flags), np.uint8) & 1).mean())
+
+
+def cached_before(paths: Iterable[Path], direct: bool) -> float | None:
+    """The share of files that reads can find in memory; None: unknown.
+
+    Args:
+        direct: Whether they go around the page cache. Linux then asks the disk
+            whatever is in memory; macOS takes what is there.
+    """
+    if direct and sys.platform != "darwin":
+        return 0.0
+    cached, total = 0.0, 0
+    for path in paths:
+        size = os.path.getsize(path)
+        share = cached_share(path)
+        if share is None:
+            return None
+        cached += share * size
+        total += size
+    return cached / total if total else None
 
 
 def drop_cached(path: str | Path) -> None:

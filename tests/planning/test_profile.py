@@ -105,9 +105,10 @@ def test_shipped_profile_names_its_source():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"profile_version": 2}, "version 1 .found 2"),
+        ({"profile_version": 1}, "version 2 .found 1"),
         ({"profile_version": None}, "found None"),
         ({"flash": []}, "flash must hold numbers above zero"),
+        ({"buffered": 7}, "profile.buffered must be a list"),
         ({"rates": []}, "rates must hold numbers above zero"),
         ({"sequential_bytes_per_s": 0}, "sequential_bytes_per_s must hold"),
         ({"memory_bytes_per_s": math.inf}, "memory_bytes_per_s must hold"),
