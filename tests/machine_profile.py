@@ -12,7 +12,7 @@ def point(block_bytes, threads, bytes_per_s):
 
 
 PROFILE = Profile(
-    profile_version=2,
+    profile_version=1,
     device="a test",
     os="none",
     source="made up",
@@ -25,7 +25,6 @@ PROFILE = Profile(
         point(4096, 16, 4e8),
         point(65536, 16, 16e8),
     ),
-    buffered=(),
     sequential_bytes_per_s=3.2e9,
     memory_bytes_per_s=1e11,
     rates=(

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import FlashError
 from ..storage.typed_json import from_json
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
 # From this length on a random read is taken to be as fast as reading in order.
 LONG_READ_BYTES = 8 << 20
@@ -72,7 +72,6 @@ class Profile:
         notes: What a reader of the figures has to know.
         memory_bytes: Of the machine.
         flash: Random reads, around the page cache.
-        buffered: Some of them through it; none where nobody measured that.
         sequential_bytes_per_s: Reading a file in order.
         memory_bytes_per_s: Copying, read and written bytes both counted.
         rates: Of multiplications.
@@ -80,6 +79,7 @@ class Profile:
         cache_layer_s, cache_slot_s: Bookkeeping of a layer and of each slot of it.
         copy_bytes_per_s: At which read units are moved to their place; 0 where they
             are read straight into it, as mlx-flash does.
+        buffered: Some random reads through the page cache; none in older profiles.
     """
 
     profile_version: int
@@ -90,7 +90,6 @@ class Profile:
     notes: tuple[str, ...]
     memory_bytes: int
     flash: tuple[FlashPoint, ...]
-    buffered: tuple[BufferedPoint, ...]
     sequential_bytes_per_s: float
     memory_bytes_per_s: float
     rates: tuple[Rate, ...]
@@ -98,6 +97,7 @@ class Profile:
     cache_layer_s: float
     cache_slot_s: float
     copy_bytes_per_s: float
+    buffered: tuple[BufferedPoint, ...] = ()
 
     def read_bytes_per_s(self, block_bytes: float, threads: float) -> float:
         """Throughput of random reads, interpolated between the measured points.
