@@ -34,14 +34,14 @@ class UnitKind:
         activation: What the manifest says of the non-linearity where nothing is known.
         same_dtypes: Whether bundles have the model's dtype, whatever they came from.
         worth_caching: Reads go through the page cache where it can hold this share of
-            what the slots do not: measured, see docs/experiments.md.
+            the layers that are not held whole: measured, see docs/experiments.md.
     """
 
     name: str
     policy = "lru"
     activation = "module"
     same_dtypes = False
-    worth_caching = 0.75
+    worth_caching = 0.5
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The FFN modules that can go to flash, by path, in the order of the layers."""

@@ -31,7 +31,9 @@ def use_page_cache(
         layers: Of the model.
         slots: The number of slots of each layer.
         budget_bytes: All that the model will take by itself.
-        worthwhile: Enough: this share of the bytes that the slots do not hold.
+        worthwhile: Enough: this share of the layers that slots do not hold whole. What
+            the slots hold of these counts, too: units take turns in them, and all go
+            through the page cache in the end.
 
     Raises:
         FlashError: If there is no such setting.
@@ -42,9 +44,10 @@ def use_page_cache(
         raise FlashError(f"page_cache is {setting!r}. Try auto, on or off.")
     if setting != "auto":
         return setting == "on"
-    on_flash = sum(
-        (layer.units - n) * layer.unit_bytes
+    streamed = sum(
+        layer.units * layer.unit_bytes
         for layer, n in zip(layers, slots, strict=True)
+        if n < layer.units
     )
     free = (1 - KEPT_BACK) * psutil.virtual_memory().available
-    return on_flash > 0 and free - budget_bytes >= worthwhile * on_flash
+    return streamed > 0 and free - budget_bytes >= worthwhile * streamed

@@ -38,11 +38,17 @@ def auto(slots=(5 * 10**6,) * 2, budget=12 * GB, worthwhile=0.5):
 def test_free_memory_beyond_the_budget_decides(free):
     free(32 * GB)
     assert auto()
-    free(19 * GB)  # 17.1 of them, less 12, hold half of the other 10
+    free(25 * GB)  # 22.5 of them, less 12, hold half of the 20 on flash
     assert auto()
-    free(18 * GB)
+    free(24 * GB)
     assert not auto()
     assert auto(worthwhile=0.3)
+    assert not auto(worthwhile=1.0)
+
+
+def test_layers_that_are_held_whole_want_no_cache(free):
+    free(24 * GB)
+    assert auto(slots=(10**7, 10**6))
 
 
 def test_a_model_held_whole_is_read_once(free):

@@ -1,4 +1,4 @@
-"""Direct reads into several buffers, by the rule of macOS, tried on Linux.
+"""How files are opened and read: into several buffers by the rule of macOS, on Linux.
 
 XNU ends a device read at every buffer that does not begin and end on a page of 16 KiB.
 A read into several buffers then goes straight into the slots only where all of them do;
@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mlx_flash.storage import limits, native_reader
+from mlx_flash.storage import direct_io, limits, native_reader
 
 KIB = 1 << 10
 HERE = Path(__file__).parent
@@ -145,3 +146,26 @@ def test_one_buffer_is_straight_on_a_small_page(landed):
 def test_the_large_page_is_the_rule_of_macos():
     expected = 16384 if sys.platform == "darwin" else 4096
     assert limits.SCATTER_BYTES == expected
+
+
+def test_reads_through_the_page_cache_ask_for_nothing_more(tmp_path, monkeypatch):
+    """What comes along would push out of the cache what is asked for again."""
+    path, advised = tmp_path / "file", []
+    path.write_bytes(bytes(4096))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: advised.append(given))
+    fd, direct = direct_io.open_uncached(path, False)
+    os.close(fd)
+    assert not direct and advised == [(fd, 0, 0, os.POSIX_FADV_RANDOM)]
+
+
+def test_on_macos_too(tmp_path, monkeypatch):
+    path, commands = tmp_path / "file", []
+    path.write_bytes(bytes(4096))
+    monkeypatch.setattr(direct_io, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(direct_io.fcntl, "fcntl", lambda *given: commands.append(given))
+    for through, wanted in ((True, [(45, 0)]), (False, [(45, 0), (48, 1)])):
+        fd, direct = direct_io.open_uncached(path, not through)
+        os.close(fd)
+        assert direct is not through
+        assert sorted(given[1:] for given in commands) == wanted
+        commands.clear()
