@@ -3,13 +3,13 @@
 import json
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from click.testing import CliRunner
 
 from mlx_flash.cli import main
 from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_model
+from mlx_flash.memory import page_cache
 from mlx_flash.memory.page_cache import use_page_cache
 from mlx_flash.storage import direct_io
 from mlx_flash.storage.manifest import Layer, Part
@@ -24,8 +24,9 @@ def free(monkeypatch):
     """free(bytes): what the machine has available."""
 
     def pretend(nbytes):
-        facts = SimpleNamespace(available=nbytes, total=64 * GB)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: facts)
+        facts = SimpleNamespace(available=nbytes)
+        stand_in = SimpleNamespace(virtual_memory=lambda: facts)
+        monkeypatch.setattr(page_cache, "psutil", stand_in)
 
     return pretend
 
