@@ -1,5 +1,8 @@
-# A fresh machine needs Python 3.11 or later and nothing else.
-PYTHON ?= python3
+# A fresh machine needs Python 3.11 to 3.14 and nothing else. macOS's own is 3.9.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+NAMES := python3 python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(shell for name in $(NAMES); do \
+	if $$name -c "$(FITS)" >/dev/null 2>&1; then echo $$name; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -21,6 +24,10 @@ lint: $(VENV)/.tests
 	$(BIN)/mypy
 
 $(VENV)/bin/pip:
+	@$(or $(PYTHON),false) -c "$(FITS)" >/dev/null 2>&1 || { echo "mlx-flash needs" \
+	"Python 3.11 to 3.14 with venv. Install one (macOS: brew install python@3.13;" \
+	"Debian: apt install python3-venv), or name yours: make PYTHON=/path/to/python3" \
+	>&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml setup.py $(wildcard mlx_flash/storage/_read*.[ch])

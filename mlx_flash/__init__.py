@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ._version import __version__
 from .errors import FlashError, NotEnoughMemory
+from .storage.open_files import check_limit
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -28,6 +29,10 @@ __all__ = ["DEMO_MODEL", "FlashError", "NotEnoughMemory", "__version__", *_LAZY]
 
 def __getattr__(name: str):
     if name in _LAZY:
-        module = importlib.import_module(f".{_LAZY[name]}", __name__)
+        try:
+            module = importlib.import_module(f".{_LAZY[name]}", __name__)
+        except ValueError:
+            check_limit()  # which says in one line what mlx-lm failed at
+            raise
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

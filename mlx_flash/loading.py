@@ -6,7 +6,6 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 """
 
 import sys
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,19 @@ from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
 from .errors import FlashError, reason_of
-from .layers.base import FlashFFN
+from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
-from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
-from .memory.fence import Fence
+from .memory.budget import LEAST_CONTEXT, Divide, make_budget
 from .memory.footprint import Footprint
-from .memory.mlx_limits import LimitShare
+from .memory.page_cache import use_page_cache
 from .memory.policies import Lrfu, Lru, Window
 from .memory.pool import Pool
-from .memory.slots import CLOSED, UnitSlots
-from .memory.stats import Stats
-from .run_report import Run, RunReport
+from .memory.slots import UnitSlots
+from .memory.system import check_gpu_memory
+from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
-from .storage.manifest import Manifest
-from .storage.reader import Reader, open_reader
+from .storage.open_files import allow_open_files
+from .storage.reader import open_reader
 from .traces.curves import by_trace
 
 DEFAULT_CONTEXT = 2048
@@ -56,7 +54,8 @@ class LoadOptions:
         overlap: Read what a layer lacks while MLX multiplies what is there.
         look_ahead: Read also what the next layer will probably need, judged by this
             layer's input.
-        page_cache: Leave the operating system's cache on for reads.
+        page_cache: Let the operating system cache what is read: "on" or True, "off" or
+            False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
             would have had on it, instead of the same share each.
@@ -71,80 +70,10 @@ class LoadOptions:
     context: int | None = None
     overlap: bool = True
     look_ahead: bool = False
-    page_cache: bool = False
+    page_cache: bool | str = "auto"
     native: bool | None = None
     trace: str | Path | None = None
     check: str = "sample"
-
-
-class Flash:
-    """What a loaded model has on flash, as `model.flash`.
-
-    Attributes:
-        folder, manifest, kind: Where it lies, what it is, and its unit kind.
-        budget: How its memory was divided.
-        pool: How it is divided at the moment.
-        layers: Its FFNs on flash.
-        positions: How many the model has, None if it has no limit.
-        vocabulary: Tokens it knows: ids from 0 on.
-        stats: Counters since it was loaded.
-        run: The last generation, for `report`.
-    """
-
-    def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
-        self.folder = folder
-        self.manifest: Manifest = parts.manifest
-        self.kind: UnitKind = parts.kind
-        self.budget = budget
-        self.layers: list[FlashFFN] = parts.layers
-        self.positions: int | None = parts.config.get("max_position_embeddings")
-        self.vocabulary = parts.shapes.vocabulary
-        self.stats = Stats()
-        self.run: Run | None = None
-        self.closed = False
-        self._reader = reader
-        self._fence = Fence()
-        self.pool: Pool | None = None  # there once the layers have slots
-        self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
-        weakref.finalize(self, self.limits.release).atexit = False
-
-    @property
-    def direct_io(self) -> bool:
-        """Whether reads go past the operating system's page cache."""
-        return self._reader.direct
-
-    def report(self) -> RunReport:
-        """The figures of the last generation; `str` of it is a text for a person."""
-        return RunReport.of(self)
-
-    def close(self) -> None:
-        """End the reader's threads, close its files, let go of the slots.
-
-        A step that another thread is in ends first; its next one raises a FlashError.
-        """
-        with self._fence.lock:
-            self.closed = True
-            for layer in self.layers:
-                layer.detach()
-            if self.pool is not None:
-                self.pool.close()
-            self._reader.close()
-            self.limits.release()
-
-    def check_open(self) -> None:
-        """Raise a FlashError if the model was closed."""
-        if self.closed:
-            raise FlashError(CLOSED)
-
-
-class Loaded(tuple):
-    """What `load` returns: unpack it, or use it in `with` to close it at the end."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self[0].flash.close()
 
 
 def load(
@@ -199,6 +128,7 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     """
     wanted = LoadOptions(**options)
     folder = find_model(path, checkpoint=can_stream)
+    allow_open_files(len(list(folder.rglob("*.safetensors"))))
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
@@ -206,23 +136,34 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     footprint, divide = _needs(parts, policy, wanted)
     least_context = None if wanted.context else LEAST_CONTEXT
     budget = make_budget(memory, footprint, folder, divide, least_context)
+    # Who gives more than the model can use, does no harm with it.
+    check_gpu_memory(min(budget.total_bytes, footprint.most_bytes))
 
+    through = use_page_cache(
+        wanted.page_cache,
+        parts.manifest.layers,
+        budget.slots,
+        budget.total_bytes,
+        parts.kind.worth_caching,
+    )
     reader = open_reader(
         READ_THREADS,
-        direct=not wanted.page_cache,
+        direct=not through,
         native=wanted.native,
         max_gap_bytes=GAP_BYTES,
     )
     flash = Flash(parts, folder, budget, reader)
+    files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()
         _read_resident(parts, folder)
+        flash.cached_share = cached_before(files, not through)
         slots = _attach_slots(flash, parts, policy, wanted.overlap)
     except BaseException:
         flash.close()
         raise
     flash.pool = Pool(budget, footprint, slots, flash._fence.lock, divide)
-    if not (reader.direct or wanted.page_cache):
+    if not (reader.direct or through):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
             "page cache, so timings are not those of the disk.",

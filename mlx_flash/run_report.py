@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
 
+COLD = 0.01  # of the files in memory, at most
+
+
 @dataclass
 class Run:
     """What one generation did, kept up to date while it runs.
@@ -51,12 +54,16 @@ class Run:
 
 
 class Reported(Protocol):
-    """What a report is made from: `loading.Flash` is one."""
+    """What a report is made from: `flash.Flash` is one."""
 
     manifest: Manifest
     budget: Budget
     layers: list
     run: Run | None
+    cached_share: float | None
+
+    @property
+    def direct_io(self) -> bool: ...
 
 
 @dataclass
@@ -68,6 +75,9 @@ class RunReport:
     prompt and the first new token are apart from them. What could not be measured (a
     run of one token has no time per token) is None. Freed buffers that MLX keeps count
     as memory, as far as they were seen after a token.
+
+    `page_cache` is whether reads went through the page cache, `cached_share` what of
+    the files they could find in memory when the model was loaded: 0 is cold.
     """
 
     unit: str
@@ -81,6 +91,8 @@ class RunReport:
     layers_from_flash: int
     layers_total: int
     layers_held_whole: int
+    page_cache: bool
+    cached_share: float | None
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prompt_tokens_per_s: float | None = None
@@ -118,6 +130,8 @@ class RunReport:
                 n == layer.units
                 for n, layer in zip(budget.slots, manifest.layers, strict=True)
             ),
+            page_cache=not flash.direct_io,
+            cached_share=flash.cached_share,
         )
         if run is None or last is None or run.last_stats is None:
             return report
@@ -178,12 +192,23 @@ class RunReport:
             f"{self.peak_process_bytes / 1e6:.0f} MB)",
             f"layers      {self.layers_from_flash} of {self.layers_total} FFN layers "
             f"from flash, {self.layers_held_whole} of them held whole",
+            self._reads_line(),
         ]
         if self.predictor_recall:
             lines.append(
                 f"predictor   found {self.predictor_recall:.1%} of the active neurons"
             )
         return "\n".join(lines)
+
+    def _reads_line(self) -> str:
+        line = (
+            f"reads       {'through' if self.page_cache else 'around'} the page cache"
+        )
+        if self.cached_share is None:
+            return line + ", cold or warm is not known"
+        if self.cached_share < COLD:
+            return line + ", cold"
+        return line + f", {self.cached_share:.0%} of the files were in memory before"
 
     def _decoding_lines(self) -> list[str]:
         ms, speed = self.ms_per_token, self.read_gb_per_s

@@ -16,6 +16,7 @@ ROWS = (
     ("checkpoints",),
     ("assembly",),
     ("run_report", "chunks"),
+    ("flash",),
     ("loading",),
     ("generation",),
     ("inspection", "server", "tracing"),

@@ -564,5 +564,5 @@ def test_ctrl_c_ends_it(folder, tmp_path, busy):
             received(connection)
     lines = log.read_text().splitlines()
     assert len(lines) == 1
-    for word in ("Serving", f"http://127.0.0.1:{port}/v1", str(folder), "MB"):
+    for word in ("Serving", f"http://127.0.0.1:{port}/v1", str(folder), "MB", "cache."):
         assert word in lines[0]

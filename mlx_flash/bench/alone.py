@@ -1,7 +1,7 @@
 """What a process of its own holds while it generates or converts.
 
-Growth is what the resident memory of that process rises, at its peak, above what Python
-and the libraries take once they are imported.
+Growth is what the memory of that process rises, at its peak, above what Python and the
+libraries take once they are imported.
 """
 
 import time
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from ..converters.convert import convert as convert_here
 from ..memory.system import peak_process_bytes
@@ -49,12 +48,11 @@ def convert(source: Path, target: Path, **options) -> dict:
 
 def _generate(**options) -> dict:
     mx.eval(mx.zeros((64, 64)) @ mx.zeros((64, 64)))  # part of the baseline
-    process = psutil.Process()
-    baseline = process.memory_info().rss
+    baseline = process_bytes()
     sizes: list[int] = []  # before each token
 
     def note() -> None:
-        sizes.append(process.memory_info().rss)
+        sizes.append(process_bytes())
 
     row = run_model(**options, prepare=lambda model: note)
     peak = peak_process_bytes()

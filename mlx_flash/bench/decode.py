@@ -76,6 +76,7 @@ def run_model(
     greedy: bool = False,
     warm_up: int = 0,
     prepare: Callable[[nn.Module], Callable[[], object]] | None = None,
+    page_cache: str = "off",
     **options,
 ) -> Row:
     """Load a model, read a prompt of random tokens, generate, close.
@@ -87,11 +88,14 @@ def run_model(
         tokens: New tokens that count, after `warm_up` others.
         greedy: Take the likeliest token instead of a random one.
         prepare: Makes `before_token`, as `decode` takes it, of the loaded model.
+        page_cache: Off by default: then every run reads the flash, and none the cache
+            that an earlier one filled.
         options: As `load_model` takes them.
 
     Returns:
         The row of the tokens that count; its memory is what MLX allocated.
     """
+    options |= {"page_cache": page_cache}
     # Two more: the first token and the one that is computed ahead.
     context = prompt_tokens + warm_up + tokens + 2
     begin = time.perf_counter()

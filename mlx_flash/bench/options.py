@@ -64,6 +64,11 @@ OptShape = Annotated[
 ]
 OptVocab = Annotated[int, click.IntRange(8), {"hidden": True}]
 DenseTokens = Annotated[Count, "Of naive and hybrid, which read gigabytes for each."]
+PageCache = Annotated[
+    str,
+    click.Choice(["auto", "on", "off"]),
+    "Let the system cache what is read, or read the flash itself.",
+]
 OPT_6_7B = "32x4096x16384"
 OPT_VOCAB = 50272
 VOCABULARY = 2048  # of models whose embeddings do not matter

@@ -47,7 +47,8 @@ def run(
         folder = stack.enter_context(model_or_opt(model, None, wanted, memory))
         models: dict[str, nn.Module] = {}
         for name, options in ROWS.items():
-            loaded = load_model(folder, memory, context=tokens + WARM, **options)
+            options = {"context": tokens + WARM, "page_cache": "off"} | options
+            loaded = load_model(folder, memory, **options)
             models[name], config = stack.enter_context(loaded)
         turns = Turns(models, WARM)
         rng = np.random.default_rng(0)

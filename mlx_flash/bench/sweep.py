@@ -7,7 +7,7 @@ import click
 from .. import DEMO_MODEL
 from ..errors import FlashError
 from .decode import run_model
-from .options import Budgets, Count, DemoModel
+from .options import Budgets, Count, DemoModel, PageCache
 from .report import Column, Report, Row, cache_state, progress
 
 COLUMNS = [
@@ -36,6 +36,7 @@ def run(
     tokens: Annotated[int, click.IntRange(2)] = 32,
     prompt_tokens: Count = 32,
     repeats: Count = 2,
+    page_cache: PageCache = "off",
 ) -> Report:
     """Tokens/s, bytes per token and hit rate over memory budgets.
 
@@ -51,7 +52,15 @@ def run(
         if budget in errors:
             continue
         try:
-            run = run_model(budget, model, budget, prompt_tokens, tokens, greedy=True)
+            run = run_model(
+                budget,
+                model,
+                budget,
+                prompt_tokens,
+                tokens,
+                greedy=True,
+                page_cache=page_cache,
+            )
             found[budget].append(run)
         except FlashError as error:
             errors[budget] = str(error)

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from ..errors import FlashError, reason_of
 from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
+from ..storage.open_files import allow_open_files
 from ..storage.safetensors import read_header
 from .config import read_config
 from .weight_format import main_dtype
@@ -69,6 +70,7 @@ def load_stock(folder: Path) -> Stock:
     read_config(folder)
     # Before MLX loads them, which would read past the end of a cut file.
     places = _places(folder)
+    allow_open_files(len({place.file for place in places.values()}))
     raw: dict[str, mx.array] = {}
 
     def watched(config: dict) -> tuple[Any, type]:

@@ -11,6 +11,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
+from ..storage.open_files import check_limit
 from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
 from .common import INTERRUPTED
 
@@ -22,11 +23,18 @@ class _Commands(click.Group):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except FlashError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
+
+    def _invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except ValueError:
+            check_limit()  # which says in one line what mlx-lm failed at
+            raise
 
 
 @click.group(cls=_Commands, context_settings=HELP)

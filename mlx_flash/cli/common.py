@@ -56,6 +56,17 @@ check_option = click.option(
 )
 
 
+page_cache_option = click.option(
+    "--page-cache",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    is_flag=False,
+    flag_value="on",
+    help="Let the system cache what is read: auto, where memory is free for it.",
+)
+
+
 def sampling_options(temp: float, seed: int | None) -> Callable:
     """--temp and --seed with these defaults."""
 

@@ -12,6 +12,7 @@ from .common import (
     check_option,
     chosen_model,
     json_option,
+    page_cache_option,
     run_options,
     sampling_options,
 )
@@ -53,7 +54,7 @@ from .common import (
 @click.option(
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
 )
-@click.option("--page-cache", is_flag=True, help="Let the system cache what is read.")
+@page_cache_option
 @check_option
 @click.option(
     "--trust-remote-code",

@@ -5,7 +5,13 @@ from pathlib import Path
 import click
 
 from ..errors import FlashError
-from .common import check_option, chosen_model, run_options, sampling_options
+from .common import (
+    check_option,
+    chosen_model,
+    page_cache_option,
+    run_options,
+    sampling_options,
+)
 
 
 @click.command()
@@ -31,8 +37,11 @@ from .common import check_option, chosen_model, run_options, sampling_options
     help="New tokens, or tokens of the text.  [default: 100; of a text 1024]",
 )
 @sampling_options(temp=0.7, seed=0)
+@page_cache_option
 @check_option
-def trace(prompt, text, output, model, memory, max_tokens, temp, seed, check):
+def trace(
+    prompt, text, output, model, memory, max_tokens, temp, seed, page_cache, check
+):
     """Record the neurons or experts that a run asks for, for `replay`.
 
     \b
@@ -43,7 +52,8 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed, check):
     if (prompt is None) == (text is None):
         raise click.UsageError("Give either a PROMPT or --text FILE.")
     words = None if text is None else _read(text)
-    recorded = _record(prompt, words, model, memory, max_tokens, temp, seed, check)
+    options = {"page_cache": page_cache, "check": check}
+    recorded = _record(prompt, words, model, memory, max_tokens, temp, seed, options)
     recorded.save(output)
     steps = len(recorded.tokens[0]) - recorded.warm[0]
     click.echo(
@@ -54,7 +64,7 @@ def trace(prompt, text, output, model, memory, max_tokens, temp, seed, check):
     )
 
 
-def _record(prompt, words, model, memory, max_tokens, temp, seed, check):
+def _record(prompt, words, model, memory, max_tokens, temp, seed, options):
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -65,13 +75,13 @@ def _record(prompt, words, model, memory, max_tokens, temp, seed, check):
     folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder)
     if words is not None:
-        loaded = load_model(folder, memory, context=PIECE_TOKENS, check=check)
-        with loaded as (network, _):
+        options["context"] = PIECE_TOKENS
+        with load_model(folder, memory, **options) as (network, _):
             return record_text(network, tokenizer, words, max_tokens or 1024)
     tokens = encode_prompt(tokenizer, prompt)
     max_tokens = max_tokens or 100
-    context = context_for(folder, len(tokens), max_tokens)
-    with load_model(folder, memory, context=context, check=check) as (network, _):
+    options["context"] = context_for(folder, len(tokens), max_tokens)
+    with load_model(folder, memory, **options) as (network, _):
         mx.random.seed(seed)  # after loading, which draws numbers, too
         sampler = make_sampler(temp)
         return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)

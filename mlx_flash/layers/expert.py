@@ -100,7 +100,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
 
         def multiply(outputs: list[mx.array] | None, wave: Wave) -> list[mx.array]:
             if len(wave.units) == len(needed):
-                return self._tokens(x, mx.array(wave.slots_of(chosen)))
+                return self._tokens(x, mx.array(wave.slots_of(chosen), mx.uint32))
             mine = np.flatnonzero(np.isin(pairs, wave.units))
             batches = np.array_split(mine, -(-len(mine) // (self.batch_tokens * K)))
             done.extend(batches)
@@ -143,7 +143,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         if total >= SORT_PAIRS > count:
             tokens = np.resize(tokens, SORT_PAIRS)
             slots = np.resize(slots, SORT_PAIRS)
-        y = self._bound()(rows[mx.array(tokens)], mx.array(slots[:, None]))
+        y = self._bound()(rows[mx.array(tokens)], mx.array(slots[:, None], mx.uint32))
         return y[:count, 0]
 
     def _bound(self) -> nn.Module:

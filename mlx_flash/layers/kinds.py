@@ -36,6 +36,8 @@ class UnitKind:
         same_dtypes: Whether bundles have the model's dtype, whatever they came from.
         gathered: The largest share of a layer's slots that a step may copy, to have
             the rows it wants side by side.
+        worth_caching: Reads go through the page cache where it can hold this share of
+            the layers that are not held whole: measured, see docs/experiments.md.
     """
 
     name: str
@@ -43,6 +45,7 @@ class UnitKind:
     activation = "module"
     same_dtypes = False
     gathered = 0.0
+    worth_caching = 0.5
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """The FFN modules that can go to flash, by path, in the order of the layers."""
@@ -230,6 +233,7 @@ class Blocks(UnitKind):
     """Any other dense FFN; a unit is a run of its neurons, and all are needed."""
 
     name = "block"
+    worth_caching = 1.0  # all are read in turn: what does not fit pushes all else out
 
     def split(self, module: nn.Module) -> dict[str, mx.array]:
         return block_parts(module)

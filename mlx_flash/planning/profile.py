@@ -33,6 +33,16 @@ class FlashPoint:
 
 
 @dataclass(frozen=True)
+class BufferedPoint:
+    """The same reads through the page cache: of what it does not have, and has."""
+
+    block_bytes: int
+    threads: int
+    cold_bytes_per_s: float
+    warm_bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class Rate:
     """How fast MLX multiplies with weights of one kind.
 
@@ -62,7 +72,7 @@ class Profile:
         cold: Whether the flash figures are surely those of the flash.
         notes: What a reader of the figures has to know.
         memory_bytes: Of the machine.
-        flash: Random reads.
+        flash: Random reads, around the page cache.
         sequential_bytes_per_s: Reading a file in order.
         memory_bytes_per_s: Copying, read and written bytes both counted.
         rates: Of multiplications.
@@ -70,6 +80,7 @@ class Profile:
         cache_layer_s, cache_slot_s: Bookkeeping of a layer and of each slot of it.
         copy_bytes_per_s: At which read units are moved to their place; 0 where they
             are read straight into it, as mlx-flash does.
+        buffered: Some random reads through the page cache; none in older profiles.
     """
 
     profile_version: int
@@ -87,6 +98,7 @@ class Profile:
     cache_layer_s: float
     cache_slot_s: float
     copy_bytes_per_s: float
+    buffered: tuple[BufferedPoint, ...] = ()
 
     def read_bytes_per_s(self, block_bytes: float, threads: float) -> float:
         """Throughput of random reads, interpolated between the measured points.
@@ -207,12 +219,14 @@ def _check(profile: Profile, path: Path) -> None:
     """Every rate is divided by: it must be a positive number."""
     rates = {
         "flash": [n for p in profile.flash for n in dataclasses.astuple(p)],
+        "buffered": [n for p in profile.buffered for n in dataclasses.astuple(p)],
         "rates": [n for r in profile.rates for n in (r.bytes_per_s, r.flops_per_s)],
         "sequential_bytes_per_s": [profile.sequential_bytes_per_s],
         "memory_bytes_per_s": [profile.memory_bytes_per_s],
     }
     for name, values in rates.items():
-        if not values or not all(0 < n < math.inf for n in values):
+        missing = not values and name != "buffered"
+        if missing or not all(0 < n < math.inf for n in values):
             raise FlashError(
                 f"{path}: {name} must hold numbers above zero. Measure again: "
                 "mlx-flash probe"

@@ -76,6 +76,12 @@ def profile_text(profile: Profile) -> str:
         cells = (speeds.get((block, n)) for n in counts)
         row = "".join(f"{'' if s is None else f'{s / 1e9:.3f}':>12}" for s in cells)
         lines.append(f"{f'{block // 1024:,} KiB':>18}{row}")
+    for point in profile.buffered:
+        lines.append(
+            f"{f'{point.block_bytes // 1024:,} KiB':>18} through the page cache, "
+            f"{point.threads} at once: {point.cold_bytes_per_s / 1e9:.3f} cold, "
+            f"{point.warm_bytes_per_s / 1e9:.3f} warm"
+        )
     lines += [
         "",
         f"in order       {profile.sequential_bytes_per_s / 1e9:8.2f} GB/s",

@@ -18,7 +18,8 @@ from mlx_lm import server as mlx_server
 
 from ..checkpoints.config import read_config
 from ..errors import FlashError
-from ..loading import Flash, load
+from ..flash import Flash
+from ..loading import load
 from ..memory_size import say_memory
 from .bodies import Limits
 from .listener import Listener
@@ -44,11 +45,13 @@ def serve(
         FlashError: If the model cannot be loaded or the port is taken.
     """
     with open_server(model, memory, arguments, **options) as listener:
-        budget = listener.worker.model.flash.budget
+        flash = listener.worker.model.flash
+        budget = flash.budget
+        way = "around" if flash.direct_io else "through"
         print(
             f"Serving {model} at {listener.url} with "
             f"{say_memory(budget.total_bytes)} of memory for the model and "
-            f"{budget.context:,} tokens of context.",
+            f"{budget.context:,} tokens of context, reading {way} the page cache.",
             file=sys.stderr,
             flush=True,
         )

@@ -41,8 +41,7 @@ static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
 {
     int64_t start = floor_to(piece.offset, e->align);
     int64_t end = ceil_to(piece.offset + piece.bytes, e->align);
-    int straight = e->align == 1 ||
-        ((piece.offset | piece.bytes | (int64_t)(uintptr_t)piece.dst) % PAGE == 0);
+    int64_t ends = piece.offset | piece.bytes | (int64_t)(uintptr_t)piece.dst;
     b->pieces[index] = piece;
     if (b->n_jobs) {
         Job *job = &b->jobs[b->n_jobs - 1];
@@ -56,11 +55,13 @@ static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
             job->end = end;
             job->count++;
             job->iovecs = iovecs;
-            job->straight &= straight;
+            job->ends |= ends; /* and so of the gap before it */
+            job->straight = floor_to(job->ends, e->scatter) == job->ends;
             return;
         }
     }
-    b->jobs[b->n_jobs++] = (Job){e, start, end, index, 1, 1, straight};
+    int straight = floor_to(ends, e->align) == ends;
+    b->jobs[b->n_jobs++] = (Job){e, start, end, index, 1, ends, 1, straight};
     b->bytes += end - start;
 }
 

@@ -22,7 +22,10 @@
 /* Extents and parts are filled in by reader.py, packed, hence 64 bits throughout. */
 typedef struct { int64_t rows, offset, bytes; } Part; /* rows: address of slot 0 */
 typedef struct {
-    int64_t fd, align, offset, stride; /* align: PAGE for direct I/O, else 1 */
+    int64_t fd;
+    int64_t align;   /* PAGE for direct I/O, else 1 */
+    int64_t scatter; /* the same for each buffer of a read into several of them */
+    int64_t offset, stride;
     int64_t n_parts; /* by offset, not overlapping */
 } Extent;
 
@@ -40,6 +43,7 @@ typedef struct {
     const Extent *extent;
     int64_t start, end;   /* of the read, aligned */
     int32_t first, count; /* its pieces */
+    int64_t ends; /* where its buffers begin and end, all bits in one number */
     int32_t iovecs;
     int32_t straight; /* lands in the slots; otherwise goes through a bounce buffer */
 } Job;

@@ -26,9 +26,9 @@ class NativeReader(Reader):
 
     def _register(self, source: Source) -> Any:
         extents = b""
-        for extent, (fd, align) in zip(source.extents, source.descriptors, strict=True):
-            facts = fd, align, extent.offset, extent.stride, len(extent.parts)
-            extents += struct.pack("=5q", *facts)
+        for extent, opened in zip(source.extents, source.opened, strict=True):
+            facts = *opened, extent.offset, extent.stride, len(extent.parts)
+            extents += struct.pack("=6q", *facts)
         return _reader.add_source(
             self._reader, extents, _parts(source), source.n_units, source.n_slots
         )

@@ -187,8 +187,8 @@ def _clear(jobs: deque[Job]) -> int:
 
 def _read(source: Source, job: Job) -> tuple[int, int, int]:
     """Read one job: (offset and bytes asked of the file, bytes it gave)."""
-    fd, align = source.descriptors[job.extent]
-    if _straight(job, align):
+    fd, align, scatter = source.opened[job.extent]
+    if _straight(job, scatter if len(job.pieces) > 1 else align):
         views = [row.data for _, row in job.pieces]
         if os.preadv(fd, views, job.offset) == job.size:
             return job.offset, job.size, job.size
@@ -208,12 +208,12 @@ def _read(source: Source, job: Job) -> tuple[int, int, int]:
 
 
 def _straight(job: Job, align: int) -> bool:
-    """Whether a read can land where its pieces belong."""
+    """Whether a read can land where its pieces belong, `align` bytes being a page."""
     end = 0
     for at, row in job.pieces:
         if at != end:
             return False
-        if align > 1 and (job.offset + at | len(row) | address(row)) % PAGE_BYTES:
+        if (job.offset + at | len(row) | address(row)) % align:
             return False
         end = at + len(row)
     return True

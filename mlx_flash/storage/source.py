@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import FlashError
 from .direct_io import open_uncached
-from .limits import PAGE_BYTES
+from .limits import PAGE_BYTES, SCATTER_BYTES
 from .manifest import Layer
 
 
@@ -37,6 +38,21 @@ def bundle_extent(layer: Layer, folder: Path) -> Extent:
     return Extent(path, layer.data_offset, layer.unit_bytes, parts)
 
 
+class OpenFile(NamedTuple):
+    """A file that reads are made on.
+
+    Attributes:
+        descriptor: The system's number of it.
+        align: What direct reads want aligned, in bytes: offset, length and address. 1
+            where reads go through the page cache.
+        scatter: The same for each buffer of a read into several.
+    """
+
+    descriptor: int
+    align: int
+    scatter: int
+
+
 class OpenFiles:
     """The descriptors of one reader. The last one who holds this closes them.
 
@@ -49,20 +65,21 @@ class OpenFiles:
 
     def __init__(self, direct: bool):
         self.direct = direct
-        self._descriptors: dict[str, tuple[int, int]] = {}
+        self._open: dict[str, OpenFile] = {}
 
-    def open(self, path: Path) -> tuple[int, int]:
-        """(descriptor, alignment of reads in bytes), opened at most once."""
+    def open(self, path: Path) -> OpenFile:
+        """The file, opened at most once."""
         name = os.path.abspath(path)
-        if name not in self._descriptors:
+        if name not in self._open:
             fd, direct = open_uncached(name, self.direct)
-            self._descriptors[name] = fd, PAGE_BYTES if direct else 1
+            sizes = (PAGE_BYTES, SCATTER_BYTES) if direct else (1, 1)
+            self._open[name] = OpenFile(fd, *sizes)
             self.direct &= direct
-        return self._descriptors[name]
+        return self._open[name]
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1][0])
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
     def __del__(self) -> None:
         self.close()
@@ -73,13 +90,13 @@ class Source:
     """A layer as a reader keeps it: checked, files open, parts in file order.
 
     Attributes:
-        descriptors: (file descriptor, alignment) of each extent.
+        opened: The file of each extent.
         slots: The arrays, which must live for as long as reads may write to them.
         files: Keeps the descriptors open.
     """
 
     extents: tuple[Extent, ...]
-    descriptors: tuple[tuple[int, int], ...]
+    opened: tuple[OpenFile, ...]
     slots: tuple[np.ndarray, ...]
     n_units: int
     n_slots: int
@@ -107,8 +124,8 @@ def make_source(
     arrays = tuple(slots)
     n_slots = _check_slots(arrays)
     checked = tuple(_check_extents(extents, arrays, n_units))
-    descriptors = tuple(_open(extent, n_units, files) for extent in checked)
-    return Source(checked, descriptors, arrays, n_units, n_slots, files)
+    opened = tuple(_open(extent, n_units, files) for extent in checked)
+    return Source(checked, opened, arrays, n_units, n_slots, files)
 
 
 def move_source(source: Source, slots: Sequence[np.ndarray]) -> Source:
@@ -124,10 +141,10 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _open(extent: Extent, n_units: int, files: OpenFiles) -> tuple[int, int]:
+def _open(extent: Extent, n_units: int, files: OpenFiles) -> OpenFile:
     try:
-        descriptor = files.open(extent.path)
-        have = os.fstat(descriptor[0]).st_size
+        opened = files.open(extent.path)
+        have = os.fstat(opened.descriptor).st_size
     except OSError as error:
         raise FlashError(
             f"{extent.path} cannot be read: {error.strerror}. "
@@ -140,7 +157,7 @@ def _open(extent: Extent, n_units: int, files: OpenFiles) -> tuple[int, int]:
             f"{extent.path} has {have:,} of {need:,} bytes. "
             "Convert or download it again: mlx-flash convert"
         )
-    return descriptor
+    return opened
 
 
 def _check_slots(slots: tuple[np.ndarray, ...]) -> int:

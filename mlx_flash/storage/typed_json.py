@@ -15,7 +15,7 @@ def from_json(kind: Any, value: Any, path: Path, where: str) -> Any:
     """Make `kind` from parsed JSON, each field of the type that it declares.
 
     Args:
-        kind: A dataclass, or the type of a field.
+        kind: A dataclass, or the type of a field. Fields with a default may be missing.
         value: What `json.loads` gave.
         path, where: The file and the place in it, for the error.
 
@@ -26,12 +26,7 @@ def from_json(kind: Any, value: Any, path: Path, where: str) -> Any:
         if not isinstance(value, dict):
             raise FlashError(f"{path}: {where} must be an object.")
         hints = typing.get_type_hints(kind)
-        optional = {
-            field.name
-            for field in dataclasses.fields(kind)
-            if field.default is not dataclasses.MISSING
-        }
-        missing = sorted(set(hints) - set(value) - optional)
+        missing = sorted(_required(kind) - set(value))
         if missing:
             raise FlashError(f"{path}: {where} lacks {', '.join(missing)}.")
         fields = {
@@ -53,3 +48,12 @@ def from_json(kind: Any, value: Any, path: Path, where: str) -> Any:
     if type(value) is not kind or (kind is int and not 0 <= value < MAX_INT):
         raise FlashError(f"{path}: {where} must be {kind.__name__}, found {value!r}.")
     return value
+
+
+def _required(kind: Any) -> set[str]:
+    missing = dataclasses.MISSING
+    return {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is missing and field.default_factory is missing
+    }

@@ -12,7 +12,7 @@ from machine_profile import PROFILE
 from mlx_flash.cli import main
 from mlx_flash.errors import FlashError
 from mlx_flash.planning import kernels as rates
-from mlx_flash.planning import machine, probe
+from mlx_flash.planning import machine, probe, reads
 from mlx_flash.planning.profile import load_profile
 from mlx_flash.storage import direct_io
 
@@ -24,10 +24,11 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.delenv("MLX_FLASH_PROFILE", raising=False)
     monkeypatch.setattr(probe, "FILE_BYTES", 24 << 20)
     monkeypatch.setattr(probe, "LEAST_BYTES", 24 << 20)
-    monkeypatch.setattr(probe, "STRIPE", 1 << 18)
-    monkeypatch.setattr(probe, "BLOCKS", (4096, 65536))
-    monkeypatch.setattr(probe, "THREADS", (1, 4))
-    monkeypatch.setattr(probe, "SEQUENTIAL_BYTES", 1 << 22)
+    monkeypatch.setattr(reads, "STRIPE", 1 << 18)
+    monkeypatch.setattr(reads, "BLOCKS", (4096, 65536))
+    monkeypatch.setattr(reads, "THREADS", (1, 4))
+    monkeypatch.setattr(reads, "BUFFERED_BLOCKS", (65536,))
+    monkeypatch.setattr(reads, "SEQUENTIAL_BYTES", 1 << 22)
     monkeypatch.setattr(rates, "measure_rates", lambda: list(PROFILE.rates))
     monkeypatch.setattr(rates, "memory_bytes_per_s", lambda: 1e10)
     monkeypatch.setattr(rates, "layer_s", lambda: 1e-4)
@@ -45,7 +46,7 @@ def run(*args, code=0):
 def test_no_byte_is_dealt_twice():
     stripes = [(file, n) for file in range(3) for n in range(40)]
     seen = set()
-    for deal in probe.deals(stripes, 3, seed=1):
+    for deal in reads.deals(stripes, 3, seed=1):
         for file, blocks in enumerate(deal.blocks):
             for block in blocks:
                 start = int(block) * deal.block_bytes
@@ -54,21 +55,48 @@ def test_no_byte_is_dealt_twice():
                 assert len(mine) == deal.block_bytes // 4096
                 assert not mine & seen
                 seen |= mine
-    total = len(stripes) * probe.STRIPE // 4096
+    total = len(stripes) * reads.STRIPE // 4096
     assert total / 2 < len(seen) <= total
 
 
 def test_short_blocks_of_a_deal_are_never_neighbours():
-    for deal in probe.deals([(0, n) for n in range(200)], 1, seed=1):
+    for deal in reads.deals([(0, n) for n in range(200)], 1, seed=1):
         gaps = np.diff(np.sort(deal.blocks[0]))
-        if deal.block_bytes < probe.MERGE_BYTES:
+        if deal.block_bytes < reads.MERGE_BYTES:
             assert (gaps >= 2).all()
 
 
+def test_what_is_read_through_the_page_cache_is_read_twice_and_nothing_else(
+    quick, tmp_path, monkeypatch
+):
+    """Cold and warm are the same blocks, and direct reads meet none of them."""
+    real, seen = reads._measure, {True: [], False: []}
+
+    def note(files, sizes, deal, notes):
+        point, done = real(files, sizes, deal, notes)
+        blocks = [b for units in deal.blocks for b in units]
+        pages = deal.block_bytes // 4096
+        read = blocks[: done // deal.block_bytes]
+        seen[notes is not None] += [
+            {int(b) * pages + i for b in read for i in range(pages)}
+        ]
+        return point, done
+
+    monkeypatch.setattr(reads, "_measure", note)
+    monkeypatch.setattr(reads, "POINT_S", 60)
+    probe.probe()
+    cold, warm = seen[False]
+    assert cold == warm and cold
+    assert not cold & set().union(*seen[True])
+
+
 def test_every_point_has_something_to_read():
-    stripes = [(0, n) for n in range(probe.LEAST_BYTES // probe.STRIPE * 3 // 4)]
-    deals = list(probe.deals(stripes, 1, seed=1))
-    assert len(deals) == len(probe.BLOCKS) * len(probe.THREADS)
+    stripes = [(0, n) for n in range(probe.LEAST_BYTES // reads.STRIPE * 3 // 4)]
+    cached = stripes[:: reads.BUFFERED_SHARE]
+    direct = [stripe for i, stripe in enumerate(stripes) if i % reads.BUFFERED_SHARE]
+    deals = list(reads.deals(direct, 1, seed=1))
+    assert len(deals) == len(reads.BLOCKS) * len(reads.THREADS)
+    deals += reads.deals(cached, 1, 1, reads.BUFFERED_BLOCKS, reads.THREADS[-1:])
     assert min(len(d.blocks[0]) for d in deals) > 0
 
 
@@ -84,6 +112,9 @@ def test_probe_measures_stores_and_leaves_nothing(quick):
     }
     for p in profile.flash:
         assert abs(p.bytes_per_s / p.reads_per_s - p.block_bytes) < 1e-6
+    (buffered,) = profile.buffered
+    assert (buffered.block_bytes, buffered.threads) == (65536, 4)
+    assert buffered.cold_bytes_per_s > 0 and buffered.warm_bytes_per_s > 0
     assert profile.memory_bytes_per_s == 1e10
     assert "mlx-flash probe" in profile.source
 
@@ -93,6 +124,7 @@ def test_table_names_the_machine_and_the_doubt(quick, monkeypatch):
     result = run()
     assert "Not surely cold: this is a virtual machine" in result.stdout
     assert "4 KiB" in result.stdout and "in order" in result.stdout
+    assert "64 KiB through the page cache, 4 at once: " in result.stdout
     assert f"kept in {quick / 'profile.json'}" in result.stderr
     assert load_profile().cold is False
 
@@ -117,7 +149,7 @@ def test_temporary_file_goes_whatever_happens(quick, monkeypatch, error):
         assert files[0].stat().st_size == 24 << 20
         raise error
 
-    monkeypatch.setattr(probe, "measure_flash", fail)
+    monkeypatch.setattr(reads, "measure_flash", fail)
     with pytest.raises(error):
         probe.probe()
     assert seen and not list(quick.iterdir())

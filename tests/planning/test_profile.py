@@ -85,6 +85,13 @@ def test_what_is_stored_comes_back(stored):
     assert [p.name for p in stored.parent.iterdir()] == ["profile.json"]
 
 
+def test_a_profile_from_before_the_page_cache_was_measured(stored):
+    raw = json.loads(stored.read_text())
+    raw.pop("buffered")
+    stored.write_text(json.dumps(raw))
+    assert load_profile(stored) == PROFILE
+
+
 def test_default_place_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("MLX_FLASH_PROFILE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -108,6 +115,7 @@ def test_shipped_profile_names_its_source():
         ({"profile_version": 2}, "version 1 .found 2"),
         ({"profile_version": None}, "found None"),
         ({"flash": []}, "flash must hold numbers above zero"),
+        ({"buffered": 7}, "profile.buffered must be a list"),
         ({"rates": []}, "rates must hold numbers above zero"),
         ({"sequential_bytes_per_s": 0}, "sequential_bytes_per_s must hold"),
         ({"memory_bytes_per_s": math.inf}, "memory_bytes_per_s must hold"),

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import FlashError
 from mlx_flash.storage import direct_io, native_reader
+from mlx_flash.storage import source as source_module
 from mlx_flash.storage.reader import Extent, open_reader
 
 CANARY = 0xA5
@@ -109,8 +111,13 @@ def layouts(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), layout=layouts(), gap=st.sampled_from([0, 1, 4096, 50_000]))
-def test_random_batches_are_read_alike_by_all_readers(data, layout, gap):
+@given(
+    data=st.data(),
+    layout=layouts(),
+    gap=st.sampled_from([0, 1, 4096, 50_000]),
+    scatter=st.sampled_from([4 * KIB, 16 * KIB]),
+)
+def test_random_batches_are_read_alike_by_all_readers(data, layout, gap, scatter):
     n_units, extents = layout
     n_slots = data.draw(st.integers(1, 30))
     slots = data.draw(st.lists(st.integers(0, n_slots - 1), unique=True))
@@ -126,9 +133,11 @@ def test_random_batches_are_read_alike_by_all_readers(data, layout, gap):
         extents = [Extent(f"{folder}/{n}", o, s, tuple(p)) for n, o, s, p in extents]
         for direct in (True, False):
             for native in {native_reader._reader is not None, False}:
-                with open_reader(
-                    3, native=native, direct=direct, max_gap_bytes=gap
-                ) as reader:
+                options = dict(native=native, direct=direct, max_gap_bytes=gap)
+                with (
+                    mock.patch.object(source_module, "SCATTER_BYTES", scatter),
+                    open_reader(3, **options) as reader,
+                ):
                     check(reader, extents, n_slots, n_units, units, slots)
 
 
@@ -431,7 +440,7 @@ def test_failing_disk(neurons, native, direct, stand_in, code):
     with open_reader(4, native=native, direct=direct) as reader:
         source = reader.add_source(extents, arrays, n_units)
         other = os.open(stand_in, os.O_RDONLY)
-        os.dup2(other, next(iter(reader._files._descriptors.values()))[0])
+        os.dup2(other, next(iter(reader._files._open.values())).descriptor)
         os.close(other)
         ticket = reader.submit(source, np.array([3]), np.array([0]))
         reason = os.strerror(code)

@@ -23,7 +23,11 @@ def mlx_flash(job: dict) -> Steps:
 
     context = job["prompt_tokens"] + job["warm_up"] + job["tokens"] + 2
     with load_model(
-        job["path"], job["budget_bytes"], predictor=job["predictor"], context=context
+        job["path"],
+        job["budget_bytes"],
+        predictor=job["predictor"],
+        context=context,
+        page_cache="off",
     ) as (model, config):
         yield from _mlx_steps(model, config, job, model.flash.budget.prefill_tokens)
 

@@ -31,7 +31,7 @@ class Client:
         self.c, self.reader, self.content = c, reader, content
         self.rng = np.random.default_rng(seed)
         self.slots = [np.zeros((SLOTS, n), np.uint8) for n in (FIRST, STRIDE - FIRST)]
-        extents = struct.pack("=5q", fd, 1, 0, STRIDE, 2)
+        extents = struct.pack("=6q", fd, 1, 1, 0, STRIDE, 2)
         parts = b"".join(
             struct.pack("=Q2q", array.ctypes.data, offset, array.shape[1])
             for array, offset in zip(self.slots, (0, FIRST), strict=True)

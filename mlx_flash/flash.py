@@ -1,0 +1,91 @@
+"""What a loaded model has besides what every model has: `model.flash`."""
+
+import weakref
+from pathlib import Path
+
+from .assembly import Assembled
+from .errors import FlashError
+from .layers.base import FlashFFN
+from .layers.kinds import UnitKind
+from .memory.budget import Budget
+from .memory.fence import Fence
+from .memory.mlx_limits import LimitShare
+from .memory.pool import Pool
+from .memory.slots import CLOSED
+from .memory.stats import Stats
+from .run_report import Run, RunReport
+from .storage.manifest import Manifest
+from .storage.reader import Reader
+
+
+class Flash:
+    """What a loaded model has on flash, as `model.flash`.
+
+    Attributes:
+        folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        budget: How its memory was divided.
+        pool: How it is divided at the moment.
+        layers: Its FFNs on flash.
+        positions: How many the model has, None if it has no limit.
+        vocabulary: Tokens it knows: ids from 0 on.
+        stats: Counters since it was loaded.
+        run: The last generation, for `report`.
+        cached_share: Of the files on flash, what reads could find in memory when the
+            model was loaded: 0 is cold, None unknown.
+    """
+
+    def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
+        self.folder = folder
+        self.manifest: Manifest = parts.manifest
+        self.kind: UnitKind = parts.kind
+        self.budget = budget
+        self.layers: list[FlashFFN] = parts.layers
+        self.positions: int | None = parts.config.get("max_position_embeddings")
+        self.vocabulary = parts.shapes.vocabulary
+        self.stats = Stats()
+        self.run: Run | None = None
+        self.cached_share: float | None = None
+        self.closed = False
+        self._reader = reader
+        self._fence = Fence()
+        self.pool: Pool | None = None  # there once the layers have slots
+        self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
+        weakref.finalize(self, self.limits.release).atexit = False
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether reads go past the operating system's page cache."""
+        return self._reader.direct
+
+    def report(self) -> RunReport:
+        """The figures of the last generation; `str` of it is a text for a person."""
+        return RunReport.of(self)
+
+    def close(self) -> None:
+        """End the reader's threads, close its files, let go of the slots.
+
+        A step that another thread is in ends first; its next one raises a FlashError.
+        """
+        with self._fence.lock:
+            self.closed = True
+            for layer in self.layers:
+                layer.detach()
+            if self.pool is not None:
+                self.pool.close()
+            self._reader.close()
+            self.limits.release()
+
+    def check_open(self) -> None:
+        """Raise a FlashError if the model was closed."""
+        if self.closed:
+            raise FlashError(CLOSED)
+
+
+class Loaded(tuple):
+    """What `load` returns: unpack it, or use it in `with` to close it at the end."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self[0].flash.close()
