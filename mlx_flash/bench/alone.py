@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..converters.convert import convert as convert_here
-from ..memory.system import peak_process_bytes
+from ..memory.system import peak_process_bytes, process_bytes
 from .decode import run_model
 from .process import call_apart
 from .report import Row

@@ -97,10 +97,13 @@ def _fit(
     room = total - footprint.fixed_bytes
     share = min(max(room / footprint.manifest.ffn_bytes, 0.0), 1.0)
     footprint = replace(footprint, share=share)
-    tokens, batch = footprint.chunk(WORKSPACE_SHARE * total)
-    workspace = footprint.workspace_bytes(tokens, batch)
-    slots = share_slots(room - workspace, footprint, divide)
-    if slots is None:
+    for workspace_room in (WORKSPACE_SHARE * total, 0):
+        tokens, batch = footprint.chunk(workspace_room)
+        workspace = footprint.workspace_bytes(tokens, batch)
+        slots = share_slots(room - workspace, footprint, divide)
+        if slots is not None:
+            break
+    else:
         return None
     manifest = footprint.manifest
     slot_bytes = bytes_of_slots(slots, footprint)

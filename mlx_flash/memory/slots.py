@@ -5,7 +5,7 @@ The slots' memory is `held.Held`; the reader writes to it while MLX computes fro
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
+from .early import Early
 from .fence import Fence, begin, evaluate
 from .held import Held, allocate_held
 from .policies import Lru
@@ -26,15 +27,6 @@ CLOSED = "This model was closed. Load it again to use it."
 Total = TypeVar("Total")
 # Told of every step: the units it asks for, its tokens, the units it wants kept.
 Listener = Callable[[np.ndarray, int, np.ndarray | None], None]
-
-
-@dataclass(frozen=True)
-class Early:
-    """Units that are read on a guess, for the next step of their layer."""
-
-    units: np.ndarray
-    slots: np.ndarray
-    ticket: Ticket
 
 
 class UnitSlots:
@@ -73,6 +65,8 @@ class UnitSlots:
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
         self._closed = False
+        # Stands for these slots, without holding them: the fence outlives them.
+        self._owner = object()
 
     @property
     def cache(self) -> SlotCache:
@@ -188,7 +182,7 @@ class UnitSlots:
             result = self._fold(waves, multiply, meanwhile)
             if finish is not None and result is not None:
                 result = finish(result)
-            self._fence.hold(result, self)
+            self._fence.hold(result, self._owner)
             self._in_step = False
             return result
 
@@ -237,7 +231,7 @@ class UnitSlots:
             if busy or self._closed or self.holds_all:
                 return
             self._in_step = True
-            self._fence.settle(self)
+            self._fence.settle(self._owner)
             since = time.perf_counter()
             missing, slots = self.cache.early(units.astype(np.intp, copy=False))
             self.stats.cache_s += time.perf_counter() - since
@@ -264,28 +258,9 @@ class UnitSlots:
 
     def _finish_early(self, units: np.ndarray) -> None:
         """Wait for what `read_early` began, and count what of it `units` needs."""
-        if self._early is None:
-            return
-        early, stats = self._early, self.stats
-        since = time.perf_counter()
-        try:
-            result = self._reader.wait(early.ticket)
-            self.files.check()
-        except FlashError:  # met again, and reported, if the units are needed
-            self.cache.forget(early.slots)
-            self._held.clear(early.slots)
-            self._early = None
-            return
-        self.cache.arrived(early.slots)
-        self._early = None
-        right = int(np.isin(early.units, units, assume_unique=True).sum())
-        stats.io_s += time.perf_counter() - since
-        stats.count(result)
-        stats.early += len(early.units)
-        stats.early_right += right
-        # They had to be read: `waves` will find them in memory all the same.
-        stats.hits -= right
-        stats.misses += right
+        early, self._early = self._early, None
+        if early is not None:
+            early.finish(units, self._reader, self._held, self.files, self.stats)
 
     def _submit_next(
         self, waves: Iterator[Wave], total: object
@@ -304,7 +279,7 @@ class UnitSlots:
             stats.waits_for_slots += 1
         if not len(wave.missing):
             return wave, None
-        self._fence.settle(self)
+        self._fence.settle(self._owner)
         since = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
         stats.io_s += time.perf_counter() - since

@@ -14,12 +14,9 @@
 #include "_reads.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define STACK_BYTES (1 << 18) /* of a thread */
 
 static void stop_threads(Reader *r)
 {
@@ -27,12 +24,7 @@ static void stop_threads(Reader *r)
         return;
     r->joined = 1; /* under the GIL */
     Py_BEGIN_ALLOW_THREADS
-    pthread_mutex_lock(&r->lock);
-    r->stop = 1;
-    pthread_cond_broadcast(&r->work);
-    pthread_mutex_unlock(&r->lock);
-    for (int i = 0; i < r->n_threads; i++)
-        pthread_join(r->threads[i], NULL);
+    end_threads(r);
     Py_END_ALLOW_THREADS
 }
 
@@ -42,16 +34,7 @@ static void free_reader(PyObject *capsule)
     if (r->pid != getpid())
         return; /* a forked child: the lock's state is unknown, so let it leak */
     stop_threads(r);
-    for (Source *next, *s = r->sources; s; s = next) {
-        next = s->next;
-        free(s->stamps);
-        free(s);
-    }
-    pthread_mutex_destroy(&r->lock);
-    pthread_cond_destroy(&r->work);
-    pthread_cond_destroy(&r->done);
-    free(r->threads);
-    free(r);
+    free_all(r);
 }
 
 static void free_ticket(PyObject *capsule)
@@ -83,7 +66,7 @@ static Reader *get_reader(PyObject *capsule)
 
 static PyObject *py_create(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    int threads, error = 0;
+    int threads, error;
     long long max_gap;
     if (!PyArg_ParseTuple(args, "iL", &threads, &max_gap))
         return NULL;
@@ -102,20 +85,7 @@ static PyObject *py_create(PyObject *Py_UNUSED(self), PyObject *args)
     if (!capsule)
         return NULL;
 
-    /* Signals belong to Python's main thread: the workers start with all blocked. */
-    sigset_t all, before;
-    pthread_attr_t small;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    pthread_attr_init(&small);
-    pthread_attr_setstacksize(&small, STACK_BYTES);
-    while (!error && r->n_threads < threads) {
-        error = pthread_create(&ids[r->n_threads], &small, read_batches, r);
-        r->n_threads += !error;
-    }
-    pthread_attr_destroy(&small);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error) {
+    if ((error = start_threads(r, threads))) {
         Py_DECREF(capsule);
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -160,16 +130,15 @@ static PyObject *py_move_source(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *capsule, *source;
     const char *parts;
-    Py_ssize_t parts_size;
+    Py_ssize_t size;
     long long n_slots;
-    if (!PyArg_ParseTuple(args, "OOy#L", &capsule, &source, &parts, &parts_size,
-                          &n_slots))
+    if (!PyArg_ParseTuple(args, "OOy#L", &capsule, &source, &parts, &size, &n_slots))
         return NULL;
     Reader *r = get_reader(capsule);
     Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
     if (!s)
         return NULL;
-    if (r->in_flight || parts_size != s->n_parts * (Py_ssize_t)sizeof(Part)) {
+    if (r->in_flight || size != s->n_parts * (Py_ssize_t)sizeof(Part)) {
         PyErr_SetString(PyExc_ValueError, "a source in use, or another one's parts");
         return NULL;
     }
@@ -180,7 +149,7 @@ static PyObject *py_move_source(PyObject *Py_UNUSED(self), PyObject *args)
     s->stamps = stamps;
     s->stamp = 0;
     s->n_slots = n_slots;
-    memcpy(s->parts, parts, (size_t)parts_size);
+    memcpy(s->parts, parts, (size_t)size);
     Py_RETURN_NONE;
 }
 

@@ -6,11 +6,14 @@
 #include "_reads.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
+
+#define STACK_BYTES (1 << 18) /* of a thread */
 
 double monotonic_s(void)
 {
@@ -246,4 +249,47 @@ void await_all(Reader *r)
     while (r->in_flight)
         pthread_cond_wait(&r->done, &r->lock);
     pthread_mutex_unlock(&r->lock);
+}
+
+int start_threads(Reader *r, int threads)
+{
+    /* Signals belong to Python's main thread: the workers start with all blocked. */
+    int error = 0;
+    sigset_t all, before;
+    pthread_attr_t small;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, STACK_BYTES);
+    while (!error && r->n_threads < threads) {
+        error = pthread_create(&r->threads[r->n_threads], &small, read_batches, r);
+        r->n_threads += !error;
+    }
+    pthread_attr_destroy(&small);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
+void end_threads(Reader *r)
+{
+    pthread_mutex_lock(&r->lock);
+    r->stop = 1;
+    pthread_cond_broadcast(&r->work);
+    pthread_mutex_unlock(&r->lock);
+    for (int i = 0; i < r->n_threads; i++)
+        pthread_join(r->threads[i], NULL);
+}
+
+void free_all(Reader *r)
+{
+    for (Source *next, *s = r->sources; s; s = next) {
+        next = s->next;
+        free(s->stamps);
+        free(s);
+    }
+    pthread_mutex_destroy(&r->lock);
+    pthread_cond_destroy(&r->work);
+    pthread_cond_destroy(&r->done);
+    free(r->threads);
+    free(r);
 }

@@ -89,6 +89,15 @@ void await_batch(Reader *r, Batch *b);
 /* Sleeps until every batch has ended, also those that nobody waits for. */
 void await_all(Reader *r);
 
+/* Starts the threads of a reader whose `threads` have room for them; an errno or 0. */
+int start_threads(Reader *r, int threads);
+
+/* Ends them once everything in flight has ended. */
+void end_threads(Reader *r);
+
+/* Frees a reader without threads, and its sources. */
+void free_all(Reader *r);
+
 /* What a thread of the pool runs; arg is a Reader. */
 void *read_batches(void *arg);
 

@@ -666,8 +666,16 @@ def test_nothing_leaks(neurons, native, how):
     def held():
         return [len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task")]
 
+    def wait_until(done):
+        """What a thread holds goes with it: a moment after the reader."""
+        deadline = time.monotonic() + 5
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert done()
+
     before = held()
     for _ in range(20):
+        wait_until(lambda: held()[0] == before[0])
         reader, ticket = read_all(open_reader(8, native=native), neurons)
         assert held()[0] == before[0] + 1
         reader.add_source(*neurons)  # the same file once more
@@ -676,10 +684,7 @@ def test_nothing_leaks(neurons, native, how):
             reader.close()
         del reader, ticket
     gc.collect()
-    deadline = time.monotonic() + 5  # a joined thread leaves /proc a moment later
-    while held() != before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert held() == before
+    wait_until(lambda: held() == before)
 
 
 @linux
