@@ -4,6 +4,7 @@ import weakref
 from pathlib import Path
 
 from .assembly import Assembled
+from .draft_model import DraftModel
 from .errors import FlashError
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
@@ -13,7 +14,8 @@ from .memory.mlx_limits import LimitShare
 from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
-from .run_report import Run, RunReport
+from .run import Run
+from .run_report import RunReport
 from .storage.manifest import Manifest
 from .storage.reader import Reader
 
@@ -29,12 +31,20 @@ class Flash:
         positions: How many the model has, None if it has no limit.
         vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
+        draft: The model that drafts for this one, if one was named.
         run: The last generation, for `report`.
         cached_share: Of the files on flash, what reads could find in memory when the
             model was loaded: 0 is cold, None unknown.
     """
 
-    def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
+    def __init__(
+        self,
+        parts: Assembled,
+        folder: Path,
+        budget: Budget,
+        reader: Reader,
+        draft: DraftModel | None = None,
+    ):
         self.folder = folder
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
@@ -49,8 +59,15 @@ class Flash:
         self._reader = reader
         self._fence = Fence()
         self.pool: Pool | None = None  # there once the layers have slots
-        self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
+        self.draft = draft
+        total = budget.total_bytes + self.draft_bytes
+        self.limits = LimitShare(total, budget.cache_bytes)
         weakref.finalize(self, self.limits.release).atexit = False
+
+    @property
+    def draft_bytes(self) -> int:
+        """What a draft takes of the memory, which `budget` does not have."""
+        return self.draft.nbytes if self.draft else 0
 
     @property
     def direct_io(self) -> bool:
