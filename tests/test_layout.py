@@ -18,7 +18,7 @@ ROWS = (
     ("run", "run_report", "draft_model", "chunks"),
     ("flash",),
     ("loading",),
-    ("generation", "speculation", "drafting"),
+    ("generation", "speculation", "drafting", "kv_cache", "prompt_cache"),
     ("inspection", "server", "tracing"),
     ("planning", "converters"),
     ("bench",),
