@@ -1,7 +1,7 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from .checkpoints.config import read_config
 from .drafting import Drafter, ModelDraft, NgramDraft
 from .errors import FlashError, reason_of
 from .flash import Flash
+from .kv_cache import rotating_cache
 from .layers.kinds import BLOCK
 from .layers.neuron import SWEEP_TOKENS
 from .memory.stats import Stats
@@ -32,6 +33,7 @@ def stream_generate(
     draft_model: nn.Module | None = None,
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     draft_ngrams: int = 0,
+    history: Sequence[int] = (),
     **options,
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate`, with prompts judged first and the cost measured.
@@ -50,6 +52,7 @@ def stream_generate(
             takes 2 at most: more would be computed as a prompt is.
         draft_ngrams: Draft what followed the last so many tokens where they stood
             before; 0 does not.
+        history: Tokens that `prompt_cache` holds already, for who drafts to know.
         options: As mlx-lm's `generate_step` takes them (`sampler`, `prompt_cache`, …).
 
     Raises:
@@ -71,6 +74,9 @@ def stream_generate(
                 "positions for prompt and answer together. Shorten the prompt."
             )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
+    max_kv_size = options.pop("max_kv_size", None)
+    if max_kv_size and not options.get("prompt_cache"):
+        options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
     flash.limits.make_room()
     run = flash.run = Run(flash.stats.copy())
@@ -87,6 +93,7 @@ def stream_generate(
             drafter,
             num_draft_tokens,
             run.drafts,
+            list(history),
             lambda: flash.stats.bytes_read,
             compare=flash.kind is not BLOCK,
         )

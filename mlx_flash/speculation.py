@@ -92,6 +92,7 @@ class Drafts:
         drafter: Guesses tokens.
         most: Tokens of a draft.
         stats: What was drafted and accepted.
+        history: Tokens before the prompt, which the cache holds already.
         bytes_read: The model's counter.
         compare: Whether to make some calls without drafts.
     """
@@ -99,6 +100,7 @@ class Drafts:
     drafter: Drafter
     most: int
     stats: DraftStats
+    history: list[int]
     bytes_read: Callable[[], int]
     compare: bool
 
@@ -106,6 +108,7 @@ class Drafts:
         """A draft for the next call, after which `left` tokens may come at most."""
         if self.compare and self.stats.calls % PLAIN_EVERY == FIRST_PLAIN:
             return []
+        known = self.history + list(known)
         return self.drafter.draft(known, min(self.most, left - 1))
 
 
@@ -141,7 +144,6 @@ def stream_drafted(
     sampler: Sampler,
     logits_processors: Sequence[Callable] | None = None,
     prompt_cache: list[Any] | None = None,
-    max_kv_size: int | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -163,7 +165,7 @@ def stream_drafted(
         )
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    cache = prompt_cache or make_prompt_cache(model, max_kv_size)
+    cache = prompt_cache or make_prompt_cache(model)
     check_trimmable(cache, len(prompt) + max_tokens if max_tokens > 0 else None)
     quantise = quantized_kv_start, kv_group_size, kv_bits
     processors = logits_processors or ()
