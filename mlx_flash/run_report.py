@@ -249,9 +249,9 @@ class RunReport:
             f", {read / 1e6:.3f} MB per token; {plain / 1e6:.3f} MB in calls without a "
             "draft"
         )
-        if read <= plain:
+        if read < plain:
             return [line]
-        return [line, "            Drafting does not pay here: it reads more"]
+        return [line, "            Drafting does not pay here: it does not save reads"]
 
 
 def _recorded_recall(manifest: Manifest) -> float | None:
