@@ -8,6 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -105,7 +106,7 @@ class ModelDraft:
 
     def _read(self, tokens: Sequence[int]) -> None:
         for start in range(0, len(tokens), CHUNK):
-            piece = mx.array(tokens[start : start + CHUNK])
+            piece = mx.array(list(tokens[start : start + CHUNK]))
             self._model(piece[None], cache=self._cache)
             mx.eval([entry.state for entry in self._cache])
 
@@ -117,7 +118,7 @@ class ModelDraft:
             token = mx.argmax(logits, axis=-1)
             mx.async_eval(token)
             drafted.append(token)
-        return mx.concatenate(drafted).tolist()
+        return np.asarray(mx.concatenate(drafted)).tolist()
 
 
 def _same(drafted: Sequence[int], known: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import (
     DEFAULT_QUANTIZED_KV_START,
     GenerationResponse,
@@ -57,7 +58,7 @@ class Verifier:
     def read(self, tokens: Sequence[int]) -> mx.array:
         """Lazy logits [len(tokens), V], after the tokens are in the cache."""
         with mx.stream(generation_stream):
-            logits = self.model(mx.array(tokens)[None], cache=self.cache)
+            logits = self.model(mx.array(list(tokens))[None], cache=self.cache)
             maybe_quantize_kv_cache(self.cache, *self.quantise)
         return logits[0]
 
@@ -73,11 +74,11 @@ class Verifier:
         with mx.stream(generation_stream):
             row = logits[None]
             for processor in self.processors:
-                row = processor(mx.array(known), row)
+                row = processor(mx.array(list(known)), row)
             logprobs = row - mx.logsumexp(row, keepdims=True)
             token = self.sampler(logprobs)
             mx.eval(token, logprobs)
-        return int(token.item()), logprobs[0]
+        return int(np.asarray(token).item()), logprobs[0]
 
     def forget(self, tokens: int) -> None:
         if tokens > 0:
@@ -196,7 +197,8 @@ def stream_drafted(
             finish_reason=reason,
         )
 
-    with wired_limit(model, [generation_stream]):
+    streams: Any = [generation_stream]  # mlx-lm names another type than it takes
+    with wired_limit(model, streams):
         for step in verifying:
             token, logprobs, drafted = step  # for `response`
             if not count:

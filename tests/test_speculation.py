@@ -282,6 +282,30 @@ def test_half_the_memory_and_good_drafts_save_reads(blocks, monkeypatch):
         json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("options", [{}, {"draft_ngrams": 2}], ids=["plain", "drafts"])
+def test_a_prompt_has_figures_of_its_own(case, options):
+    """Not those of the second token, which mlx-lm begins before it gives the first."""
+    kind, model, tokenizer = case
+    stats = model.flash.stats
+    run(model, tokenizer, n=3)  # nothing is left in memory that the first run lacked
+    before = stats.copy()
+    run(model, tokenizer, n=4, **options)
+    report = model.flash.report()
+    spent = stats - before
+    assert 0 < report.prompt_bytes_read < spent.bytes_read
+    if kind == "blocks" and not options:
+        a_step = report.bytes_per_token
+        assert report.prompt_bytes_read == spent.bytes_read - 4 * a_step
+    parts = report.prompt_s
+    assert min(parts.values()) >= 0
+    assert parts["io"] + parts["cache"] + parts["compute"] == (
+        pytest.approx(parts["total"])
+    )
+    assert report.prompt_tokens_per_s == pytest.approx(len(PROMPT) / parts["total"])
+    assert parts["total"] <= report.time_to_first_token_s
+    assert f"{report.prompt_bytes_read / 1e6:.1f} MB; first token" in str(report)
+
+
 def test_the_report_says_where_drafts_do_not_pay(tmp_path, monkeypatch):
     config = QWEN3 | {"num_experts": 32, "num_experts_per_tok": 2}
     folder = folder_of(tmp_path, config, False)
