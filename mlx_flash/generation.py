@@ -30,7 +30,7 @@ def stream_generate(
     prompt,
     max_tokens: int = 256,
     *,
-    draft_model: nn.Module | None = None,
+    draft_model: nn.Module | Drafter | None = None,
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     draft_ngrams: int = 0,
     history: Sequence[int] = (),
@@ -46,8 +46,9 @@ def stream_generate(
         tokenizer: From the same call.
         prompt: Text, or token ids.
         max_tokens: At most so many new tokens; -1 for as many as positions allow.
-        draft_model: A model that drafts, beside the budget. One that was named to
-            `mlx_flash.load` counts in the budget, and drafts without being named here.
+        draft_model: A model that drafts, beside the budget, or any object that does
+            what `drafting.Drafter` says. A model that was named to `mlx_flash.load`
+            counts in the budget, and drafts without being named here.
         num_draft_tokens: Tokens of a draft; 0 does without. A model with predictors
             takes 2 at most: more would be computed as a prompt is.
         draft_ngrams: Draft what followed the last so many tokens where they stood
@@ -113,11 +114,13 @@ def stream_generate(
 
 
 def _drafter(
-    flash: Flash, draft_model: nn.Module | None, draft_ngrams: int
+    flash: Flash, draft_model: nn.Module | Drafter | None, draft_ngrams: int
 ) -> Drafter | None:
-    """Who drafts, if anybody does: a model that was given, n-grams, or our own."""
-    if draft_model is not None:
+    """Who drafts, if anybody does: what was given, n-grams, or our own model."""
+    if isinstance(draft_model, nn.Module):
         return ModelDraft(draft_model, flash.vocabulary)
+    if draft_model is not None:
+        return draft_model
     if draft_ngrams:
         return NgramDraft(draft_ngrams)
     if flash.draft is not None:

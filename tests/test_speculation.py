@@ -65,11 +65,8 @@ def run(model, tokenizer, prompt=PROMPT, n=24, **options):
 class Prophet:
     """A stand-in for a draft model: it knows the answer, and errs where told."""
 
-    def __init__(self, model, answer, wrong=()):
-        self.model, self.answer, self.wrong = model, answer, wrong
-
-    def install(self, monkeypatch):
-        monkeypatch.setattr("mlx_flash.generation.ModelDraft", lambda *_: self)
+    def __init__(self, answer, wrong=()):
+        self.answer, self.wrong = answer, wrong
 
     def draft(self, known, most):
         at = len(known) - len(PROMPT)
@@ -136,11 +133,11 @@ def test_ngrams_give_the_plain_answer(case, most):
 
 
 @pytest.mark.parametrize("wrong", [(), {0}, {3, 4, 11}, range(99)], ids=str)
-def test_drafts_give_the_plain_answer(case, wrong, monkeypatch):
+def test_drafts_give_the_plain_answer(case, wrong):
     kind, model, tokenizer = case
     plain = run(model, tokenizer)
-    Prophet(model, plain, wrong).install(monkeypatch)
-    drafted = run(model, tokenizer, draft_model=model, num_draft_tokens=5)
+    prophet = Prophet(plain, wrong)
+    drafted = run(model, tokenizer, draft_model=prophet, num_draft_tokens=5)
     assert drafted == plain
     stats = model.flash.run.drafts
     assert stats.tokens >= 16 and stats.drafted
@@ -151,7 +148,7 @@ def test_drafts_give_the_plain_answer(case, wrong, monkeypatch):
 
 
 @pytest.mark.parametrize("draft", ["ngrams", "prophet"])
-def test_a_sampled_answer_is_the_one_of_the_same_seed(case, draft, monkeypatch):
+def test_a_sampled_answer_is_the_one_of_the_same_seed(case, draft):
     _, model, tokenizer = case
     sampler = make_sampler(temp=0.6, top_p=0.9)
     mx.random.seed(3)
@@ -160,14 +157,14 @@ def test_a_sampled_answer_is_the_one_of_the_same_seed(case, draft, monkeypatch):
     assert run(model, tokenizer, sampler=sampler) != plain
     options = {"draft_ngrams": 2}
     if draft == "prophet":
-        Prophet(model, plain, {2, 7}).install(monkeypatch)
-        options = {"draft_model": model}
+        prophet = Prophet(plain, {2, 7})
+        options = {"draft_model": prophet}
     mx.random.seed(3)
     drafted = run(model, tokenizer, sampler=sampler, num_draft_tokens=4, **options)
     assert drafted == plain
 
 
-def test_processors_see_what_they_would_see(case, monkeypatch):
+def test_processors_see_what_they_would_see(case):
     _, model, tokenizer = case
 
     def processors():
@@ -175,8 +172,8 @@ def test_processors_see_what_they_would_see(case, monkeypatch):
 
     plain = run(model, tokenizer, logits_processors=processors())
     assert plain != run(model, tokenizer)
-    Prophet(model, plain, {5}).install(monkeypatch)
-    options = {"draft_model": model, "num_draft_tokens": 4}
+    prophet = Prophet(plain, {5})
+    options = {"draft_model": prophet, "num_draft_tokens": 4}
     assert run(model, tokenizer, logits_processors=processors(), **options) == plain
 
 
@@ -192,15 +189,15 @@ def test_a_real_draft_gives_the_plain_answer(blocks):
         assert model.flash.run.drafts is None
 
 
-def test_an_end_token_within_a_draft_ends_the_answer(case, monkeypatch):
+def test_an_end_token_within_a_draft_ends_the_answer(case):
     _, model, tokenizer = case
     plain = run(model, tokenizer)
     end = next(t for i, t in enumerate(plain) if i > 2 and t not in plain[:i])
     cut = plain[: plain.index(end) + 1]
-    Prophet(model, plain).install(monkeypatch)
+    prophet = Prophet(plain)
     tokenizer.eos_token_ids = {end}
     try:
-        assert run(model, tokenizer, draft_model=model, num_draft_tokens=8) == cut
+        assert run(model, tokenizer, draft_model=prophet, num_draft_tokens=8) == cut
         assert model.flash.run.text == tokenizer.decode(cut[:-1])
         assert model.flash.run.last.finish_reason == "stop"
     finally:
@@ -208,12 +205,12 @@ def test_an_end_token_within_a_draft_ends_the_answer(case, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_so_many_tokens_and_no_more(case, n, monkeypatch):
+def test_so_many_tokens_and_no_more(case, n):
     _, model, tokenizer = case
     plain = run(model, tokenizer)
-    Prophet(model, plain).install(monkeypatch)
+    prophet = Prophet(plain)
     assert (
-        run(model, tokenizer, n=n, draft_model=model, num_draft_tokens=4) == (plain[:n])
+        run(model, tokenizer, n=n, draft_model=prophet, num_draft_tokens=4) == (plain[:n])
     )
     assert model.flash.run.last.finish_reason == "length"
     assert model.flash.run.last.generation_tokens == n
@@ -223,13 +220,13 @@ def test_so_many_tokens_and_no_more(case, n, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [None, 1, 3, 4, 9])
-def test_a_cache_holds_what_was_said(case, stop, monkeypatch):
+def test_a_cache_holds_what_was_said(case, stop):
     """Also when somebody stops in the middle of what one call brought."""
     _, model, tokenizer = case
     plain = run(model, tokenizer)
-    Prophet(model, plain, {6}).install(monkeypatch)
+    prophet = Prophet(plain, {6})
     cache = make_prompt_cache(model)
-    options = {"draft_model": model, "num_draft_tokens": 5, "prompt_cache": cache}
+    options = {"draft_model": prophet, "num_draft_tokens": 5, "prompt_cache": cache}
     steps = stream_generate(model, tokenizer, PROMPT, max_tokens=12, **options)
     said = []
     for response in steps:
@@ -264,15 +261,15 @@ def test_a_cache_that_rotates_is_refused(blocks):
 # Figures
 
 
-def test_half_the_memory_and_good_drafts_save_reads(blocks, monkeypatch):
+def test_half_the_memory_and_good_drafts_save_reads(blocks):
     with mlx_flash.load(blocks[1], "400KB", context=64) as (model, tokenizer):
         tokenizer.eos_token_ids = set()
         assert not any(layer.slots.holds_all for layer in model.flash.layers)
         plain = run(model, tokenizer)
         before = model.flash.report()
         assert before.tokens_per_call is before.draft_acceptance is None
-        Prophet(model, plain).install(monkeypatch)
-        run(model, tokenizer, draft_model=model, num_draft_tokens=3)
+        prophet = Prophet(plain)
+        run(model, tokenizer, draft_model=prophet, num_draft_tokens=3)
         report = model.flash.report()
         assert report.tokens_per_call > 3
         assert report.plain_bytes_per_token == pytest.approx(before.bytes_per_token)
@@ -306,14 +303,14 @@ def test_a_prompt_has_figures_of_its_own(case, options):
     assert f"{report.prompt_bytes_read / 1e6:.1f} MB; first token" in str(report)
 
 
-def test_the_report_says_where_drafts_do_not_pay(tmp_path, monkeypatch):
+def test_the_report_says_where_drafts_do_not_pay(tmp_path):
     config = QWEN3 | {"num_experts": 32, "num_experts_per_tok": 2}
     folder = folder_of(tmp_path, config, False)
     model, tokenizer = stream(folder, 8), load_tokenizer(folder)
     tokenizer.eos_token_ids = set()
     plain = run(model, tokenizer, n=60)
-    Prophet(model, plain, range(99)).install(monkeypatch)
-    assert run(model, tokenizer, n=60, draft_model=model, num_draft_tokens=6) == plain
+    prophet = Prophet(plain, range(99))
+    assert run(model, tokenizer, n=60, draft_model=prophet, num_draft_tokens=6) == plain
     report = model.flash.report()
     stats = model.flash.run.drafts
     assert stats.plain_calls == 5 and report.draft_acceptance == 0
