@@ -51,7 +51,8 @@ def _speed(p: Plan) -> list[str]:
         f"first token  after about {p.first_token_s:,.1f} s with a prompt of "
         f"{p.prompt_tokens} tokens, {p.load_s:,.1f} s of it loading, modelled",
         f"prompt       {p.prompt_tokens_per_s:,.1f} tokens/s, "
-        f"{p.prompt_bytes / 1e6:,.1f} MB read, {_sum(p.prompt_s)} s, modelled",
+        f"{p.prompt_bytes / 1e6:,.1f} MB read, {sum(p.prompt_s.values()):,.1f} s = "
+        f"{_sum(p.prompt_s)}, modelled",
         f"machine      {p.machine}"
         + ("" if p.cold else "; flash figures not surely cold"),
     ]
