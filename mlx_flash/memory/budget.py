@@ -67,7 +67,7 @@ def make_budget(
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
     """
-    total = _total(memory, footprint)
+    total = total_bytes(memory, footprint)
     while (budget := _fit(total, footprint, divide)) is None:
         half = footprint.context // 2
         if least_context is None or half < least_context:
@@ -154,7 +154,8 @@ def share_slots(
     return slots
 
 
-def _total(memory: int | str, footprint: Footprint) -> int:
+def total_bytes(memory: int | str, footprint: Footprint) -> int:
+    """An amount of memory as `make_budget` takes it, in bytes."""
     wanted = parse_memory(memory)
     if wanted is None:
         return min(footprint.most_bytes, system.usable_memory_bytes())
