@@ -78,6 +78,11 @@ class Pool:
         self.resized: list[tuple[float, int]] = []
 
     @property
+    def logits_pay(self) -> bool:
+        """Whether a chunk's logits should be computed before the next chunk."""
+        return self._footprint.logits_pay
+
+    @property
     def least_bytes(self) -> int:
         """The smallest budget that works."""
         return least_bytes(self._footprint)
@@ -192,7 +197,7 @@ class Pool:
                 max(-(-tokens // count), self.budget.prefill_tokens)
                 for count in range(-(-tokens // MAX_PREFILL), chunks + 1)
             ]
-            possible = [x for size in sizes if (x := self._divided(size, kv))]
+            possible = [x for size in sizes if (x := self._divided(size, kv, tokens))]
             if possible:
                 return min(possible, key=lambda x: self._bytes_read(tokens, x))
         raise FlashError(
@@ -208,9 +213,12 @@ class Pool:
         usual = ffn_bytes - self._bytes(self.budget.slots)
         return -(-tokens // division.tokens) * missing + max(missing - usual, 0)
 
-    def _divided(self, tokens: int, kv_bytes: int) -> Division | None:
+    def _divided(self, tokens: int, kv_bytes: int, of: int) -> Division | None:
+        """The division for chunks of so many tokens `of` a call."""
         budget, footprint = self.budget, self._footprint
-        workspace = footprint.workspace_bytes(tokens, budget.batch_tokens)
+        waiting = of if of > tokens else 0
+        batch = budget.batch_tokens
+        workspace = footprint.workspace_bytes(tokens, batch, waiting)
         fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
         room = budget.total_bytes - fixed - workspace
         slots = share_slots(room, footprint, self._divide)
