@@ -13,11 +13,11 @@ from stock_checkpoints import LLAMA, QWEN3, write_checkpoint
 import mlx_flash
 
 # Many layers, so that one is little beside the workspace, as in a real model
-WIDE = dict(hidden_size=128, num_hidden_layers=24, num_attention_heads=2, head_dim=64)
+WIDE = dict(hidden_size=128, num_hidden_layers=16, num_attention_heads=2, head_dim=64)
 EXPERTS = QWEN3 | WIDE | {"moe_intermediate_size": 256, "num_key_value_heads": 1}
 DENSE = LLAMA | WIDE | {"intermediate_size": 1024, "num_key_value_heads": 1}
 RELU = DENSE | {"hidden_act": "relu"}
-PREDICTED = {"rank": 8, "unit": "neuron", "calibration_tokens": 128, "fit_steps": 3}
+PREDICTED = {"rank": 8, "unit": "neuron", "calibration_tokens": 64, "fit_steps": 1}
 KINDS = {
     "experts": (EXPERTS, None),
     "blocks": (DENSE, {"rank": 0}),
@@ -112,7 +112,7 @@ def test_a_conversation_that_cannot_fit_says_so_and_the_next_one_works(folder):
     with mlx_flash.load_model(folder, "60%", context=64) as (model, _):
         total = model.flash.budget.total_bytes
         cache = make_prompt_cache(model)
-        per_token = 24 * 2 * 64 * 4
+        per_token = 16 * 2 * 64 * 4
         many = mx.zeros((total // per_token // 512 + 1, 512), mx.int32)
         with pytest.raises(mlx_flash.FlashError, match="Begin a new conversation"):
             model(many, cache=cache)
