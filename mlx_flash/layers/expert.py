@@ -158,8 +158,8 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             limit = PAIRS_OF_AN_EXPERT * self.slots.n_slots
             if total // self.experts >= PAIRS_OF_AN_EXPERT:
                 least = max(least, limit)
-            else:
-                most = max(min(most, limit - 1), least)
+            else:  # unsorted pairs never go to the other kernel
+                least, most = 0, min(most, max(limit, SORT_PAIRS) - 1)
         return least, max(most, least, 1)
 
     def _pairs(
