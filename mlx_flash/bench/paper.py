@@ -8,7 +8,7 @@ beside those that the paper measured.
 from dataclasses import dataclass
 
 from ..planning.cost import Cost, FlashLayer, Matrices, Work, token_cost
-from ..planning.profile import load_profile
+from ..profile import load_profile
 from . import report
 
 HALF = 2  # bytes of a value on flash

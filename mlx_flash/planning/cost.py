@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass, replace
 
+from ..profile import Profile, Rate
 from ..storage.limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
-from .profile import Profile, Rate
 
 DEPTH = 32  # reads in flight
 

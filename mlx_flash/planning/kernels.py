@@ -18,7 +18,7 @@ import numpy as np
 
 from ..memory.policies import Lru
 from ..memory.slot_cache import SlotCache
-from .profile import Rate
+from ..profile import Rate
 
 WIDTH = 2048
 LEAST_ROWS = 64

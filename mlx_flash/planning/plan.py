@@ -14,9 +14,9 @@ from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.footprint import Footprint
+from ..profile import Profile
 from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
-from .profile import Profile
 from .requirements import BY_CHANCE, MEASURED, PAPER_PREDICTED, Selection, make_work
 
 

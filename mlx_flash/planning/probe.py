@@ -19,10 +19,10 @@ import psutil
 
 from .._version import __version__
 from ..errors import FlashError
+from ..profile import PROFILE_VERSION, Profile
 from ..storage import direct_io
 from ..storage.files import cache_folder
 from . import kernels, machine, reads
-from .profile import PROFILE_VERSION, Profile
 
 FILE_BYTES = 1 << 32
 WRITE_S = 5.0  # after which a temporary file is long enough

@@ -1,7 +1,7 @@
 """Plans and profiles as a person reads them. GB is 1e9, MB is 1e6."""
 
+from ..profile import Profile
 from .plan import Plan
-from .profile import Profile
 
 
 def plan_text(p: Plan) -> str:

@@ -13,7 +13,7 @@ from mlx_flash.cli import main
 from mlx_flash.errors import FlashError
 from mlx_flash.planning import kernels as rates
 from mlx_flash.planning import machine, probe, reads
-from mlx_flash.planning.profile import load_profile
+from mlx_flash.profile import load_profile
 from mlx_flash.storage import direct_io
 
 

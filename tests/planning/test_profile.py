@@ -7,9 +7,9 @@ import math
 import pytest
 from machine_profile import PROFILE
 
+from mlx_flash import profile as profile_module
 from mlx_flash.errors import FlashError
-from mlx_flash.planning import profile as profile_module
-from mlx_flash.planning.profile import (
+from mlx_flash.profile import (
     LONG_READ_BYTES,
     Profile,
     load_profile,

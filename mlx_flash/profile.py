@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FlashError
-from ..storage.files import cache_folder, write_whole
-from ..storage.typed_json import from_json
+from .errors import FlashError
+from .storage.files import cache_folder, write_whole
+from .storage.typed_json import from_json
 
 PROFILE_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
