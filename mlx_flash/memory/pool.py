@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from ..errors import FlashError
 from ..memory_size import say_memory
-from .budget import Budget, Divide, bytes_of_slots, share_slots
+from .budget import Budget, bytes_of_slots, share_slots
+from .divide import Divide
 from .footprint import KV_STEP, MAX_PREFILL, Footprint
 from .slots import CLOSED, UnitSlots
 

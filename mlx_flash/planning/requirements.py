@@ -1,6 +1,7 @@
 """What a model within a budget asks of a machine, put as the cost model wants it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import mlx.nn as nn
 
 from ..layers.kinds import NEURON, kind_of, value_bytes
 from ..memory.budget import Budget
+from ..memory.whole import LOCALITY, asked_units, hit_share
 from ..storage.layout import dtype_name
 from ..storage.manifest import Layer, Manifest
 from .cost import FlashLayer, Matrices, Work
@@ -33,19 +35,18 @@ class Selection:
     def hit_rate(self, held_share: float) -> float:
         if self.known_hit_rate is not None:
             return self.known_hit_rate
-        return 1 - (1 - held_share) ** self.locality
+        return hit_share(held_share, self.locality)
 
 
 BY_CHANCE = Selection()
-# The paper's OPT 6.7B: a tenth of the neurons predicted; with 24 % of them in memory a
-# token loads 2.4 %, so that 76 % of what it needs is there.
-PAPER_PREDICTED = 0.10
+PAPER_PREDICTED = 0.10  # of the neurons of the paper's OPT 6.7B
 MEASURED = {
-    "neuron": Selection(5.2, "the paper's OPT 6.7B"),
-    # 512 experts a layer against an LRU (kekzl/imp pull request 2061): 43.5 % of hits
-    # with 93 of them in memory.
-    "expert": Selection(2.86, "published replays of real routing"),
+    "neuron": Selection(LOCALITY["neuron"], "the paper's OPT 6.7B"),
+    "expert": Selection(LOCALITY["expert"], "published replays of real routing"),
 }
+# Operations that a layer has more where its units are chosen than where it is held
+# whole. Counted in the graphs of small models, views left out.
+LAUNCHES = 6
 
 
 def make_work(
@@ -125,15 +126,20 @@ def _predictors(manifest: Manifest) -> Matrices:
     return Matrices("matmul", dtype, bits, nbytes, nbytes / size)
 
 
+def selected_units(found: Outline, layers: Sequence[Layer]) -> list[float | None]:
+    """How many units of each layer a token asks for; None for all, in order."""
+    predicted = PAPER_PREDICTED if found.kind == "checkpoint" else None
+    experts = found.shapes.experts_per_token
+    return asked_units(kind_of(found.manifest), layers, experts, predicted)
+
+
 def _flash_layer(
     found: Outline, layer: Layer, slots: int, module: nn.Module, selection: Selection
 ) -> FlashLayer:
     manifest, units = found.manifest, layer.units
     kind = kind_of(manifest)
-    predicted = PAPER_PREDICTED if found.kind == "checkpoint" else None
-    if layer.predictor:
-        predicted = layer.predictor.predicted_share
-    asked = kind.asked(layer, found.shapes.experts_per_token, predicted)
+    (asked,) = selected_units(found, [layer])
+    chosen = asked is not None and slots < units
     selected = float(units) if asked is None else asked
     computed, kernel = selected, "matmul"
     hits = slots / units
@@ -156,6 +162,8 @@ def _flash_layer(
         in_place=found.in_place,
         # A tenth of the reading of neurons was hidden when measured: left out.
         overlap=kind is not NEURON,
+        waits=1 if chosen else 0,
+        launches=LAUNCHES if chosen else 0,
     )
 
 
