@@ -28,7 +28,7 @@ from .memory.policies import Lrfu, Lru, Window
 from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
-from .memory.whole import LOCALITY, asked_units, divide_by, kind_rewards
+from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -190,10 +190,10 @@ def _needs(
     kind, layers = parts.kind, parts.manifest.layers
     if not options.predictor:
         layers = tuple(replace(layer, predictor=None) for layer in layers)
-    asked = asked_units(kind, layers, parts.shapes.experts_per_token)
-    rewards = kind_rewards(kind, layers, asked)
+    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
+    rewards = kind_rewards(kind, asks)
     if options.trace is None:
-        divide = divide_by(layers, asked, LOCALITY[kind.name], rewards)
+        divide = divide_by(asks, LOCALITY[kind.name], rewards)
         return footprint, divide
     return footprint, by_trace(Path(options.trace), parts.manifest, policy, rewards)
 

@@ -48,7 +48,16 @@ APPLE = Speeds(wait_s=3e-4, flash_bytes_per_s=3e9, memory_bytes_per_s=2e11)
 OTHERS = Speeds(wait_s=0.0, flash_bytes_per_s=1e9, memory_bytes_per_s=1e10)
 
 
-class Asks(Protocol):
+@dataclass(frozen=True)
+class Ask:
+    """What a token asks of a layer: how many of its units, None for all, in order."""
+
+    units: int
+    unit_bytes: int
+    asked: float | None
+
+
+class Chooses(Protocol):
     """What a unit kind says of a token's choice; see `layers.kinds.UnitKind`."""
 
     name: str
@@ -59,35 +68,33 @@ class Asks(Protocol):
     ) -> float | None: ...
 
 
-def asked_units(
-    kind: Asks,
+def asks_of(
+    kind: Chooses,
     layers: Sequence[Layer],
     experts_per_token: int,
     predicted: float | None = None,
-) -> list[float | None]:
-    """How many units of each layer a token asks for; None for all, in order.
+) -> list[Ask]:
+    """What a token asks of a model's layers.
 
     Args:
         predicted: The share of neurons where a layer has no predictor yet.
     """
-    shares = [x.predictor.predicted_share if x.predictor else predicted for x in layers]
-    return [
-        kind.asked(layer, experts_per_token, share)
-        for layer, share in zip(layers, shares, strict=True)
-    ]
+    asks = []
+    for layer in layers:
+        share = layer.predictor.predicted_share if layer.predictor else predicted
+        asked = kind.asked(layer, experts_per_token, share)
+        asks.append(Ask(layer.units, layer.unit_bytes, asked))
+    return asks
 
 
 def kind_rewards(
-    kind: Asks,
-    layers: Sequence[Layer],
-    asked: Sequence[float | None],
-    profile: Profile | None = None,
+    kind: Chooses, asks: Sequence[Ask], profile: Profile | None = None
 ) -> list[float]:
     """`rewards` for a model, on the machine of a profile or on this one."""
     profile = profile or measured_here(mx.default_device().type.name)
-    unit_bytes = max(layer.unit_bytes for layer in layers)
-    speeds = machine_speeds(unit_bytes, profile)
-    return rewards(layers, asked, speeds, multiplies_all=kind.gathered > 0)
+    speeds = machine_speeds(max(ask.unit_bytes for ask in asks), profile)
+    # Of slots that are gathered from, a layer held whole multiplies all.
+    return rewards(asks, speeds, multiplies_all=kind.gathered > 0)
 
 
 def machine_speeds(unit_bytes: float, profile: Profile | None) -> Speeds:
@@ -104,27 +111,25 @@ def on_metal() -> bool:
 
 
 def rewards(
-    layers: Sequence[Layer],
-    asked: Sequence[float | None],
-    speeds: Speeds,
-    multiplies_all: bool = False,
+    asks: Sequence[Ask], speeds: Speeds, multiplies_all: bool = False
 ) -> list[float]:
     """What each layer saves of a token's reading if it is held whole, in bytes.
 
-    Besides its misses, and never less than nothing.
+    Besides its misses, and never less than nothing. Where all units are needed in
+    order, nobody waits.
 
     Args:
-        asked: Units of each layer that a token asks for; None for all, in order, which
-            nobody has to wait for.
         multiplies_all: Whether a layer that is held whole multiplies every unit, and
             one that is not only those asked for.
     """
     found = []
-    for layer, units in zip(layers, asked, strict=True):
-        saved_s = 0.0 if units is None else speeds.wait_s
-        if multiplies_all and units is not None:
-            more_bytes = (layer.units - units) * layer.unit_bytes
-            saved_s -= more_bytes / speeds.memory_bytes_per_s
+    for ask in asks:
+        saved_s = 0.0
+        if ask.asked is not None:
+            saved_s = speeds.wait_s
+            if multiplies_all:
+                more_bytes = (ask.units - ask.asked) * ask.unit_bytes
+                saved_s -= more_bytes / speeds.memory_bytes_per_s
         found.append(max(saved_s, 0.0) * speeds.flash_bytes_per_s)
     return found
 
@@ -135,10 +140,7 @@ def hit_share(share: float, locality: float) -> float:
 
 
 def divide_by(
-    layers: Sequence[Layer],
-    asked: Sequence[float | None],
-    locality: float,
-    reward_bytes: Sequence[float],
+    asks: Sequence[Ask], locality: float, reward_bytes: Sequence[float]
 ) -> Divide | None:
     """How to divide slots of which no trace is known.
 
@@ -147,8 +149,8 @@ def divide_by(
     Where there is less than that, equal shares are best.
 
     Args:
-        asked, reward_bytes: As `rewards` takes and gives them.
         locality: As LOCALITY has it.
+        reward_bytes: As `rewards` gives them.
 
     Returns:
         None if no layer is worth holding whole.
@@ -156,18 +158,18 @@ def divide_by(
     if not any(reward_bytes):
         return None
     curves = []
-    for layer, units, reward in zip(layers, asked, reward_bytes, strict=True):
-        n = layer.units
+    for ask, reward in zip(asks, reward_bytes, strict=True):
+        n = ask.units
         slots = sorted({round(i * n / POINTS) for i in range(POINTS + 1)})
-        read = layer.unit_bytes * (n if units is None else units)
         curve = Curve(tuple(slots), tuple(hit_share(i / n, locality) for i in slots))
-        curves.append(curve.scaled(read).rewarded(reward))
+        read_bytes = ask.unit_bytes * (n if ask.asked is None else ask.asked)
+        curves.append(curve.scaled(read_bytes).rewarded(reward))
 
     def divide_whole(
         unit_bytes: Sequence[int], room_bytes: float, least: Sequence[int]
     ) -> tuple[int, ...] | None:
         slots = divide(curves, unit_bytes, room_bytes, least)
-        whole = (n == x.units for n, x in zip(slots, layers, strict=True))
+        whole = (n == ask.units for n, ask in zip(slots, asks, strict=True))
         return slots if any(whole) else None
 
     return divide_whole

@@ -2,9 +2,9 @@
 
 The first three are the paper's terms; the last one is what a GPU stands still because
 the host has to see what was chosen. They come from the figures of a machine
-(`Profile`), the bytes of a model and what its tokens ask for. Everything here is modelled, nothing is
-measured. While a layer reads, it multiplies with what memory holds: so much of the
-reading's time is hidden.
+(`Profile`), the bytes of a model and what its tokens ask for. Everything here is
+modelled, nothing is measured. While a layer reads, it multiplies with what memory
+holds: so much of the reading's time is hidden.
 """
 
 from __future__ import annotations
@@ -183,7 +183,12 @@ def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int) -> Cost:
         weights = replace(weights, kernel="matmul")
     nbytes = needed / layer.units * weights.nbytes
     values = pairs / layer.units * weights.values
-    return replace(read, compute_s=_many_s(profile, weights, values, nbytes))
+    return replace(
+        read,
+        compute_s=_many_s(profile, weights, values, nbytes),
+        wait_s=layer.waits * profile.wait_s,
+        waits=float(layer.waits),
+    )
 
 
 def load_s(profile: Profile, work: Work) -> float:

@@ -24,8 +24,8 @@ from .requirements import (
     MEASURED,
     PAPER_PREDICTED,
     Selection,
+    asks_of_token,
     make_work,
-    selected_units,
 )
 
 
@@ -170,10 +170,8 @@ def make_plan(
 
 def _divide(found: Outline, profile: Profile | None) -> Divide | None:
     """As loading divides slots, on the machine of `profile` or on this one."""
-    layers, kind = found.manifest.layers, kind_of(found.manifest)
-    asked = selected_units(found, layers)
-    rewards = kind_rewards(kind, layers, asked, profile)
-    return divide_by(layers, asked, LOCALITY[kind.name], rewards)
+    kind, asks = kind_of(found.manifest), asks_of_token(found)
+    return divide_by(asks, LOCALITY[kind.name], kind_rewards(kind, asks, profile))
 
 
 def _selections(unit: str, hit_rate: float | None) -> list[Selection]:

@@ -56,6 +56,7 @@ def probe(
     say("multiplying")
     name, system = machine.machine()
     cache_layer_s, cache_slot_s = kernels.cache_costs()
+    wait_s, launch_s = kernels.wait_costs()
     return Profile(
         profile_version=PROFILE_VERSION,
         device=f"{name}, MLX on {mx.default_device().type.name}",
@@ -73,6 +74,8 @@ def probe(
         cache_layer_s=cache_layer_s,
         cache_slot_s=cache_slot_s,
         copy_bytes_per_s=0.0,
+        wait_s=wait_s,
+        launch_s=launch_s,
     )
 
 

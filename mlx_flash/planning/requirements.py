@@ -1,7 +1,6 @@
 """What a model within a budget asks of a machine, put as the cost model wants it."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,7 +8,7 @@ import mlx.nn as nn
 
 from ..layers.kinds import NEURON, kind_of, value_bytes
 from ..memory.budget import Budget
-from ..memory.whole import LOCALITY, asked_units, hit_share
+from ..memory.whole import LOCALITY, Ask, asks_of, hit_share
 from ..storage.layout import dtype_name
 from ..storage.manifest import Layer, Manifest
 from .cost import FlashLayer, Matrices, Work
@@ -61,8 +60,8 @@ def make_work(
     modules = dict(found.model.named_modules())
     pairs = list(zip(manifest.layers, budget.slots, strict=True))
     layers = tuple(
-        _flash_layer(found, layer, slots, modules[layer.module], selection)
-        for layer, slots in pairs
+        _flash_layer(found, layer, slots, ask.asked, modules[layer.module], selection)
+        for (layer, slots), ask in zip(pairs, asks_of_token(found), strict=True)
     )
     kept = sum(layer.nbytes for layer, slots in pairs if slots == layer.units)
     shapes = found.shapes
@@ -126,19 +125,23 @@ def _predictors(manifest: Manifest) -> Matrices:
     return Matrices("matmul", dtype, bits, nbytes, nbytes / size)
 
 
-def selected_units(found: Outline, layers: Sequence[Layer]) -> list[float | None]:
-    """How many units of each layer a token asks for; None for all, in order."""
+def asks_of_token(found: Outline) -> list[Ask]:
+    """What a token asks of each layer; where nothing is predicted yet, the paper's."""
     predicted = PAPER_PREDICTED if found.kind == "checkpoint" else None
-    experts = found.shapes.experts_per_token
-    return asked_units(kind_of(found.manifest), layers, experts, predicted)
+    manifest, experts = found.manifest, found.shapes.experts_per_token
+    return asks_of(kind_of(manifest), manifest.layers, experts, predicted)
 
 
 def _flash_layer(
-    found: Outline, layer: Layer, slots: int, module: nn.Module, selection: Selection
+    found: Outline,
+    layer: Layer,
+    slots: int,
+    asked: float | None,
+    module: nn.Module,
+    selection: Selection,
 ) -> FlashLayer:
     manifest, units = found.manifest, layer.units
     kind = kind_of(manifest)
-    (asked,) = selected_units(found, [layer])
     chosen = asked is not None and slots < units
     selected = float(units) if asked is None else asked
     computed, kernel = selected, "matmul"

@@ -11,7 +11,7 @@ from ..errors import FlashError
 from ..memory.divide import Curve, Divide, divide
 from ..memory.policies import Lru
 from ..storage.manifest import Manifest
-from .replay import replay
+from .replay import even_slots, hit_rate, replay
 from .trace import Trace, read_trace
 
 # Most of a curve bends where little is in memory.
@@ -71,3 +71,23 @@ def by_trace(
             f"{manifest.unit}s). Record one of it: mlx-flash trace PROMPT -o FILE"
         )
     return partial(divide, rewarded_curves(trace, policy, reward_bytes))
+
+
+def divided_rates(
+    trace: Trace, policy: Lru, reward_bytes: Sequence[float], shares: Sequence[float]
+) -> list[tuple[float, int]]:
+    """(hit rate, layers held whole) of a trace whose own curves divide the slots.
+
+    Args:
+        reward_bytes: As `rewarded_curves` takes them.
+        shares: Of all units, as much memory as each layer's share of them would take.
+    """
+    curves = rewarded_curves(trace, policy, reward_bytes)
+    found = []
+    for share in shares:
+        even = even_slots(trace, share)
+        room = sum(n * b for n, b in zip(even, trace.unit_bytes, strict=True))
+        slots = divide(curves, trace.unit_bytes, room, [1] * len(even))
+        whole = sum(n == m for n, m in zip(slots, trace.units, strict=True))
+        found.append((hit_rate(replay(trace, policy, slots)), whole))
+    return found

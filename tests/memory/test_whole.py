@@ -9,8 +9,7 @@ from machine_profile import PROFILE
 
 from mlx_flash.memory import whole
 from mlx_flash.memory.divide import Curve
-from mlx_flash.memory.whole import LOCALITY, Speeds, divide_by, hit_share, rewards
-from mlx_flash.storage.manifest import Layer
+from mlx_flash.memory.whole import LOCALITY, Ask, Speeds, divide_by, hit_share, rewards
 
 # A wait is worth 900 KB of flash, as on an M4.
 SLOW_WAITS = Speeds(wait_s=3e-4, flash_bytes_per_s=3e9, memory_bytes_per_s=1e11)
@@ -19,14 +18,9 @@ MB = 1 << 20
 UNITS, CHOSEN = 64, 4
 
 
-def layers_of(sizes, units=UNITS):
-    return [Layer("", "", "", 0, units, size, (), "", None) for size in sizes]
-
-
 def divider(sizes, speeds=SLOW_WAITS):
-    found = layers_of(sizes)
-    asked = [float(CHOSEN)] * len(found)
-    return divide_by(found, asked, LOCALITY["expert"], rewards(found, asked, speeds))
+    asks = [Ask(UNITS, size, CHOSEN) for size in sizes]
+    return divide_by(asks, LOCALITY["expert"], rewards(asks, speeds))
 
 
 def whole_ones(slots):
@@ -89,18 +83,18 @@ def test_where_waits_cost_nothing_slots_are_shared_equally():
 
 
 def test_all_units_in_order_are_never_waited_for():
-    found = layers_of([MB] * 4)
-    assert rewards(found, [None] * 4, SLOW_WAITS) == [0.0] * 4
-    assert divide_by(found, [None] * 4, 1.0, [0.0] * 4) is None
+    asks = [Ask(UNITS, MB, None)] * 4
+    assert rewards(asks, SLOW_WAITS) == [0.0] * 4
+    assert divide_by(asks, LOCALITY["block"], [0.0] * 4) is None
 
 
 def test_a_layer_of_neurons_held_whole_multiplies_all_of_them():
     """9/10 of 100 MB at 100 GB/s take longer than the wait; of 10 MB they do not."""
     for layer_bytes, pays in ((100e6, False), (10e6, True)):
-        found = layers_of([int(layer_bytes) // 1000], units=1000)
-        (reward,) = rewards(found, [100.0], SLOW_WAITS, multiplies_all=True)
+        asks = [Ask(1000, int(layer_bytes) // 1000, 100.0)]
+        (reward,) = rewards(asks, SLOW_WAITS, multiplies_all=True)
         assert (reward > 0) == pays
-        (expert,) = rewards(found, [100.0], SLOW_WAITS)
+        (expert,) = rewards(asks, SLOW_WAITS)
         assert expert == pytest.approx(9e5) and reward < expert
 
 
