@@ -91,7 +91,7 @@ class Profile:
         buffered: Some random reads through the page cache; none in older profiles.
         wait_s: What it costs that the host waits for MLX, beyond what is computed. 0 in
             older profiles, whose `layer_s` has a wait in it.
-        launch_s: For the host to put one more operation before MLX.
+        launch_s: What one more tiny operation costs that nobody waits for.
     """
 
     profile_version: int
