@@ -6,7 +6,7 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from .chunks import in_chunks
 from .errors import FlashError, reason_of
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
-from .memory.budget import LEAST_CONTEXT, Divide, make_budget
+from .memory.budget import LEAST_CONTEXT, make_budget
+from .memory.divide import Divide
 from .memory.footprint import Footprint
 from .memory.page_cache import use_page_cache
 from .memory.policies import Lrfu, Lru, Window
 from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
+from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -60,7 +62,8 @@ class LoadOptions:
         elastic: Hold less memory while other programs need it, and take it back when
             they do not. None does so where memory is "auto".
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
-            would have had on it, instead of the same share each.
+            would have had on it. Without, each gets the same share, but for layers
+            that are held whole where waiting for the GPU costs more (`memory.whole`).
         check: What is held against the digests that were noted of the model's files:
             "sample" takes configuration, tokenizer and some pieces of each file of
             weights, "full" every byte, "none" nothing.
@@ -191,9 +194,15 @@ def _needs(
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    kind, layers = parts.kind, parts.manifest.layers
+    if not options.predictor:
+        layers = tuple(replace(layer, predictor=None) for layer in layers)
+    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
+    rewards = kind_rewards(kind, asks)
     if options.trace is None:
-        return footprint, None
-    return footprint, by_trace(Path(options.trace), parts.manifest, policy)
+        divide = divide_by(asks, LOCALITY[kind.name], rewards)
+        return footprint, divide
+    return footprint, by_trace(Path(options.trace), parts.manifest, policy, rewards)
 
 
 def _read_resident(parts: Assembled, folder: Path) -> None:

@@ -49,7 +49,8 @@ from .common import (
     "--trace",
     type=click.Path(),
     metavar="FILE.npz",
-    help="Divide memory over layers by a recorded run.  [default: evenly]",
+    help="Divide memory over layers by a recorded run.  [default: evenly, or whole "
+    "layers where that saves waiting]",
 )
 @click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
 @click.option(

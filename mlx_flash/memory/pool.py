@@ -20,13 +20,13 @@ from ..memory_size import say_memory
 from . import pressure
 from .budget import (
     Budget,
-    Divide,
     bytes_of_slots,
     least_bytes,
     make_budget,
     share_slots,
     total_bytes,
 )
+from .divide import Divide
 from .footprint import KV_STEP, MAX_PREFILL, Footprint
 from .mlx_limits import LimitShare
 from .slots import CLOSED, UnitSlots

@@ -17,7 +17,7 @@ from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
 from mlx_flash.planning.outline import outline
 from mlx_flash.planning.plan import make_plan
-from mlx_flash.planning.profile import save_profile
+from mlx_flash.profile import save_profile
 
 PACKED = {"group_size": 32, "bits": 4}
 
