@@ -10,7 +10,7 @@ import argparse
 
 from mlx_flash import DEMO_MODEL, FlashError
 from mlx_flash.planning.plan import make_plan
-from mlx_flash.planning.profile import load_profile
+from mlx_flash.profile import load_profile
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from .draft_model import DraftModel, open_draft
 from .errors import FlashError, NotEnoughMemory, reason_of
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
-from .memory.budget import LEAST_CONTEXT, Budget, Divide, make_budget
+from .memory.budget import LEAST_CONTEXT, Budget, make_budget, total_bytes
+from .memory.divide import Divide
 from .memory.footprint import Footprint
 from .memory.page_cache import use_page_cache
 from .memory.policies import Lrfu, Lru, Window
 from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
+from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
 from .memory_size import say_memory
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
@@ -59,8 +61,11 @@ class LoadOptions:
         page_cache: Let the operating system cache what is read: "on" or True, "off" or
             False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
+        elastic: Hold less memory while other programs need it, and take it back when
+            they do not. None does so where memory is "auto".
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
-            would have had on it, instead of the same share each.
+            would have had on it. Without, each gets the same share, but for layers
+            that are held whole where waiting for the GPU costs more (`memory.whole`).
         check: What is held against the digests that were noted of the model's files:
             "sample" takes configuration, tokenizer and some pieces of each file of
             weights, "full" every byte, "none" nothing.
@@ -77,6 +82,7 @@ class LoadOptions:
     look_ahead: bool = False
     page_cache: bool | str = "auto"
     native: bool | None = None
+    elastic: bool | None = None
     trace: str | Path | None = None
     check: str = "sample"
     draft_model: str | Path | None = None
@@ -141,12 +147,10 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     policy = _policy(wanted, parts.kind)
     footprint, divide = _needs(parts, policy, wanted)
     least_context = None if wanted.context else LEAST_CONTEXT
-    budget = make_budget(memory, footprint, folder, divide, least_context)
     draft = None
     if wanted.draft_model is not None:
         draft = open_draft(wanted.draft_model, folder, footprint.context)
-        beside = budget.total_bytes - draft.nbytes
-        budget = _beside(draft, beside, footprint, folder, divide, least_context)
+    budget = _budget(memory, draft, footprint, folder, divide, least_context)
     # Who gives more than the model can use, does no harm with it.
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
@@ -176,7 +180,9 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     except BaseException:
         flash.close()
         raise
-    flash.pool = Pool(budget, footprint, slots, flash._fence.lock, divide)
+    flash.pool = Pool(
+        budget, footprint, slots, flash._fence.lock, flash.limits, folder, divide
+    )
     if not (reader.direct or through):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
@@ -185,6 +191,8 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
         )
     if wanted.look_ahead:
         parts.look_ahead()
+    if wanted.elastic or (wanted.elastic is None and str(memory).lower() == "auto"):
+        flash.follow_pressure()
     flash.stats.reset()
     parts.model.flash = flash
     in_chunks(parts.model)
@@ -198,14 +206,20 @@ def _needs(
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    kind, layers = parts.kind, parts.manifest.layers
+    if not options.predictor:
+        layers = tuple(replace(layer, predictor=None) for layer in layers)
+    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
+    rewards = kind_rewards(kind, asks)
     if options.trace is None:
-        return footprint, None
-    return footprint, by_trace(Path(options.trace), parts.manifest, policy)
+        divide = divide_by(asks, LOCALITY[kind.name], rewards)
+        return footprint, divide
+    return footprint, by_trace(Path(options.trace), parts.manifest, policy, rewards)
 
 
-def _beside(
-    draft: DraftModel,
-    room: int,
+def _budget(
+    memory: int | str,
+    draft: DraftModel | None,
     footprint: Footprint,
     folder: Path,
     divide: Divide | None,
@@ -216,8 +230,11 @@ def _beside(
     Raises:
         NotEnoughMemory: If that is too little, with what both need.
     """
+    if draft is None:
+        return make_budget(memory, footprint, folder, divide, least_context)
+    room = max(total_bytes(memory, footprint) - draft.nbytes, 1)
     try:
-        return make_budget(max(room, 1), footprint, folder, divide, least_context)
+        return make_budget(room, footprint, folder, divide, least_context)
     except NotEnoughMemory as error:
         need = error.least_bytes + draft.nbytes
         raise NotEnoughMemory(

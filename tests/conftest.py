@@ -16,7 +16,7 @@ from mlx_flash.converters.bundles import write_bundles
 from mlx_flash.converters.convert import convert
 from mlx_flash.layers.neuron import NeuronFFN
 from mlx_flash.layers.projections import neuron_rows
-from mlx_flash.memory import page_cache
+from mlx_flash.memory import page_cache, whole
 from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
@@ -37,9 +37,14 @@ settings.load_profile("mlx-flash")
 @pytest.fixture(autouse=True)
 def no_memory_is_free(monkeypatch):
     """Reads go around the page cache unless a test asks for it, on every machine."""
-    facts = SimpleNamespace(available=0)
-    stand_in = SimpleNamespace(virtual_memory=lambda: facts)
-    monkeypatch.setattr(page_cache, "psutil", stand_in)
+    stand_in = SimpleNamespace(available_bytes=lambda: 0)
+    monkeypatch.setattr(page_cache, "pressure", stand_in)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_of_this_machine(monkeypatch):
+    """Slots are divided alike on every machine, whatever `probe` stored on it."""
+    monkeypatch.setattr(whole, "measured_here", lambda device: None)
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "opt"

@@ -1,6 +1,6 @@
 """A made-up machine for tests of what is modelled."""
 
-from mlx_flash.planning.profile import (
+from mlx_flash.profile import (
     FlashPoint,
     Profile,
     Rate,

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "mlx_flash"
 ROWS = (
     ("errors", "_version", "memory_size", "arrays"),
     ("storage",),
+    ("profile",),
     ("memory",),
     ("traces",),
     ("models", "layers"),

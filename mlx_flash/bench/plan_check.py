@@ -15,7 +15,7 @@ import click
 from ..converters.convert import convert
 from ..errors import FlashError
 from ..planning.plan import make_plan
-from ..planning.profile import Profile, load_profile
+from ..profile import Profile, load_profile
 from . import moe
 from .decode import run_model
 from .families.configs import make_config

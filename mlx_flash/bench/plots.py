@@ -12,7 +12,7 @@ from ..traces.replay import OPTIMUM
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..planning.profile import Profile
+    from ..profile import Profile
     from ..traces.trace import Trace
     from .report import Report, Row
 

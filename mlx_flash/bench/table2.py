@@ -11,7 +11,7 @@ import dataclasses
 from ..loading import READ_THREADS
 from ..memory.policies import Window
 from ..planning.cost import FlashLayer, Matrices, Work, token_cost
-from ..planning.profile import Profile, load_profile
+from ..profile import Profile, load_profile
 from . import options
 from .methods import Bench, Options, Player, warm_up
 from .report import Column, Report, cache_state, progress

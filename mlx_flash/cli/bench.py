@@ -30,6 +30,7 @@ BENCHMARKS = {
     "sweep": "Tokens/s, bytes per token and hit rate over memory budgets.",
     "table2": "The I/O of a token, with each part of the paper's method.",
     "table3": "A token end to end: naive, hybrid and all of the method.",
+    "waits": "Waits of the host for MLX, modelled for Apple's chips.",
     "whole": "What the engine costs where everything fits in memory.",
 }
 # Of those whose module is not called like the command

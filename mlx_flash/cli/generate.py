@@ -11,6 +11,7 @@ from .common import (
     INTERRUPTED,
     check_option,
     chosen_model,
+    elastic_option,
     json_option,
     page_cache_option,
     run_options,
@@ -49,7 +50,8 @@ from .generate_options import draft_options, kv_options
     "--trace",
     type=click.Path(),
     metavar="FILE.npz",
-    help="Divide memory over layers by a recorded run.  [default: evenly]",
+    help="Divide memory over layers by a recorded run.  [default: evenly, or whole "
+    "layers where that saves waiting]",
 )
 @click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
 @click.option(
@@ -58,6 +60,7 @@ from .generate_options import draft_options, kv_options
 @draft_options
 @kv_options
 @page_cache_option
+@elastic_option
 @check_option
 @click.option(
     "--trust-remote-code",

@@ -47,8 +47,8 @@ def plan(model, memory, profile, as_json, **options):
       mlx-flash plan facebook/opt-6.7b --memory 50% --profile m1-max-paper
     """
     from ..planning.plan import make_plan
-    from ..planning.profile import load_profile
     from ..planning.text import plan_text
+    from ..profile import load_profile
 
     result = make_plan(model, memory, load_profile(profile), **options)
     click.echo(json.dumps(result.to_dict()) if as_json else plan_text(result))

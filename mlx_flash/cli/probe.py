@@ -31,8 +31,8 @@ def probe(folder, as_json, plot, quiet):
 
         check_plot(plot)
     from ..planning.probe import probe as measure
-    from ..planning.profile import default_path, save_profile
     from ..planning.text import profile_text
+    from ..profile import default_path, save_profile
 
     def say(line: str) -> None:
         if not quiet:

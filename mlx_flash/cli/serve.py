@@ -2,7 +2,12 @@
 
 import click
 
-from .common import check_option, memory_option, page_cache_option
+from .common import (
+    check_option,
+    elastic_option,
+    memory_option,
+    page_cache_option,
+)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -10,9 +15,10 @@ from .common import check_option, memory_option, page_cache_option
 @memory_option("auto")
 @click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
 @page_cache_option
+@elastic_option
 @check_option
 @click.argument("server_options", nargs=-1, type=click.UNPROCESSED)
-def serve(model, memory, context, page_cache, check, server_options):
+def serve(model, memory, server_options, **options):
     """Serve a model with mlx-lm's HTTP server, which takes all further options.
 
     One request is answered after the other. Requests come from this machine unless
@@ -25,5 +31,4 @@ def serve(model, memory, context, page_cache, check, server_options):
     """
     from ..server import serve as run
 
-    options = {"context": context, "page_cache": page_cache, "check": check}
     run(model, memory, server_options, **options)

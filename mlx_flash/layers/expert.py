@@ -33,6 +33,9 @@ LINEARS = (SwitchLinear, QuantizedSwitchLinear)
 
 # From so many (token, expert) pairs on, mlx-lm sorts them and uses another kernel.
 SORT_PAIRS = 64
+# From so many sorted pairs for each expert on, Metal multiplies packed weights by
+# another kernel.
+PAIRS_OF_AN_EXPERT = 4
 
 
 def switch_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,6 +78,10 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             else:
                 self[name] = child  # Muse Spark keeps a norm beside the projections
         self._linears = tuple(children)
+        self._packed = any(
+            isinstance(child, QuantizedSwitchLinear)
+            for child in switch.children().values()
+        )
         self.on_flash = frozenset(children)
         hide(self, "_switch", with_children(switch, children))
 
@@ -102,12 +109,13 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             if len(wave.units) == len(needed):
                 return self._tokens(x, mx.array(wave.slots_of(chosen), mx.uint32))
             mine = np.flatnonzero(np.isin(pairs, wave.units))
-            batches = np.array_split(mine, -(-len(mine) // (self.batch_tokens * K)))
+            _, most = self._pairs_of_a_call(len(pairs), K)
+            batches = np.array_split(mine, -(-len(mine) // most))
             done.extend(batches)
 
             def compute(i: int, batch: np.ndarray) -> mx.array:
                 slots = wave.slots_of(pairs[batch])
-                return self._pairs(x, batch // K, slots, len(pairs))
+                return self._pairs(x, batch // K, slots, len(pairs), K)
 
             return [*(outputs or []), *each(batches, compute)]
 
@@ -128,21 +136,44 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
 
     def _tokens(self, x: mx.array, slots: mx.array) -> list[mx.array]:
         """The outputs [t, K, D] of all tokens x [T, D], whose experts are all there."""
-        bound, of_batch = self._bound(), self.batches(slots)
-        return each(self.batches(x), lambda i, rows: bound(rows, of_batch[i]))
+        bound, K = self._bound(), slots.shape[-1]
+        least, most = self._pairs_of_a_call(slots.size, K)
+        count = min(-(-slots.size // most), max(slots.size // max(least, 1), 1))
+        cuts = [len(x) * i // count for i in range(1, count)]
+        of_batch = mx.split(slots, cuts)
+        of_x = list(mx.split(x, cuts))
+        return each(of_x, lambda i, rows: bound(rows, of_batch[i]))
+
+    def _pairs_of_a_call(self, total: int, K: int) -> tuple[int, int]:
+        """(least, most) pairs of a token and an expert to multiply at once.
+
+        On a GPU kernels round differently, and MLX chooses one by the pairs of a call
+        and by how many experts its weights have, which are fewer here. So that it is
+        the one that it takes for all `total` pairs and all experts, a call has enough
+        pairs, or few enough. (`GatherQMM::eval_gpu` of MLX 0.32; pairs are sorted by
+        mlx-lm from 64 on.)
+        """
+        least, most = SORT_PAIRS if total >= SORT_PAIRS else 0, self.batch_tokens * K
+        if self._packed and mx.default_device() == mx.gpu:
+            limit = PAIRS_OF_AN_EXPERT * self.slots.n_slots
+            if total // self.experts >= PAIRS_OF_AN_EXPERT:
+                least = max(least, limit)
+            else:  # unsorted pairs never go to the other kernel
+                least, most = 0, min(most, max(limit, SORT_PAIRS) - 1)
+        return least, max(most, least, 1)
 
     def _pairs(
-        self, rows: mx.array, tokens: np.ndarray, slots: np.ndarray, total: int
+        self, rows: mx.array, tokens: np.ndarray, slots: np.ndarray, total: int, K: int
     ) -> mx.array:
         """The outputs [P, D] of P pairs of a token and an expert's slot.
 
-        Where mlx-lm would have sorted all pairs, a short wave is filled up so that it
-        is sorted too: on a GPU the two kernels round differently.
+        Where mlx-lm would have sent more pairs, a short wave is filled up.
         """
         count = len(tokens)
-        if total >= SORT_PAIRS > count:
-            tokens = np.resize(tokens, SORT_PAIRS)
-            slots = np.resize(slots, SORT_PAIRS)
+        least, _ = self._pairs_of_a_call(total, K)
+        if count < least:
+            tokens = np.resize(tokens, least)
+            slots = np.resize(slots, least)
         y = self._bound()(rows[mx.array(tokens)], mx.array(slots[:, None], mx.uint32))
         return y[:count, 0]
 

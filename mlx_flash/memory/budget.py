@@ -4,7 +4,7 @@ The budget covers what MLX allocates for the model. Python, MLX and the tokenize
 on top: `python -c "import mlx_lm"` alone is about 300 MB on Linux.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +12,11 @@ from ..errors import NotEnoughMemory
 from ..memory_size import parse_memory, say_memory
 from ..storage.manifest import Manifest
 from . import system
-from .footprint import CACHED, Footprint
+from .divide import Divide
+from .footprint import CACHED, MAX_PREFILL, Footprint
 
 LEAST_CONTEXT = 128  # tokens, where nobody named any
 WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
-
-# (bytes of a slot of each layer, room for all slots, the least slots) → slots
-Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,15 @@ def make_budget(
         memory: Bytes, "7GB", "50%" (of the model's own bytes) or "auto": what the
             machine has free with a tenth kept back, at most what the model can use.
         folder: The model's, for the error.
-        divide: Gives slots to layers, as `divide.divide` after its curves. None gives
-            every layer the same share.
+        divide: Gives slots to layers, as `divide.divide` after its curves, or as
+            `whole.divide_by`. None gives every layer the same share.
         least_context: Where the model does not fit, the context is halved, but not
             below so many tokens. None leaves it as it is.
 
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
     """
-    total = _total(memory, footprint)
+    total = total_bytes(memory, footprint)
     while (budget := _fit(total, footprint, divide)) is None:
         half = footprint.context // 2
         if least_context is None or half < least_context:
@@ -96,10 +94,27 @@ def _fit(
     """`total` bytes divided, or None if they are too few."""
     room = total - footprint.fixed_bytes
     share = min(max(room / footprint.manifest.ffn_bytes, 0.0), 1.0)
-    footprint = replace(footprint, share=share)
+    budget = _fit_for(total, replace(footprint, share=share), divide)
+    if budget is None or divide is None:
+        return budget
+    units = [layer.units for layer in footprint.manifest.layers]
+    most = max(n / m for n, m in zip(budget.slots, units, strict=True))
+    if most <= share:
+        return budget
+    # A layer with more slots than its share has more hidden values at once.
+    return _fit_for(total, replace(footprint, share=1.0), divide) or _fit_for(
+        total, replace(footprint, share=share), None
+    )
+
+
+def _fit_for(total: int, footprint: Footprint, divide: Divide | None) -> Budget | None:
+    """The same, with a workspace for `footprint.share` of a layer's units at most."""
+    room = total - footprint.fixed_bytes
     for workspace_room in (WORKSPACE_SHARE * total, 0):
         tokens, batch = footprint.chunk(workspace_room)
-        workspace = footprint.workspace_bytes(tokens, batch)
+        whole_call = min(footprint.context, MAX_PREFILL)  # as mlx-lm cuts prompts
+        waiting = whole_call if whole_call > tokens else 0
+        workspace = footprint.workspace_bytes(tokens, batch, waiting)
         slots = share_slots(room - workspace, footprint, divide)
         if slots is not None:
             break
@@ -154,7 +169,8 @@ def share_slots(
     return slots
 
 
-def _total(memory: int | str, footprint: Footprint) -> int:
+def total_bytes(memory: int | str, footprint: Footprint) -> int:
+    """An amount of memory as `make_budget` takes it, in bytes."""
     wanted = parse_memory(memory)
     if wanted is None:
         return min(footprint.most_bytes, system.usable_memory_bytes())
@@ -194,12 +210,17 @@ def _spread_rest(
 def _divided(
     divide: Divide, footprint: Footprint, room: float
 ) -> tuple[int, ...] | None:
-    """Slots by `divide`, with room kept to gather rows of the largest layer."""
+    """Slots by `divide`, with room kept to gather rows of the largest layer.
+
+    None for equal shares.
+    """
     layers, least = footprint.manifest.layers, footprint.least_slots
     sizes = [sum(p.bytes for p in layer.parts) for layer in layers]
     for_slots = room
     for _ in range(8):  # the largest layer may be another one after a first try
         slots = divide(sizes, for_slots, least)
+        if slots is None:
+            return None
         taken = [n * size for n, size in zip(slots, sizes, strict=True)]
         excess = sum(taken) + footprint.gathered_share * max(taken) - room
         if excess <= 0:

@@ -1,4 +1,4 @@
-"""Divide a budget of slots over layers by the hits that more slots would bring.
+"""Divide a budget of slots over layers by what more slots would save.
 
 A slot gains more in a layer whose units repeat than in one whose units do not. A curve
 gives a layer's hits at several numbers of slots (`traces.curves` counts them). The
@@ -6,16 +6,34 @@ concave hulls of the curves are climbed together, the steepest piece first: that
 the most hits for the memory.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+# (bytes of a slot of each layer, room for all slots, the least slots) → slots of each
+# layer, None where equal shares are as good
+Divide = Callable[[Sequence[int], float, Sequence[int]], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Hits of one layer at rising numbers of slots, the first and the last certain."""
+    """Hits of one layer at rising numbers of slots, the first and the last certain.
+
+    Or anything else that slots are worth, the same for all layers.
+    """
 
     slots: tuple[int, ...]
     hits: tuple[float, ...]
+
+    def scaled(self, factor: float) -> "Curve":
+        """The curve with every hit worth `factor`."""
+        return replace(self, hits=tuple(factor * h for h in self.hits))
+
+    def rewarded(self, reward: float) -> "Curve":
+        """The curve with something more for holding all units.
+
+        Its hull ends in a straight piece, from where it pays to go on to the end.
+        """
+        return replace(self, hits=(*self.hits[:-1], self.hits[-1] + reward))
 
     def hull(self) -> list[tuple[float, int, int]]:
         """(hits gained by each slot, from slots, to slots), falling in gain."""

@@ -1,9 +1,10 @@
-"""The cost of a token: waiting for flash, the bookkeeping of slots, multiplying.
+"""The cost of a token: flash, the bookkeeping of slots, multiplying, waiting for MLX.
 
-These are the paper's three terms, from the figures of a machine (`Profile`), the bytes
-of a model and what its tokens ask for. Everything here is modelled, nothing is
-measured. While a layer reads, it multiplies with what memory holds: so much of the
-reading's time is hidden.
+The first three are the paper's terms; the last one is what a GPU stands still because
+the host has to see what was chosen. They come from the figures of a machine
+(`Profile`), the bytes of a model and what its tokens ask for. Everything here is
+modelled, nothing is measured. While a layer reads, it multiplies with what memory
+holds: so much of the reading's time is hidden.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass, replace
 
+from ..profile import Profile, Rate
 from ..storage.limits import CHUNK_BYTES, MERGE_BYTES, PAGE_BYTES
-from .profile import Profile, Rate
 
 DEPTH = 32  # reads in flight
 
@@ -50,6 +51,8 @@ class FlashLayer:
         merged: Whether neighbours are read together.
         in_place: Whether they lie in a checkpoint's shards, at any offset.
         overlap: Whether what memory holds is multiplied while the rest is read.
+        waits: How often the host waits for MLX in a token.
+        launches: Operations of MLX besides those of a layer that is held whole.
     """
 
     weights: Matrices
@@ -64,6 +67,8 @@ class FlashLayer:
     merged: bool = True
     in_place: bool = False
     overlap: bool = False
+    waits: int = 0
+    launches: int = 0
 
     @property
     def beside(self) -> float:
@@ -96,17 +101,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Modelled seconds, bytes and reads of one token or one prompt."""
+    """Modelled seconds, bytes, reads and waits of one token or one prompt."""
 
     io_s: float = 0.0
     cache_s: float = 0.0
     compute_s: float = 0.0
     bytes_read: float = 0.0
     reads: float = 0.0
+    wait_s: float = 0.0
+    waits: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return self.io_s + self.cache_s + self.compute_s
+        return self.io_s + self.cache_s + self.compute_s + self.wait_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -135,7 +142,11 @@ def token_cost(profile: Profile, work: Work) -> Cost:
         rate = _rate(profile, layer.weights)
         compute_s = share * layer.weights.nbytes / rate.bytes_per_s
         hidden_s = min(read.io_s, layer.beside * compute_s)
-        total += replace(read, io_s=read.io_s - hidden_s, compute_s=compute_s)
+        compute_s += layer.launches * profile.launch_s
+        cost = replace(read, io_s=read.io_s - hidden_s, compute_s=compute_s)
+        total += replace(
+            cost, wait_s=layer.waits * profile.wait_s, waits=float(layer.waits)
+        )
     return total
 
 
@@ -172,7 +183,12 @@ def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int) -> Cost:
         weights = replace(weights, kernel="matmul")
     nbytes = needed / layer.units * weights.nbytes
     values = pairs / layer.units * weights.values
-    return replace(read, compute_s=_many_s(profile, weights, values, nbytes))
+    return replace(
+        read,
+        compute_s=_many_s(profile, weights, values, nbytes),
+        wait_s=layer.waits * profile.wait_s,
+        waits=float(layer.waits),
+    )
 
 
 def load_s(profile: Profile, work: Work) -> float:

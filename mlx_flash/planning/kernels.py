@@ -16,19 +16,22 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..layers.row_kernel import Rows, rows_into, rows_out
 from ..memory.policies import Lru
 from ..memory.slot_cache import SlotCache
-from .profile import Rate
+from ..profile import Rate
 
 WIDTH = 2048
 LEAST_ROWS = 64
 MAX_BYTES = 1 << 27  # of an array: more than any processor's own caches hold
 PROMPT = 32  # tokens of a prompt's chunk
+ROW = 64  # operations whose waits are timed together
 RUN_S = 0.01  # how long one timed run should take
 REPEATS = 3
 DTYPES = ("float32", "float16", "bfloat16")
 WIDTHS = (0, 4, 8)
 GROUP = 64
+NAMES = ("weight", "scales", "biases")
 
 
 class Run(NamedTuple):
@@ -72,7 +75,7 @@ def memory_bytes_per_s() -> float:
 def layer_s(layers: int = 8) -> float:
     """Seconds for a decoding step of a layer whose weights weigh nothing.
 
-    A Llama of width 64 with one evaluation a layer, as layers on flash need one.
+    A Llama of width 64, evaluated once: what waits in between cost is counted apart.
     """
     from mlx_lm.models import llama
     from mlx_lm.models.cache import make_prompt_cache
@@ -94,10 +97,35 @@ def layer_s(layers: int = 8) -> float:
         h = model.model.embed_tokens(mx.array([[1]]))
         for layer, entry in zip(model.layers, cache, strict=True):
             h = layer(h, None, cache=entry)
-            mx.eval(h)
         return h
 
     return _typical(step, 20) / layers
+
+
+def wait_costs() -> tuple[float, float]:
+    """Seconds of (a wait of the host for MLX, one more operation without a wait).
+
+    A row of tiny operations is evaluated one by one, begun one by one and evaluated at
+    the end, and evaluated as a whole. A wait is what the first takes longer than the
+    second.
+    """
+    waiting = _row_s(mx.eval)
+    begun = _row_s(mx.async_eval)
+    whole = _row_s(lambda x: None)
+    return max(waiting - begun, 0.0), whole
+
+
+def _row_s(after_each: Callable[[mx.array], object]) -> float:
+    """Seconds of each of `ROW` operations that need one another's results."""
+
+    def row() -> mx.array:
+        x = mx.zeros((64,))
+        for _ in range(ROW):
+            x = x + 1
+            after_each(x)
+        return x
+
+    return _typical(row, 20) / ROW
 
 
 def cache_costs() -> tuple[float, float]:
@@ -148,15 +176,22 @@ def _matmul(rows: int, dtype: str, bits: int, tokens: int) -> Run:
 
 
 def _gathered(rows: int, dtype: str, bits: int, tokens: int) -> Run:
-    """A quarter of the slots in use, as an FFN on flash computes them."""
+    """A quarter of the slots in use, as an FFN on flash computes them.
+
+    Rows are copied first, or multiplied where they lie if this device can.
+    """
     x = _filled((tokens, WIDTH), dtype)
     up, down = (_weights((4 * rows, WIDTH), dtype, bits) for _ in range(2))
     ids = np.random.default_rng(0).permutation(4 * rows)[:rows]
-    chosen = mx.array(np.sort(ids))
+    chosen = mx.array(np.sort(ids).astype(np.uint32))
+    packing = {"group_size": GROUP, "bits": bits, "mode": "affine"} if bits else None
+    ins, out = (
+        Rows(dict(zip(NAMES, weights, strict=False)), chosen, packing)
+        for weights in (up, down)
+    )
 
     def once() -> mx.array:
-        h = _times(x, [w[chosen] for w in up], bits, True)
-        return _times(mx.maximum(h, 0), [w[chosen] for w in down], bits, False)
+        return rows_out(mx.maximum(rows_into(x, ins), 0), out)
 
     return Run(once, (_bytes(up) + _bytes(down)) // 4, 2 * rows * WIDTH)
 

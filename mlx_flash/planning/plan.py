@@ -13,11 +13,20 @@ from pathlib import Path
 from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
+from ..memory.divide import Divide
 from ..memory.footprint import Footprint
+from ..memory.whole import LOCALITY, divide_by, kind_rewards
+from ..profile import Profile
 from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
 from .outline import Outline, outline
-from .profile import Profile
-from .requirements import BY_CHANCE, MEASURED, PAPER_PREDICTED, Selection, make_work
+from .requirements import (
+    BY_CHANCE,
+    MEASURED,
+    PAPER_PREDICTED,
+    Selection,
+    asks_of_token,
+    make_work,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class Plan:
         download_bytes, disk_bytes: Still to come, and to be written by `convert`.
         convert: Whether it has to be converted first.
         machine, cold: Of the profile; with the times below None without one.
-        ms_of_slowest: The slower end's parts: io, cache and compute.
+        waits_per_token: Of the host for MLX: layers whose units are chosen.
+        ms_of_slowest: The slower end's parts: io, cache, compute and wait.
         prompt_tokens: Of the prompt that `first_token_s`, `prompt_bytes` (read for it)
             and `prompt_s` (its parts, in seconds) are about.
         assumed: What the figures rest on.
@@ -62,6 +72,7 @@ class Plan:
     machine: str | None
     cold: bool | None
     bytes_per_token: tuple[float, float]
+    waits_per_token: int
     ms_per_token: tuple[float, float] | None
     tokens_per_s: tuple[float, float] | None
     ms_of_slowest: dict[str, float] | None
@@ -108,7 +119,8 @@ def make_plan(
     wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(manifest, found.shapes, kind_of(manifest), wanted)
     least_context = None if context else LEAST_CONTEXT
-    budget = make_budget(memory, footprint, Path(name), None, least_context)
+    divide = _divide(found, profile)
+    budget = make_budget(memory, footprint, Path(name), divide, least_context)
     footprint = dataclasses.replace(footprint, context=budget.context)
     if profile:  # units are read straight into their slots, unlike the paper's
         profile = dataclasses.replace(profile, copy_bytes_per_s=0.0)
@@ -150,6 +162,7 @@ def make_plan(
         machine=profile.device if profile else None,
         cold=profile.cold if profile else None,
         bytes_per_token=read,
+        waits_per_token=sum(layer.waits for layer in works[0].layers),
         ms_per_token=_range(1e3 * c.total_s for c in costs) if costs else None,
         tokens_per_s=_range(c.tokens_per_s for c in costs) if costs else None,
         ms_of_slowest=_ms_of_slowest(costs),
@@ -162,6 +175,12 @@ def make_plan(
         assumed=tuple(_assumed(found, hit_rate, held)),
         slow=_slow(works[0], read[1], profile),
     )
+
+
+def _divide(found: Outline, profile: Profile | None) -> Divide | None:
+    """As loading divides slots, on the machine of `profile` or on this one."""
+    kind, asks = kind_of(found.manifest), asks_of_token(found)
+    return divide_by(asks, LOCALITY[kind.name], kind_rewards(kind, asks, profile))
 
 
 def _selections(unit: str, hit_rate: float | None) -> list[Selection]:
@@ -185,7 +204,7 @@ def _ms_of_slowest(costs: list[Cost]) -> dict[str, float] | None:
 
 
 def _parts(cost: Cost, scale: float) -> dict[str, float]:
-    parts = ("io", "cache", "compute")
+    parts = ("io", "cache", "compute", "wait")
     return {part: scale * getattr(cost, f"{part}_s") for part in parts}
 
 

@@ -19,10 +19,10 @@ import psutil
 
 from .._version import __version__
 from ..errors import FlashError
+from ..profile import PROFILE_VERSION, Profile
 from ..storage import direct_io
 from ..storage.files import cache_folder
 from . import kernels, machine, reads
-from .profile import PROFILE_VERSION, Profile
 
 FILE_BYTES = 1 << 32
 WRITE_S = 5.0  # after which a temporary file is long enough
@@ -56,6 +56,7 @@ def probe(
     say("multiplying")
     name, system = machine.machine()
     cache_layer_s, cache_slot_s = kernels.cache_costs()
+    wait_s, launch_s = kernels.wait_costs()
     return Profile(
         profile_version=PROFILE_VERSION,
         device=f"{name}, MLX on {mx.default_device().type.name}",
@@ -73,6 +74,8 @@ def probe(
         cache_layer_s=cache_layer_s,
         cache_slot_s=cache_slot_s,
         copy_bytes_per_s=0.0,
+        wait_s=wait_s,
+        launch_s=launch_s,
     )
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from ..errors import FlashError
 from ..memory.allocation import allocate
+from ..profile import BufferedPoint, FlashPoint
 from ..storage.limits import MERGE_BYTES
 from ..storage.reader import Extent, open_reader
-from .profile import BufferedPoint, FlashPoint
 
 BLOCKS = (4096, 16384, 65536, 262144, 1 << 20)
 THREADS = (1, 4, 16, 32)

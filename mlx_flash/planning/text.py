@@ -1,7 +1,7 @@
 """Plans and profiles as a person reads them. GB is 1e9, MB is 1e6."""
 
+from ..profile import Profile
 from .plan import Plan
-from .profile import Profile
 
 
 def plan_text(p: Plan) -> str:
@@ -25,7 +25,8 @@ def plan_text(p: Plan) -> str:
         disk.append(f"{_size(p.disk_bytes)} for the flash folder")
     lines.append(f"disk         {' and '.join(disk) or 'nothing more'}")
     lines.append(
-        f"flash        {_between(p.bytes_per_token, 1e-6, 1)} MB read per token"
+        f"flash        {_between(p.bytes_per_token, 1e-6, 1)} MB read per token; "
+        f"{p.waits_per_token} waits for MLX"
     )
     lines += _speed(p)
     lines += [f"assumed      {line}" for line in p.assumed]
@@ -94,6 +95,8 @@ def profile_text(profile: Profile) -> str:
         "",
         f"in order       {profile.sequential_bytes_per_s / 1e9:8.2f} GB/s",
         f"memory copy    {profile.memory_bytes_per_s / 1e9:8.1f} GB/s",
+        f"a wait for MLX {profile.wait_s * 1e6:8.0f} µs, an operation "
+        f"{profile.launch_s * 1e6:.1f} µs",
     ]
     for rate in profile.rates:
         if rate.kernel == "matmul":

@@ -63,15 +63,22 @@ def compare(trace: Trace, shares: Sequence[float] = SHARES) -> dict[str, list[fl
     }
 
 
-def table(shares: Sequence[float], rates: dict[str, list[float]]) -> str:
-    """The same as a Markdown table."""
+def table(
+    shares: Sequence[float],
+    rates: dict[str, list[float]],
+    divided: Sequence[tuple[float, int]],
+) -> str:
+    """The same as a Markdown table, with what `curves.divided_rates` gives."""
     lines = [
-        "| in memory | " + " | ".join(rates) + " |",
-        "|---" * (len(rates) + 1) + "|",
+        "| in memory | "
+        + " | ".join(rates)
+        + " | divided by the trace | whole layers |",
+        "|---" * (len(rates) + 3) + "|",
     ]
     for i, share in enumerate(shares):
         cells = " | ".join(f"{values[i]:.1%}" for values in rates.values())
-        lines.append(f"| {share:.0%} | {cells} |")
+        rate, whole = divided[i]
+        lines.append(f"| {share:.0%} | {cells} | {rate:.1%} | {whole} |")
     return "\n".join(lines)
 
 

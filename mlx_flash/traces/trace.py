@@ -51,6 +51,11 @@ class Trace:
             )
             yield asked, int(tokens), kept
 
+    def asked(self, layer: int) -> float:
+        """How many units of a layer a step asked for after the prompt, on average."""
+        bits = self.bits[layer][self.warm[layer] :]
+        return float(np.unpackbits(bits).sum() / max(len(bits), 1))
+
     def save(self, path: Path) -> None:
         """Write the trace.
 

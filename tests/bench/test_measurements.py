@@ -105,6 +105,15 @@ def test_paper_has_both_tables():
     assert "986 / 986 (+0%)" in output
 
 
+def test_waits_are_modelled_for_two_machines():
+    output = run("waits")
+    assert "Modelled, not measured" in output
+    assert "| 64 / 96 / 32 | 25.6 / 38.4 / 12.8 | 17.6 / 26.4 / 8.8 |" in output
+    assert "90% in memory, equal shares | 48 | 19.2 + " in output
+    whole = output.split("95% in memory, whole layers | ")[1]
+    assert int(whole.split(" /")[0]) < 16
+
+
 def test_reader_rows_differ_in_reader_and_policy(tmp_path):
     report = tmp_path / "r.json"
     args = "--layers", 2, "--units", 512, "--dims", 1024, "--tokens", 8

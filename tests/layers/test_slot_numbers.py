@@ -20,6 +20,7 @@ from mlx_flash.storage.reader import open_reader
 from mlx_flash.storage.source import bundle_extent
 
 UNITS, DIMS, TOP_K = 8, 64, 2
+MANY = 32  # experts: mlx-lm sorts before there are four pairs for each of them
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -44,6 +45,50 @@ def test_experts(tokens, n_slots, tmp_path, monkeypatch):
         ids = np.random.default_rng(0).integers(0, UNITS, (tokens, TOP_K))
         mx.eval(ffn(mx.zeros((tokens, DIMS)), mx.array(ids, mx.uint32)))
     assert seen and set(seen) == {mx.uint32}
+
+
+def kernel(pairs, experts, is_sorted):
+    """What `GatherQMM::eval_gpu` of MLX 0.32 chooses by, for one row a pair."""
+    return pairs >= 16 and is_sorted and pairs // experts >= 4
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 31, 32, 40, 63, 64, 200])
+@pytest.mark.parametrize("n_slots", [1, 4, 15, 31, MANY])
+@pytest.mark.parametrize("batch_tokens", [8, 64])
+def test_a_gpu_takes_the_kernel_that_it_takes_for_all_experts(
+    tokens, n_slots, batch_tokens, tmp_path, monkeypatch
+):
+    """Every call of a prompt, whatever its waves and batches, as mlx-lm's one call."""
+    switch = SwitchGLU(DIMS, 96, MANY)
+    nn.quantize(switch, group_size=32, bits=4)
+    (tmp_path / "ffn").mkdir()
+    layer = write_bundles(tmp_path / "ffn" / "l", "mlp", switch_parts(switch))
+    seen, original = [], mx.gather_qmm
+
+    def note(x, w, *args, rhs_indices, sorted_indices=False, **options):
+        seen.append((rhs_indices.size, len(w), sorted_indices))
+        options |= {"rhs_indices": rhs_indices, "sorted_indices": sorted_indices}
+        return original(x, w, *args, **options)
+
+    ids = np.random.default_rng(0).integers(0, MANY, (tokens, TOP_K))
+    ids = mx.array(ids, mx.uint32)
+    x = mx.random.normal((tokens, DIMS))
+    monkeypatch.setattr(mx, "gather_qmm", note)
+    expected = switch(x, ids)
+    (wanted,) = {kernel(*call) for call in seen}
+    seen.clear()
+    ffn = ExpertFFN(switch)
+    with open_reader(2, direct=False) as reader:
+        extents = [bundle_extent(layer, tmp_path)]
+        slots = UnitSlots(layer, extents, n_slots, Lru(), reader, Fence(), Stats())
+        if n_slots == MANY:
+            slots.read_all()
+        ffn.attach(slots, batch_tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "default_device", lambda: mx.gpu)
+            result = ffn(x, ids)
+        assert mx.array_equal(result, expected)
+    assert {kernel(*call) for call in seen} == {wanted}
 
 
 def test_neurons(bench, monkeypatch):

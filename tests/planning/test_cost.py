@@ -100,6 +100,25 @@ def test_books_are_kept_for_every_layer_that_has_less_than_all():
     assert math.isclose(cost.cache_s, 2 * (1e-5 + 250 * 1e-8))
 
 
+def test_waits_and_launches_are_counted_in_layers_whose_units_are_chosen():
+    slow = dataclasses.replace(NO_BOOKS, wait_s=4e-4, launch_s=1e-6)
+    chosen, plain = layer(waits=1, launches=6), layer()
+    more, less = (token_cost(slow, work(x, x)) for x in (chosen, plain))
+    assert (more.waits, less.waits) == (2, 0)
+    assert more.wait_s == 2 * 4e-4 and less.wait_s == 0
+    assert math.isclose(more.compute_s, less.compute_s + 2 * 6e-6)
+    assert math.isclose(more.total_s, less.total_s + 2 * 4e-4 + 2 * 6e-6)
+    prompt = prompt_cost(slow, work(chosen, plain), tokens=64, chunk=32)
+    assert prompt.waits == 2 and prompt.wait_s == 2 * 4e-4
+
+
+def test_the_paper_waits_on_metal_alone():
+    """One wait a layer is 13 ms: far from the 335 ms that its compute is off."""
+    found = {(r.method, r.dtype): model_row(r).wait_s for r in TABLE_3[:4]}
+    assert found["+ bundles", "float16"] == pytest.approx(32 * 4e-4)
+    assert [s for s in found.values() if s] == [found["+ bundles", "float16"]]
+
+
 def test_a_layer_held_whole_reads_nothing():
     cost = token_cost(FLAT, work(layer(slots=1000, computed=1000.0)))
     assert (cost.io_s, cost.reads, cost.bytes_read) == (0, 0, 0)

@@ -17,7 +17,7 @@ from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
 from mlx_flash.planning.outline import outline
 from mlx_flash.planning.plan import make_plan
-from mlx_flash.planning.profile import save_profile
+from mlx_flash.profile import save_profile
 
 PACKED = {"group_size": 32, "bits": 4}
 
@@ -287,7 +287,7 @@ def test_the_first_token_in_parts(tmp_path):
     ]
     for plan in plans:
         total = sum(plan.prompt_s.values())
-        assert plan.prompt_s.keys() == {"io", "cache", "compute"}
+        assert plan.prompt_s.keys() == {"io", "cache", "compute", "wait"}
         assert plan.first_token_s == pytest.approx(plan.load_s + total)
         assert plan.prompt_tokens_per_s == pytest.approx(plan.prompt_tokens / total)
     assert plans[0].prompt_bytes == pytest.approx(plans[0].bytes_per_token[1])

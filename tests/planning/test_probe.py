@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -13,7 +14,7 @@ from mlx_flash.cli import main
 from mlx_flash.errors import FlashError
 from mlx_flash.planning import kernels as rates
 from mlx_flash.planning import machine, probe, reads
-from mlx_flash.planning.profile import load_profile
+from mlx_flash.profile import load_profile
 from mlx_flash.storage import direct_io
 
 
@@ -32,6 +33,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(rates, "measure_rates", lambda: list(PROFILE.rates))
     monkeypatch.setattr(rates, "memory_bytes_per_s", lambda: 1e10)
     monkeypatch.setattr(rates, "layer_s", lambda: 1e-4)
+    monkeypatch.setattr(rates, "wait_costs", lambda: (3e-4, 2e-6))
     return tmp_path / "cache" / "mlx-flash"
 
 
@@ -116,6 +118,7 @@ def test_probe_measures_stores_and_leaves_nothing(quick):
     assert (buffered.block_bytes, buffered.threads) == (65536, 4)
     assert buffered.cold_bytes_per_s > 0 and buffered.warm_bytes_per_s > 0
     assert profile.memory_bytes_per_s == 1e10
+    assert (profile.wait_s, profile.launch_s) == (3e-4, 2e-6)
     assert "mlx-flash probe" in profile.source
 
 
@@ -123,6 +126,7 @@ def test_table_names_the_machine_and_the_doubt(quick, monkeypatch):
     monkeypatch.setattr(machine, "is_virtual", lambda: True)
     result = run()
     assert "Not surely cold: this is a virtual machine" in result.stdout
+    assert "a wait for MLX      300 µs, an operation 2.0 µs" in result.stdout
     assert "4 KiB" in result.stdout and "in order" in result.stdout
     assert "64 KiB through the page cache, 4 at once: " in result.stdout
     assert f"kept in {quick / 'profile.json'}" in result.stderr
@@ -244,6 +248,36 @@ def test_bookkeeping_and_layers_cost_something():
     per_layer, per_slot = rates.cache_costs()
     assert per_layer >= 0 and per_slot >= 0 and per_layer + per_slot > 0
     assert rates.layer_s(2) > 0
+
+
+def test_a_wait_is_what_evaluating_one_by_one_takes_longer(monkeypatch):
+    """A clock that only evaluations move on: 5 s each, and 2 s to begin one."""
+    now, evaluate = [0.0], mx.eval
+
+    def passes(seconds):
+        def call(x):
+            now[0] += seconds
+            evaluate(x)
+
+        return call
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(rates.mx, "eval", passes(5))
+    monkeypatch.setattr(rates.mx, "async_eval", passes(2))
+    wait_s, launch_s = rates.wait_costs()
+    assert (wait_s, launch_s) == (3, 5 / rates.ROW)
+
+
+def test_rows_are_multiplied_as_the_engine_does(monkeypatch):
+    """Where they lie if there is a kernel for that; so the engine's own product."""
+    seen = []
+    for name in ("rows_into", "rows_out"):
+        real = getattr(rates, name)
+        monkeypatch.setattr(
+            rates, name, lambda x, rows, real=real: seen.append(1) or real(x, rows)
+        )
+    rates.KERNELS["gathered"](64, "float32", 4, 1).once()
+    assert len(seen) == 2
 
 
 def test_cached_share_knows_what_was_dropped(tmp_path):

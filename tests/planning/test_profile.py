@@ -7,12 +7,13 @@ import math
 import pytest
 from machine_profile import PROFILE
 
+from mlx_flash import profile as profile_module
 from mlx_flash.errors import FlashError
-from mlx_flash.planning import profile as profile_module
-from mlx_flash.planning.profile import (
+from mlx_flash.profile import (
     LONG_READ_BYTES,
     Profile,
     load_profile,
+    measured_here,
     save_profile,
 )
 
@@ -85,9 +86,10 @@ def test_what_is_stored_comes_back(stored):
     assert [p.name for p in stored.parent.iterdir()] == ["profile.json"]
 
 
-def test_a_profile_from_before_the_page_cache_was_measured(stored):
+def test_a_profile_from_before_the_page_cache_and_waits_were_measured(stored):
     raw = json.loads(stored.read_text())
-    raw.pop("buffered")
+    for name in ("buffered", "wait_s", "launch_s"):
+        raw.pop(name)
     stored.write_text(json.dumps(raw))
     assert load_profile(stored) == PROFILE
 
@@ -102,6 +104,26 @@ def test_default_place_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASH_PROFILE", str(tmp_path / "nothing.json"))
     with pytest.raises(FlashError, match="no profile .*nothing.json.*m1-max-paper"):
         load_profile()
+
+
+def test_models_run_with_this_machines_figures_for_the_same_device(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "p.json"
+    monkeypatch.setenv("MLX_FLASH_PROFILE", str(path))
+    assert measured_here("gpu") is None  # nothing is there
+    mine = dataclasses.replace(PROFILE, device="Apple M9, MLX on gpu")
+    save_profile(mine, path)
+    assert measured_here("gpu") == mine
+    assert measured_here("cpu") is None
+    path.write_text("{")
+    assert measured_here("gpu") is None  # which is for `plan` to tell
+
+
+def test_the_paper_says_nothing_of_waits_and_the_profile_names_who_did():
+    paper = load_profile("m1-max-paper")
+    assert paper.wait_s == 4e-4
+    assert any("wait_s" in note and "qwisp" in note for note in paper.notes)
 
 
 def test_shipped_profile_names_its_source():
@@ -121,6 +143,8 @@ def test_shipped_profile_names_its_source():
         ({"memory_bytes_per_s": math.inf}, "memory_bytes_per_s must hold"),
         ({"memory_bytes_per_s": math.nan}, "memory_bytes_per_s must hold"),
         ({"layer_s": -1.0}, "layer_s must not be negative"),
+        ({"wait_s": -1e-4}, "wait_s must not be negative"),
+        ({"launch_s": math.nan}, "launch_s must not be negative"),
         ({"device": 7}, "profile.device must be str"),
         ({"flash": [{"block_bytes": 4096}]}, "lacks bytes_per_s"),
     ],

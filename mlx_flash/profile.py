@@ -12,14 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FlashError
-from ..storage.files import cache_folder, write_whole
-from ..storage.typed_json import from_json
+from .errors import FlashError
+from .storage.files import cache_folder, write_whole
+from .storage.typed_json import from_json
 
 PROFILE_VERSION = 1
 SHIPPED = Path(__file__).parent / "profiles"
 # From this length on a random read is taken to be as fast as reading in order.
 LONG_READ_BYTES = 8 << 20
+NEVER_NEGATIVE = (
+    "layer_s",
+    "cache_layer_s",
+    "cache_slot_s",
+    "copy_bytes_per_s",
+    "wait_s",
+    "launch_s",
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,9 @@ class Profile:
         copy_bytes_per_s: At which read units are moved to their place; 0 where they
             are read straight into it, as mlx-flash does.
         buffered: Some random reads through the page cache; none in older profiles.
+        wait_s: What it costs that the host waits for MLX, beyond what is computed. 0 in
+            older profiles, whose `layer_s` has a wait in it.
+        launch_s: What one more tiny operation costs that nobody waits for.
     """
 
     profile_version: int
@@ -99,6 +110,8 @@ class Profile:
     cache_slot_s: float
     copy_bytes_per_s: float
     buffered: tuple[BufferedPoint, ...] = ()
+    wait_s: float = 0.0
+    launch_s: float = 0.0
 
     def read_bytes_per_s(self, block_bytes: float, threads: float) -> float:
         """Throughput of random reads, interpolated between the measured points.
@@ -215,6 +228,25 @@ def load_profile(name: str | Path | None = None) -> Profile | None:
     return profile
 
 
+def measured_here(mlx_device: str) -> Profile | None:
+    """This machine's own profile, for running a model with its figures.
+
+    Args:
+        mlx_device: "cpu" or "gpu", which MLX computes on.
+
+    Returns:
+        None if there is none, if it is of the other device, or cannot be read: models
+        run without one, and `mlx-flash plan` says what is wrong with it.
+    """
+    try:
+        profile = load_profile()
+    except FlashError:
+        return None
+    if profile is None or not profile.device.endswith(f"MLX on {mlx_device}"):
+        return None
+    return profile
+
+
 def _check(profile: Profile, path: Path) -> None:
     """Every rate is divided by: it must be a positive number."""
     rates = {
@@ -231,6 +263,6 @@ def _check(profile: Profile, path: Path) -> None:
                 f"{path}: {name} must hold numbers above zero. Measure again: "
                 "mlx-flash probe"
             )
-    for name in ("layer_s", "cache_layer_s", "cache_slot_s", "copy_bytes_per_s"):
+    for name in NEVER_NEGATIVE:
         if not 0 <= getattr(profile, name) < math.inf:
             raise FlashError(f"{path}: {name} must not be negative.")
