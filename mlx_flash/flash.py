@@ -27,6 +27,7 @@ class Flash:
         pool: How it is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
+        shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
         run: The last generation, for `report`.
@@ -41,6 +42,7 @@ class Flash:
         self.budget = budget
         self.layers: list[FlashFFN] = parts.layers
         self.positions: int | None = parts.config.get("max_position_embeddings")
+        self.shapes = parts.shapes
         self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None

@@ -24,7 +24,7 @@ from serving import (
 
 import mlx_flash
 from mlx_flash.server import handler, listener, open_server
-from mlx_flash.server.kept_cache import LEAST_COMMON
+from mlx_flash.server.conversations import LEAST_COMMON
 
 PROMPT = "Once upon a time, there was a"
 TEMPLATE = (
