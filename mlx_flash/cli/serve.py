@@ -49,6 +49,7 @@ def serve(
     Examples:
       mlx-flash serve --model opt-6.7b-flash --memory 7GB
       mlx-flash serve --model qwen3-30b-flash --port 8080 --log-level INFO
+      mlx-flash serve --model qwen3-30b-flash --prompt-cache-dir ~/prompts
     """
     from ..server import serve as run
     from ..server.prefix_folder import Saving
