@@ -225,8 +225,14 @@ class Worker(ResponseGenerator):
             mx.random.seed(arguments.seed)
         processors = _make_logits_processors(arguments)
         tokens = list(context.prompt)
+        asked = arguments.logits
         # A penalty counts only the tokens that this call reads.
-        cache, n_read = self.conversations.begin(tokens, anew=bool(processors))
+        penalties = (
+            asked.repetition_penalty,
+            asked.presence_penalty,
+            asked.frequency_penalty,
+        )
+        cache, n_read = self.conversations.begin(tokens, anew=any(penalties))
         context.prompt_cache_count = n_read
         stop = StopText(job.stop_words)
         answer = stream_generate(
