@@ -74,16 +74,14 @@ class Conversations:
         cache, common = (None, 0) if anew else self._found(tokens[:-1])
         if cache is None:
             cache = make_prompt_cache(self._model)
-            self._make_room(self._bytes_of_new(len(tokens)))
-        else:  # the first new token is computed before anybody asks `grow`
-            more = self._bytes_of(len(tokens) - common + KV_STEP)
-            self._make_room(cache_bytes(cache) + more)
+        self._make_room(max(cache_bytes(cache), self._bytes_of(len(tokens))))
         return cache, common
 
     def grow(self, cache: list[Any]) -> None:
         """Have others give way to `cache`, which a token may make longer."""
         if self._kept:
-            self._make_room(cache_bytes(cache) + self._bytes_of(1))
+            step_bytes = KV_STEP * self._shapes.kv_bytes_per_token
+            self._make_room(int(cache_bytes(cache) + step_bytes))
 
     def keep(self, tokens: list[int], cache: list[Any]) -> None:
         """Keep `cache`, which has read the first of `tokens`, or all."""
@@ -114,7 +112,7 @@ class Conversations:
         spare = len(kept.tokens) - common
         if spare:
             used = sum(entry.n_bytes for entry in self._kept)
-            if used + self._bytes_of_new(len(tokens)) <= self.room_bytes:
+            if used + self._bytes_of(len(tokens)) <= self.room_bytes:
                 if copy := _copied(kept.cache, common):
                     return copy, common
         self._kept.remove(kept)
@@ -156,13 +154,13 @@ class Conversations:
         mx.clear_cache()  # of the buffers that they had
 
     def _bytes_of(self, tokens: int) -> int:
-        """What so many more tokens take, in steps as caches grow."""
-        steps = -(-tokens // KV_STEP)
-        return int(steps * KV_STEP * self._shapes.kv_bytes_per_token)
+        """What a cache takes that reads so many tokens and begins to answer.
 
-    def _bytes_of_new(self, tokens: int) -> int:
-        """What a new cache takes that reads so many tokens and begins to answer."""
-        return self._shapes.kv_bytes_fixed + self._bytes_of(tokens + KV_STEP)
+        The first new token is computed before anybody asks `grow`: so a step more.
+        """
+        steps = -(-tokens // KV_STEP) + 1
+        per_token = self._shapes.kv_bytes_per_token
+        return int(self._shapes.kv_bytes_fixed + steps * KV_STEP * per_token)
 
 
 def cache_bytes(cache: list[Any]) -> int:
