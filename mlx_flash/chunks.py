@@ -33,10 +33,11 @@ def _cutting(whole: type[nn.Module]) -> type[nn.Module]:
             return whole.__call__(self, inputs, cache, *args, **kwargs)
         B, L = inputs.shape
         size = max(self.flash.pool.prepare(B, L, cache) // B, 1)
-        logits = []
+        logits: list[mx.array] = []
         for start in range(0, L, size):
             if start:
-                mx.eval([entry.state for entry in cache])
+                waiting = logits[-1:] if self.flash.pool.logits_pay else []
+                mx.eval([entry.state for entry in cache], waiting)
             piece = inputs[:, start : start + size]
             logits.append(whole.__call__(self, piece, cache=cache))
         return logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=1)

@@ -8,6 +8,7 @@ from .errors import FlashError
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
 from .memory.budget import Budget
+from .memory.elastic import Elastic, Watch
 from .memory.fence import Fence
 from .memory.mlx_limits import LimitShare
 from .memory.pool import Pool
@@ -23,8 +24,7 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
-        budget: How its memory was divided.
-        pool: How it is divided at the moment.
+        pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
         shapes: What its size in memory depends on besides weights.
@@ -39,7 +39,6 @@ class Flash:
         self.folder = folder
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
-        self.budget = budget
         self.layers: list[FlashFFN] = parts.layers
         self.positions: int | None = parts.config.get("max_position_embeddings")
         self.shapes = parts.shapes
@@ -51,8 +50,45 @@ class Flash:
         self._reader = reader
         self._fence = Fence()
         self.pool: Pool | None = None  # there once the layers have slots
+        self._budget = budget
+        self._watch: Watch | None = None
         self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
         weakref.finalize(self, self.limits.release).atexit = False
+
+    @property
+    def budget(self) -> Budget:
+        """How its memory is divided, as a rule."""
+        return self._budget if self.pool is None else self.pool.budget
+
+    def resize(self, memory: int | str) -> None:
+        """Hold more or less memory from now on, without loading anew.
+
+        Args:
+            memory: As for `load`.
+
+        Raises:
+            NotEnoughMemory: If the model cannot run in that. It goes on as before.
+            FlashError: If its conversations do not fit, or if it was closed.
+        """
+        self.check_open()
+        assert self.pool is not None
+        self.pool.resize(self.pool.bytes_of(memory))
+
+    def follow_pressure(self) -> None:
+        """Hold less while others need memory, and at most what it holds now.
+
+        A thread watches the machine until the model is closed; see `memory.elastic`.
+        """
+        pool = self.pool
+        assert pool is not None
+        elastic = Elastic(pool.budget.total_bytes, pool.least_bytes)
+        self._watch = Watch(elastic, weakref.WeakMethod(pool.want))
+        weakref.finalize(self, self._watch.stop).atexit = False
+
+    @property
+    def resized(self) -> list[tuple[float, int]]:
+        """(time.perf_counter() of it, the new budget's bytes) of every change."""
+        return [] if self.pool is None else self.pool.resized
 
     @property
     def direct_io(self) -> bool:
@@ -68,6 +104,8 @@ class Flash:
 
         A step that another thread is in ends first; its next one raises a FlashError.
         """
+        if self._watch is not None:
+            self._watch.stop()
         with self._fence.lock:
             self.closed = True
             for layer in self.layers:

@@ -57,6 +57,8 @@ class LoadOptions:
         page_cache: Let the operating system cache what is read: "on" or True, "off" or
             False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
+        elastic: Hold less memory while other programs need it, and take it back when
+            they do not. None does so where memory is "auto".
         trace: A file of `mlx-flash trace`: layers get slots by the hits that they
             would have had on it, instead of the same share each.
         check: What is held against the digests that were noted of the model's files:
@@ -72,6 +74,7 @@ class LoadOptions:
     look_ahead: bool = False
     page_cache: bool | str = "auto"
     native: bool | None = None
+    elastic: bool | None = None
     trace: str | Path | None = None
     check: str = "sample"
 
@@ -162,7 +165,9 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     except BaseException:
         flash.close()
         raise
-    flash.pool = Pool(budget, footprint, slots, flash._fence.lock, divide)
+    flash.pool = Pool(
+        budget, footprint, slots, flash._fence.lock, flash.limits, folder, divide
+    )
     if not (reader.direct or through):
         print(
             f"{folder} lies on a file system without direct I/O: reading through the "
@@ -171,6 +176,8 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
         )
     if wanted.look_ahead:
         parts.look_ahead()
+    if wanted.elastic or (wanted.elastic is None and str(memory).lower() == "auto"):
+        flash.follow_pressure()
     flash.stats.reset()
     parts.model.flash = flash
     in_chunks(parts.model)

@@ -57,13 +57,18 @@ class Reported(Protocol):
     """What a report is made from: `flash.Flash` is one."""
 
     manifest: Manifest
-    budget: Budget
     layers: list
     run: Run | None
     cached_share: float | None
 
     @property
+    def budget(self) -> Budget: ...
+
+    @property
     def direct_io(self) -> bool: ...
+
+    @property
+    def resized(self) -> list[tuple[float, int]]: ...
 
 
 @dataclass
@@ -74,7 +79,8 @@ class RunReport:
     waiting for reads, `cache` the bookkeeping of slots, `compute` all the rest. The
     prompt and the first new token are apart from them. What could not be measured (a
     run of one token has no time per token) is None. Freed buffers that MLX keeps count
-    as memory, as far as they were seen after a token.
+    as memory, as far as they were seen after a token. `resizes` has the seconds since
+    the run began, and the new budget, of each time that memory gave way or came back.
 
     `page_cache` is whether reads went through the page cache, `cached_share` what of
     the files they could find in memory when the model was loaded: 0 is cold.
@@ -93,6 +99,7 @@ class RunReport:
     layers_held_whole: int
     page_cache: bool
     cached_share: float | None
+    resizes: list[tuple[float, int]] = field(default_factory=list)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prompt_tokens_per_s: float | None = None
@@ -135,6 +142,11 @@ class RunReport:
         )
         if run is None or last is None or run.last_stats is None:
             return report
+        report.resizes = [
+            (when - run.begin_time, nbytes)
+            for when, nbytes in flash.resized
+            if when >= run.begin_time
+        ]
         report.prompt_tokens = last.prompt_tokens
         report.generation_tokens = len(run.tokens)
         report.prompt_tokens_per_s = last.prompt_tps
@@ -194,6 +206,12 @@ class RunReport:
             f"from flash, {self.layers_held_whole} of them held whole",
             self._reads_line(),
         ]
+        if self.resizes:
+            least = min(nbytes for _, nbytes in self.resizes)
+            lines.append(
+                f"elastic     the budget changed {len(self.resizes)} times, down to "
+                f"{least / 1e6:.1f} MB"
+            )
         if self.predictor_recall:
             lines.append(
                 f"predictor   found {self.predictor_recall:.1%} of the active neurons"

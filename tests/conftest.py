@@ -37,9 +37,8 @@ settings.load_profile("mlx-flash")
 @pytest.fixture(autouse=True)
 def no_memory_is_free(monkeypatch):
     """Reads go around the page cache unless a test asks for it, on every machine."""
-    facts = SimpleNamespace(available=0)
-    stand_in = SimpleNamespace(virtual_memory=lambda: facts)
-    monkeypatch.setattr(page_cache, "psutil", stand_in)
+    stand_in = SimpleNamespace(available_bytes=lambda: 0)
+    monkeypatch.setattr(page_cache, "pressure", stand_in)
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "opt"

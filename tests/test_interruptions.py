@@ -60,7 +60,7 @@ KINDS = {
     "predicted neurons": Kind(24, (8, 20), (False, True), 1e-5),
     "experts in place": Kind(8, (2, 5), (False, True), 0),
     "converted experts": Kind(8, (2, 5), (False, True), 0),
-    "blocks": Kind(7, (3, 6), (False,), 1e-5),
+    "blocks": Kind(11, (4, 9), (False,), 1e-5),
 }
 
 
@@ -77,8 +77,8 @@ class Situation:
 def make_folder(name, base):
     options = {}
     if name == "blocks":
-        # Seven is prime: all of it is more than a block may hold, a seventh is not.
-        config = LLAMA | {"intermediate_size": 7 * 379}
+        # Eleven is prime: an eighth is the most that a block may hold of a layer.
+        config = LLAMA | {"intermediate_size": 11 * 241}
         source = stock_checkpoints.write_checkpoint(base / "source", config)
     elif "experts" in name:
         source = stock_checkpoints.write_checkpoint(base / "source", QWEN3)

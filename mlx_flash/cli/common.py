@@ -106,3 +106,10 @@ json_option = click.option(
 revision_option = click.option(
     "--revision", help="Branch, tag or commit of a hub repository."
 )
+
+
+elastic_option = click.option(
+    "--elastic/--no-elastic",
+    default=None,
+    help="Hold less while other programs need memory.  [default: with --memory auto]",
+)

@@ -11,6 +11,7 @@ from .common import (
     INTERRUPTED,
     check_option,
     chosen_model,
+    elastic_option,
     json_option,
     page_cache_option,
     run_options,
@@ -55,6 +56,7 @@ from .common import (
     "--look-ahead", is_flag=True, help="Read early what the next layer will need."
 )
 @page_cache_option
+@elastic_option
 @check_option
 @click.option(
     "--trust-remote-code",

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import click
 
-from .common import check_option, memory_option, page_cache_option
+from .common import (
+    check_option,
+    elastic_option,
+    memory_option,
+    page_cache_option,
+)
 
 PROMPT_CACHE_GB = 8.0
 
@@ -14,6 +19,7 @@ PROMPT_CACHE_GB = 8.0
 @memory_option("auto")
 @click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
 @page_cache_option
+@elastic_option
 @check_option
 @click.option(
     "--prompt-cache-dir",
@@ -29,16 +35,7 @@ PROMPT_CACHE_GB = 8.0
     help="At most so many GB in that folder.  [default: 8]",
 )
 @click.argument("server_options", nargs=-1, type=click.UNPROCESSED)
-def serve(
-    model,
-    memory,
-    context,
-    page_cache,
-    check,
-    prompt_cache_dir,
-    prompt_cache_gb,
-    server_options,
-):
+def serve(model, memory, server_options, prompt_cache_dir, prompt_cache_gb, **options):
     """Serve a model with mlx-lm's HTTP server, which takes all further options.
 
     One request is answered after the other; the KV caches of as many conversations as
@@ -60,5 +57,4 @@ def serve(
         saving = Saving(prompt_cache_dir, int(most_gb * 1e9))
     elif prompt_cache_gb is not None:
         raise click.UsageError("--prompt-cache-gb needs --prompt-cache-dir DIR.")
-    options = {"context": context, "page_cache": page_cache, "check": check}
     run(model, memory, server_options, saving, **options)

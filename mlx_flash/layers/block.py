@@ -18,6 +18,7 @@ from .projections import HALVES, count_neurons, known_projections, packing
 from .slot_ffn import SlotFFN, add
 
 BLOCK_BYTES = 2_000_000  # long enough to read at full speed, short enough to share
+LEAST_BLOCKS = 8  # of a layer, also of a small one: memory can hold a share of it
 
 
 def ffn_arrays(ffn: nn.Module) -> dict[str, mx.array]:
@@ -63,7 +64,8 @@ def block_parts(ffn: nn.Module) -> dict[str, mx.array]:
     neurons = count_neurons(out)
     group = (packing(out) or {"group_size": 1})["group_size"]
     total = sum(array.nbytes for array in ffn_arrays(ffn).values())
-    size = block_size(neurons, total / neurons, group, BLOCK_BYTES)
+    most = min(BLOCK_BYTES, total // LEAST_BLOCKS)
+    size = block_size(neurons, total / neurons, group, most)
     return cut_blocks(ffn, neurons // size)
 
 

@@ -12,7 +12,7 @@ from ..errors import NotEnoughMemory
 from ..memory_size import parse_memory, say_memory
 from ..storage.manifest import Manifest
 from . import system
-from .footprint import CACHED, Footprint
+from .footprint import CACHED, MAX_PREFILL, Footprint
 
 LEAST_CONTEXT = 128  # tokens, where nobody named any
 WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
@@ -67,7 +67,7 @@ def make_budget(
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
     """
-    total = _total(memory, footprint)
+    total = total_bytes(memory, footprint)
     while (budget := _fit(total, footprint, divide)) is None:
         half = footprint.context // 2
         if least_context is None or half < least_context:
@@ -99,7 +99,9 @@ def _fit(
     footprint = replace(footprint, share=share)
     for workspace_room in (WORKSPACE_SHARE * total, 0):
         tokens, batch = footprint.chunk(workspace_room)
-        workspace = footprint.workspace_bytes(tokens, batch)
+        whole_call = min(footprint.context, MAX_PREFILL)  # as mlx-lm cuts prompts
+        waiting = whole_call if whole_call > tokens else 0
+        workspace = footprint.workspace_bytes(tokens, batch, waiting)
         slots = share_slots(room - workspace, footprint, divide)
         if slots is not None:
             break
@@ -154,7 +156,8 @@ def share_slots(
     return slots
 
 
-def _total(memory: int | str, footprint: Footprint) -> int:
+def total_bytes(memory: int | str, footprint: Footprint) -> int:
+    """An amount of memory as `make_budget` takes it, in bytes."""
     wanted = parse_memory(memory)
     if wanted is None:
         return min(footprint.most_bytes, system.usable_memory_bytes())

@@ -208,15 +208,27 @@ class Footprint:
         tokens = min(max(tokens, MIN_PREFILL), MAX_PREFILL)
         return tokens, min(batch, tokens)
 
-    def workspace_bytes(self, tokens: int, batch: int) -> int:
+    @property
+    def logits_pay(self) -> bool:
+        """Whether a token's logits are less than what they are computed from.
+
+        Lazy logits hold that: the last layer's input and output, and their sum.
+        """
+        return self.shapes.vocabulary * 4 < 4 * self.shapes.width * self._value_bytes
+
+    def workspace_bytes(self, tokens: int, batch: int, waiting: int = 0) -> int:
         """What is in use beside weights, KV cache and slots, and buffers kept from it.
 
         Args:
             tokens: Of a prompt chunk.
             batch: Tokens that an FFN multiplies at once.
+            waiting: Tokens of a call whose logits wait for those of its other chunks.
         """
         in_use = self.logits_bytes + tokens * self.per_token_bytes
-        return int((1 + CACHED) * (in_use + batch * self.hidden_bytes))
+        in_use += batch * self.hidden_bytes
+        size = self._value_bytes * self.shapes.width
+        waits = self.shapes.vocabulary * 4 if self.logits_pay else 4 * size
+        return int((1 + CACHED) * in_use) + waiting * waits
 
     @property
     def gathered_share(self) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..storage.manifest import Layer
+from ..storage.manifest import Layer, Part
 from .allocation import allocate
 from .slot_cache import SlotCache
 
@@ -42,9 +42,32 @@ class Held:
 
 def allocate_held(layer: Layer, cache: SlotCache) -> Held:
     """Memory for as many slots as `cache` has, all zeros."""
-    parts, views = {}, []
+    held = Held(cache, {}, [])
     for part in layer.parts:
-        shape = len(cache.unit_of), *part.shape
-        parts[part.name], view = allocate(shape, getattr(mx, part.dtype))
-        views.append(view)
-    return Held(cache, parts, views)
+        _add_part(held, part)
+    return held
+
+
+def move_held(
+    layer: Layer, old: Held, rows: np.ndarray, cache: SlotCache, kept: np.ndarray
+) -> Held:
+    """Memory for `cache`, with the `rows` of `old` in its slots `kept`.
+
+    Part by part, and what `old` had of a part goes first: `old` is of no use any more.
+    """
+    held = Held(cache, {}, [])
+    for i, part in enumerate(layer.parts):
+        staged = old.views[i][rows]
+        old.views[i] = staged
+        del old.parts[part.name]
+        mx.clear_cache()
+        _add_part(held, part)[kept] = staged
+    return held
+
+
+def _add_part(held: Held, part: Part) -> np.ndarray:
+    shape = len(held.cache.unit_of), *part.shape
+    array, view = allocate(shape, getattr(mx, part.dtype))
+    held.parts[part.name] = array
+    held.views.append(view)
+    return view

@@ -7,10 +7,9 @@ and again fits there, a read costs that copy and seldom saves one from flash.
 
 from collections.abc import Sequence
 
-import psutil
-
 from ..errors import FlashError
 from ..storage.manifest import Layer
+from . import pressure
 
 SETTINGS = ("auto", "on", "off")
 KEPT_BACK = 0.1  # of the memory that is free: other programs will want some of it
@@ -49,5 +48,5 @@ def use_page_cache(
         for layer, n in zip(layers, slots, strict=True)
         if n < layer.units
     )
-    free = (1 - KEPT_BACK) * psutil.virtual_memory().available
+    free = (1 - KEPT_BACK) * pressure.available_bytes()
     return streamed > 0 and free - budget_bytes >= worthwhile * streamed

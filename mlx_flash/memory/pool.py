@@ -5,9 +5,11 @@ every chunk has every unit read that memory does not hold; so a longer chunk is 
 some slots. A conversation that outgrows the reserve for its KV cache takes them, too.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -15,8 +17,18 @@ import mlx.core as mx
 
 from ..errors import FlashError
 from ..memory_size import say_memory
-from .budget import Budget, Divide, bytes_of_slots, share_slots
+from . import pressure
+from .budget import (
+    Budget,
+    Divide,
+    bytes_of_slots,
+    least_bytes,
+    make_budget,
+    share_slots,
+    total_bytes,
+)
 from .footprint import KV_STEP, MAX_PREFILL, Footprint
+from .mlx_limits import LimitShare
 from .slots import CLOSED, UnitSlots
 
 KV_AHEAD = 256  # tokens
@@ -35,8 +47,9 @@ class Pool:
     """The slots of all layers of a model, which is to be asked before every call.
 
     Attributes:
-        budget: How the memory was divided when the model was loaded.
+        budget: How memory is divided as a rule.
         division: How it is divided now.
+        resized: (time.perf_counter() of it, the new budget's bytes), in order.
     """
 
     def __init__(
@@ -45,9 +58,13 @@ class Pool:
         footprint: Footprint,
         layers: Sequence[UnitSlots],
         lock: AbstractContextManager,
+        limits: LimitShare,
+        folder: Path,
         divide: Divide | None = None,
     ):
         self.budget = budget
+        self._limits = limits
+        self._folder = folder
         units = [layer.units for layer in footprint.manifest.layers]
         share = max(n / m for n, m in zip(budget.slots, units, strict=True))
         self._footprint = replace(footprint, context=budget.context, share=share)
@@ -57,6 +74,60 @@ class Pool:
         # Everything that ever had keys and values of this model and still lives.
         self._caches: WeakSet[Any] = WeakSet()
         self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
+        self._wanted_bytes: int | None = None
+        self.resized: list[tuple[float, int]] = []
+
+    @property
+    def logits_pay(self) -> bool:
+        """Whether a chunk's logits should be computed before the next chunk."""
+        return self._footprint.logits_pay
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that works."""
+        return least_bytes(self._footprint)
+
+    def bytes_of(self, memory: int | str) -> int:
+        """An amount of memory as `load` takes it, in bytes."""
+        return total_bytes(memory, self._footprint)
+
+    def want(self, total_bytes: int | None) -> bool:
+        """Have another budget from the next call on; any thread may ask for it.
+
+        Args:
+            total_bytes: The budget; None leaves it as it is.
+
+        Returns:
+            Whether what was wanted before is there.
+        """
+        done = self._wanted_bytes is None
+        if total_bytes is not None:
+            self._wanted_bytes = total_bytes
+        return done
+
+    def resize(self, total_bytes: int) -> None:
+        """Have another budget from now on. Contents that fit stay.
+
+        Raises:
+            NotEnoughMemory: If the least number of slots does not fit.
+            FlashError: If the KV caches that there are do not fit.
+        """
+        with self._lock:
+            if self._layers is None:
+                raise FlashError(CLOSED)
+            before, footprint = self.budget, self._footprint
+            budget = make_budget(total_bytes, footprint, self._folder, self._divide)
+            # FFNs go on multiplying as many tokens at once as before.
+            self.budget = replace(budget, batch_tokens=before.batch_tokens)
+            held = sum(_nbytes(entry) for entry in self._caches)
+            try:
+                division = self._best_division(1, held)
+            except FlashError:
+                self.budget = before
+                raise
+            self._limits.change(total_bytes, self.budget.cache_bytes)
+            self._change(division)
+            self.resized.append((time.perf_counter(), total_bytes))
 
     def prepare(self, sequences: int, tokens: int, cache: Sequence[Any]) -> int:
         """Make room for a call of the model, and say how long its chunks may be.
@@ -75,6 +146,12 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
+            if self._wanted_bytes is not None:
+                wanted, self._wanted_bytes = self._wanted_bytes, None
+                try:
+                    self.resize(wanted)
+                except FlashError:
+                    pass  # what is there is needed: it stays
             step = max(KV_STEP // sequences, 8)
             for entry in cache:
                 if getattr(entry, "step", 0) > step:
@@ -120,7 +197,7 @@ class Pool:
                 max(-(-tokens // count), self.budget.prefill_tokens)
                 for count in range(-(-tokens // MAX_PREFILL), chunks + 1)
             ]
-            possible = [x for size in sizes if (x := self._divided(size, kv))]
+            possible = [x for size in sizes if (x := self._divided(size, kv, tokens))]
             if possible:
                 return min(possible, key=lambda x: self._bytes_read(tokens, x))
         raise FlashError(
@@ -136,9 +213,12 @@ class Pool:
         usual = ffn_bytes - self._bytes(self.budget.slots)
         return -(-tokens // division.tokens) * missing + max(missing - usual, 0)
 
-    def _divided(self, tokens: int, kv_bytes: int) -> Division | None:
+    def _divided(self, tokens: int, kv_bytes: int, of: int) -> Division | None:
+        """The division for chunks of so many tokens `of` a call."""
         budget, footprint = self.budget, self._footprint
-        workspace = footprint.workspace_bytes(tokens, budget.batch_tokens)
+        waiting = of if of > tokens else 0
+        batch = budget.batch_tokens
+        workspace = footprint.workspace_bytes(tokens, batch, waiting)
         fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
         room = budget.total_bytes - fixed - workspace
         slots = share_slots(room, footprint, self._divide)
@@ -167,6 +247,8 @@ class Pool:
         for i in order:
             slots[i] = division.slots[i]
             spare = room - bytes_of_slots(slots, footprint)
+            # Others may need memory just now: a resize must not make that worse.
+            spare = min(spare, pressure.available_bytes() // 2)
             self._layers[i].resize(slots[i], max(spare, 0))
         mx.clear_cache()
         self.division = division

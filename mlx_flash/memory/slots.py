@@ -17,7 +17,7 @@ from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
 from .early import Early
 from .fence import Fence, begin, evaluate
-from .held import Held, allocate_held
+from .held import Held, allocate_held, move_held
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
@@ -105,8 +105,9 @@ class UnitSlots:
     def resize(self, n_slots: int, spare_bytes: int) -> None:
         """Have another number of slots; what ranks highest stays in memory.
 
-        The old slots go before the new ones come, so that the layer is never there
-        twice. What stays lies in `spare_bytes` meanwhile: more than fits is read again.
+        Part by part, and the old slots of a part go before the new ones come, so that
+        nothing is there twice. What stays of a part lies in `spare_bytes` meanwhile:
+        what does not fit is read again.
 
         Raises:
             FlashError: If the model was closed, or if a layer that is to be held whole
@@ -129,16 +130,12 @@ class UnitSlots:
                 self.read_all()
 
     def _exchange(self, n_slots: int, spare_bytes: int) -> None:
-        kept = min(n_slots, spare_bytes // sum(p.bytes for p in self._layer.parts))
-        cache, old, new = self.cache.resized(n_slots, kept)
-        staged = [view[old] for view in self._held.views]
+        largest = max(part.bytes for part in self._layer.parts)
+        old = self._held
+        cache, rows, kept = old.cache.resized(n_slots, spare_bytes // largest)
         # Whatever stops us from here on: one empty slot is little, but not wrong.
-        self._have(allocate_held(self._layer, self.cache.resized(1, 0)[0]))
-        mx.clear_cache()
-        held = allocate_held(self._layer, cache)
-        for view, rows in zip(held.views, staged, strict=True):
-            view[new] = rows
-        self._have(held)
+        self._have(allocate_held(self._layer, old.cache.resized(1, 0)[0]))
+        self._have(move_held(self._layer, old, rows, cache, kept))
 
     def _have(self, held: Held) -> None:
         self._held = held

@@ -13,6 +13,7 @@ import psutil
 
 from ..errors import FlashError
 from ..memory_size import say_memory
+from . import pressure
 
 RUSAGE_INFO_V4 = 4
 
@@ -56,9 +57,9 @@ def usable_memory_bytes() -> int:
 
     On Apple silicon the GPU's recommended working set bounds it as well.
     """
-    free = psutil.virtual_memory().available
+    free = pressure.available_bytes()
     working_set = mx.device_info().get("max_recommended_working_set_size", free)
-    return int(0.9 * min(free, working_set))
+    return int(0.9 * min(free, int(working_set)))
 
 
 def check_gpu_memory(nbytes: int) -> None:

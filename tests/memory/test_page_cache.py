@@ -24,9 +24,8 @@ def free(monkeypatch):
     """free(bytes): what the machine has available."""
 
     def pretend(nbytes):
-        facts = SimpleNamespace(available=nbytes)
-        stand_in = SimpleNamespace(virtual_memory=lambda: facts)
-        monkeypatch.setattr(page_cache, "psutil", stand_in)
+        stand_in = SimpleNamespace(available_bytes=lambda: nbytes)
+        monkeypatch.setattr(page_cache, "pressure", stand_in)
 
     return pretend
 
