@@ -19,7 +19,7 @@ ROWS = (
     ("run_report", "chunks"),
     ("flash",),
     ("loading",),
-    ("generation",),
+    ("generation", "prompt_cache"),
     ("inspection", "server", "tracing"),
     ("planning", "converters"),
     ("bench",),

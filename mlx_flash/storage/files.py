@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +40,37 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mlx-flash"
 
 
+@contextmanager
+def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """A file to write in the place of `path`, which takes its name once it is on disk.
+
+    Args:
+        path: The final name. Its folder is made if need be.
+        part: The name until then, in the same folder.
+
+    Raises:
+        OSError: If the system refuses; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part or path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file in UTF-8, whole or not at all. Its folder is made if need be.
 
     Raises:
         OSError: If the system refuses; what was there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -122,6 +122,24 @@ def read_header(path: Path) -> tuple[dict, int]:
     Raises:
         FlashError: If the file is missing, cut short or its header lies.
     """
+    header, offset = _read_header(path)
+    header.pop("__metadata__", None)
+    return header, offset
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; its header is judged as a whole.
+
+    Raises:
+        FlashError: As `read_header`.
+    """
+    found = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict):
+        raise FlashError(f"{path} has a damaged safetensors header.")
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
     try:
         size = file_bytes(path)
         with open(path, "rb") as file:
@@ -136,9 +154,10 @@ def read_header(path: Path) -> tuple[dict, int]:
         raise FlashError(f"{path} has a damaged safetensors header.") from error
     if not isinstance(header, dict):
         raise FlashError(f"{path} has a damaged safetensors header.")
-    header.pop("__metadata__", None)
     end = 0
     for name, entry in header.items():
+        if name == "__metadata__":
+            continue
         if not _sound(entry):
             raise FlashError(f"{path}: the header's entry for {name} is damaged.")
         end = max(end, entry["data_offsets"][1])
