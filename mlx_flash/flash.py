@@ -4,6 +4,7 @@ import weakref
 from pathlib import Path
 
 from .assembly import Assembled
+from .draft_model import DraftModel
 from .errors import FlashError
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
@@ -14,7 +15,8 @@ from .memory.mlx_limits import LimitShare
 from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
-from .run_report import Run, RunReport
+from .run import Run
+from .run_report import RunReport
 from .storage.manifest import Manifest
 from .storage.reader import Reader
 
@@ -30,12 +32,20 @@ class Flash:
         shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
+        draft: The model that drafts for this one, if one was named.
         run: The last generation, for `report`.
         cached_share: Of the files on flash, what reads could find in memory when the
             model was loaded: 0 is cold, None unknown.
     """
 
-    def __init__(self, parts: Assembled, folder: Path, budget: Budget, reader: Reader):
+    def __init__(
+        self,
+        parts: Assembled,
+        folder: Path,
+        budget: Budget,
+        reader: Reader,
+        draft: DraftModel | None = None,
+    ):
         self.folder = folder
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
@@ -52,7 +62,9 @@ class Flash:
         self.pool: Pool | None = None  # there once the layers have slots
         self._budget = budget
         self._watch: Watch | None = None
-        self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
+        self.draft = draft
+        total = budget.total_bytes + self.draft_bytes
+        self.limits = LimitShare(total, budget.cache_bytes)
         weakref.finalize(self, self.limits.release).atexit = False
 
     @property
@@ -72,7 +84,7 @@ class Flash:
         """
         self.check_open()
         assert self.pool is not None
-        self.pool.resize(self.pool.bytes_of(memory))
+        self.pool.resize(self.pool.bytes_of(memory) - self.draft_bytes)
 
     def follow_pressure(self) -> None:
         """Hold less while others need memory, and at most what it holds now.
@@ -89,6 +101,11 @@ class Flash:
     def resized(self) -> list[tuple[float, int]]:
         """(time.perf_counter() of it, the new budget's bytes) of every change."""
         return [] if self.pool is None else self.pool.resized
+
+    @property
+    def draft_bytes(self) -> int:
+        """What a draft takes of the memory, which `budget` does not have."""
+        return self.draft.nbytes if self.draft else 0
 
     @property
     def direct_io(self) -> bool:

@@ -1,7 +1,7 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,12 +11,30 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 
 from .checkpoints.config import read_config
-from .errors import FlashError
-from .run_report import Run
+from .drafting import Drafter, ModelDraft, NgramDraft
+from .errors import FlashError, reason_of
+from .flash import Flash
+from .kv_cache import rotating_cache
+from .layers.kinds import BLOCK
+from .layers.neuron import SWEEP_TOKENS
+from .memory.stats import Stats
+from .run import DraftStats, Run
+from .speculation import Drafts, stream_drafted
+
+NUM_DRAFT_TOKENS = 3  # mlx-lm's number
 
 
 def stream_generate(
-    model: nn.Module, tokenizer, prompt, max_tokens: int = 256, **options
+    model: nn.Module,
+    tokenizer,
+    prompt,
+    max_tokens: int = 256,
+    *,
+    draft_model: nn.Module | Drafter | None = None,
+    num_draft_tokens: int = NUM_DRAFT_TOKENS,
+    draft_ngrams: int = 0,
+    history: Sequence[int] = (),
+    **options,
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate`, with prompts judged first and the cost measured.
 
@@ -28,11 +46,20 @@ def stream_generate(
         tokenizer: From the same call.
         prompt: Text, or token ids.
         max_tokens: At most so many new tokens; -1 for as many as positions allow.
+        draft_model: A model that drafts, beside the budget, or any object that does
+            what `drafting.Drafter` says. A model that was named to `mlx_flash.load`
+            counts in the budget, and drafts without being named here.
+        num_draft_tokens: Tokens of a draft; 0 does without. A model with predictors
+            takes 2 at most: more would be computed as a prompt is.
+        draft_ngrams: Draft what followed the last so many tokens where they stood
+            before; 0 does not.
+        history: Tokens that `prompt_cache` holds already, for who drafts to know.
         options: As mlx-lm's `generate_step` takes them (`sampler`, `prompt_cache`, …).
 
     Raises:
         FlashError: If the prompt is empty, longer than the model's positions or not
-            of the model's tokens, if a read fails, or if logits are no numbers.
+            of the model's tokens, if a read fails, if logits are no numbers, or if
+            the KV cache cannot be quantised or trimmed as it would have to be.
     """
     flash = model.flash
     flash.check_open()
@@ -48,14 +75,75 @@ def stream_generate(
                 "positions for prompt and answer together. Shorten the prompt."
             )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
+    max_kv_size = options.pop("max_kv_size", None)
+    if max_kv_size and not options.get("prompt_cache"):
+        options["prompt_cache"] = rotating_cache(model, max_kv_size)
+    drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
     flash.limits.make_room()
     run = flash.run = Run(flash.stats.copy())
-    for response in mlx_stream_generate(
-        model, tokenizer, prompt, max_tokens=max_tokens, **options
-    ):
-        _check_numbers(response)
-        run.note(response, flash.stats)
-        yield response
+    options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
+    if drafter is None:
+        steps = mlx_stream_generate(
+            model, tokenizer, prompt, max_tokens=max_tokens, **options
+        )
+    else:
+        if any("predictor" in layer for layer in flash.layers):
+            num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+        run.drafts = DraftStats()
+        drafts = Drafts(
+            drafter,
+            num_draft_tokens,
+            run.drafts,
+            list(history),
+            lambda: flash.stats.bytes_read,
+            compare=flash.kind is not BLOCK,
+        )
+        steps = stream_drafted(model, tokenizer, prompt, max_tokens, drafts, **options)
+    try:
+        for response in steps:
+            _check_numbers(response)
+            run.note(response, flash.stats)
+            yield response
+    except (ValueError, NotImplementedError) as error:
+        if options.get("kv_bits") is None:
+            raise
+        raise FlashError(
+            f"This model's KV cache cannot be quantised so: {reason_of(error)}. Try "
+            "another --kv-group-size, or leave out --kv-bits."
+        ) from error
+
+
+def _drafter(
+    flash: Flash, draft_model: nn.Module | Drafter | None, draft_ngrams: int
+) -> Drafter | None:
+    """Who drafts, if anybody does: what was given, n-grams, or our own model."""
+    if isinstance(draft_model, nn.Module):
+        return ModelDraft(draft_model, flash.vocabulary)
+    if draft_model is not None:
+        return draft_model
+    if draft_ngrams:
+        return NgramDraft(draft_ngrams)
+    if flash.draft is not None:
+        return ModelDraft(flash.draft.model, flash.vocabulary, flash.draft.context)
+    return None
+
+
+def _noting(
+    run: Run, stats: Stats, sampler: Callable[[mx.array], mx.array] | None
+) -> Callable[[mx.array], mx.array]:
+    """`sampler`, which tells the run when it draws the first token.
+
+    Only then has the prompt been read, and nothing else: mlx-lm's loop begins with the
+    second token before it gives out the first.
+    """
+
+    def draw(logprobs: mx.array) -> mx.array:
+        if run.prompt_stats is None:
+            mx.eval(logprobs)
+            run.note_prompt(stats)
+        return sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1)
+
+    return draw
 
 
 def _check_tokens(tokens: list[int], vocabulary: int) -> None:

@@ -17,10 +17,11 @@ from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
-from .errors import FlashError, reason_of
+from .draft_model import DraftModel, open_draft
+from .errors import FlashError, NotEnoughMemory, reason_of
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
-from .memory.budget import LEAST_CONTEXT, make_budget
+from .memory.budget import LEAST_CONTEXT, Budget, make_budget
 from .memory.divide import Divide
 from .memory.footprint import Footprint
 from .memory.page_cache import use_page_cache
@@ -29,6 +30,7 @@ from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
 from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
+from .memory_size import say_memory
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -67,6 +69,9 @@ class LoadOptions:
         check: What is held against the digests that were noted of the model's files:
             "sample" takes configuration, tokenizer and some pieces of each file of
             weights, "full" every byte, "none" nothing.
+        draft_model: A checkpoint, by folder or hub name, that is kept in memory and
+            drafts tokens for `mlx_flash.stream_generate`. What it takes is taken from
+            `memory`.
     """
 
     predictor: bool = True
@@ -80,6 +85,7 @@ class LoadOptions:
     elastic: bool | None = None
     trace: str | Path | None = None
     check: str = "sample"
+    draft_model: str | Path | None = None
 
 
 def load(
@@ -142,8 +148,14 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
     footprint, divide = _needs(parts, policy, wanted)
     least_context = None if wanted.context else LEAST_CONTEXT
     budget = make_budget(memory, footprint, folder, divide, least_context)
+    draft = None
+    if wanted.draft_model is not None:
+        draft = open_draft(wanted.draft_model, folder, footprint.context)
+        beside = budget.total_bytes - draft.nbytes
+        budget = _beside(draft, beside, footprint, folder, divide, least_context)
     # Who gives more than the model can use, does no harm with it.
-    check_gpu_memory(min(budget.total_bytes, footprint.most_bytes))
+    taken = draft.nbytes if draft else 0
+    check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
 
     through = use_page_cache(
         wanted.page_cache,
@@ -158,11 +170,13 @@ def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> 
         native=wanted.native,
         max_gap_bytes=GAP_BYTES,
     )
-    flash = Flash(parts, folder, budget, reader)
+    flash = Flash(parts, folder, budget, reader, draft)
     files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()
         _read_resident(parts, folder)
+        if draft is not None:
+            draft.read()
         flash.cached_share = cached_before(files, not through)
         slots = _attach_slots(flash, parts, policy, wanted.overlap)
     except BaseException:
@@ -203,6 +217,31 @@ def _needs(
         divide = divide_by(asks, LOCALITY[kind.name], rewards)
         return footprint, divide
     return footprint, by_trace(Path(options.trace), parts.manifest, policy, rewards)
+
+
+def _beside(
+    draft: DraftModel,
+    room: int,
+    footprint: Footprint,
+    folder: Path,
+    divide: Divide | None,
+    least_context: int | None,
+) -> Budget:
+    """What a draft leaves of the memory, divided.
+
+    Raises:
+        NotEnoughMemory: If that is too little, with what both need.
+    """
+    try:
+        return make_budget(max(room, 1), footprint, folder, divide, least_context)
+    except NotEnoughMemory as error:
+        need = error.least_bytes + draft.nbytes
+        raise NotEnoughMemory(
+            f"{folder} needs at least --memory {say_memory(need)} with the draft "
+            f"{draft.folder}, which takes {draft.nbytes / 1e6:,.1f} MB of it. Give "
+            "more, or a smaller draft.",
+            least_bytes=need,
+        ) from error
 
 
 def _read_resident(parts: Assembled, folder: Path) -> None:

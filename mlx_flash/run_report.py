@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
+from .layers.kinds import BLOCK, kind_of
 from .memory.budget import Budget
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
+from .run import Run
 from .storage.manifest import Manifest
 
-if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
-
-
 COLD = 0.01  # of the files in memory, at most
-
-
-@dataclass
-class Run:
-    """What one generation did, kept up to date while it runs.
-
-    Decoding is measured from the first new token on, so that reading the prompt does
-    not count as a token.
-    """
-
-    before: Stats
-    begin_time: float = field(default_factory=time.perf_counter)
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    last: GenerationResponse | None = None
-    first_stats: Stats | None = None
-    last_stats: Stats | None = None
-    first_time: float = 0.0
-    last_time: float = 0.0
-    held_bytes: int = 0
-
-    def note(self, response: GenerationResponse, stats: Stats) -> None:
-        """Take in one more response, and the counters as they are now."""
-        self.last_time, self.last_stats = time.perf_counter(), stats.copy()
-        if self.first_stats is None:
-            self.first_time, self.first_stats = self.last_time, self.last_stats
-        if response.generation_tokens > len(self.tokens):
-            self.tokens.append(response.token)
-        self.text += response.text
-        self.last = response
-        held = mx.get_active_memory() + mx.get_cache_memory()
-        self.held_bytes = max(self.held_bytes, held)
 
 
 class Reported(Protocol):
@@ -65,10 +30,25 @@ class Reported(Protocol):
     def budget(self) -> Budget: ...
 
     @property
+    def draft_bytes(self) -> int: ...
+
+    @property
     def direct_io(self) -> bool: ...
 
     @property
     def resized(self) -> list[tuple[float, int]]: ...
+
+
+def _no_parts() -> dict[str, float | None]:
+    return dict.fromkeys(("io", "cache", "compute", "total"))
+
+
+def _parts(spent: Stats, total_s: float, scale: float) -> dict[str, float | None]:
+    """Where the time went, times `scale`."""
+    io_s, cache_s = spent.io_s * scale, spent.cache_s * scale
+    total = total_s * scale
+    compute = total - io_s - cache_s
+    return {"io": io_s, "cache": cache_s, "compute": compute, "total": total}
 
 
 @dataclass
@@ -82,6 +62,13 @@ class RunReport:
     as memory, as far as they were seen after a token. `resizes` has the seconds since
     the run began, and the new budget, of each time that memory gave way or came back.
 
+    `prompt_s` has the same parts of reading the prompt, in seconds. The first token is
+    given out later: mlx-lm begins with the second one before.
+
+    With drafts, `draft_acceptance` is the share of drafted tokens that were right,
+    `tokens_per_call` what a call of the model brought, and `plain_bytes_per_token` what
+    calls without a draft read (of blocks: any call).
+
     `page_cache` is whether reads went through the page cache, `cached_share` what of
     the files they could find in memory when the model was loaded: 0 is cold.
     """
@@ -94,6 +81,7 @@ class RunReport:
     memory_budget_bytes: int
     peak_memory_bytes: int
     peak_process_bytes: int
+    draft_bytes: int
     layers_from_flash: int
     layers_total: int
     layers_held_whole: int
@@ -103,11 +91,11 @@ class RunReport:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prompt_tokens_per_s: float | None = None
+    prompt_bytes_read: int | None = None
+    prompt_s: dict[str, float | None] = field(default_factory=_no_parts)
     time_to_first_token_s: float | None = None
     tokens_per_s: float | None = None
-    ms_per_token: dict[str, float | None] = field(
-        default_factory=lambda: dict.fromkeys(("io", "cache", "compute", "total"))
-    )
+    ms_per_token: dict[str, float | None] = field(default_factory=_no_parts)
     bytes_per_token: float | None = None
     reads_per_token: float | None = None
     read_gb_per_s: float | None = None
@@ -116,6 +104,9 @@ class RunReport:
     hit_rate: float | None = None
     waits_per_token: float | None = None
     predictor_recall: float | None = None
+    draft_acceptance: float | None = None
+    tokens_per_call: float | None = None
+    plain_bytes_per_token: float | None = None
 
     @classmethod
     def of(cls, flash: Reported) -> RunReport:
@@ -128,9 +119,10 @@ class RunReport:
             resident_bytes=budget.resident_bytes,
             predictor_bytes=budget.predictor_bytes,
             slot_bytes=budget.slot_bytes,
-            memory_budget_bytes=budget.total_bytes,
+            memory_budget_bytes=budget.total_bytes + flash.draft_bytes,
             peak_memory_bytes=max(mx.get_peak_memory(), run.held_bytes if run else 0),
             peak_process_bytes=peak_process_bytes(),
+            draft_bytes=flash.draft_bytes,
             layers_from_flash=len(flash.layers),
             layers_total=len(manifest.layers),
             layers_held_whole=sum(
@@ -149,28 +141,35 @@ class RunReport:
         ]
         report.prompt_tokens = last.prompt_tokens
         report.generation_tokens = len(run.tokens)
-        report.prompt_tokens_per_s = last.prompt_tps
+        report._add_prompt(run)
         report.time_to_first_token_s = run.first_time - run.begin_time
         if any("predictor" in layer for layer in flash.layers):
             recall = (run.last_stats - run.before).predictor_recall
             report.predictor_recall = recall or _recorded_recall(manifest)
         if len(run.tokens) > 1:
             report._add_decoding(run)
+        if run.drafts is not None:
+            report.draft_acceptance = run.drafts.acceptance
+            report.tokens_per_call = run.drafts.tokens_per_call
+            every_unit = kind_of(manifest) is BLOCK
+            plain = run.drafts.plain_bytes_per_token(every_unit)
+            report.plain_bytes_per_token = plain
         return report
+
+    def _add_prompt(self, run: Run) -> None:
+        assert run.prompt_stats is not None
+        spent, total_s = run.prompt_stats - run.before, run.prompt_time - run.begin_time
+        self.prompt_tokens_per_s = self.prompt_tokens / total_s
+        self.prompt_bytes_read = spent.bytes_read
+        self.prompt_s = _parts(spent, total_s, 1.0)
 
     def _add_decoding(self, run: Run) -> None:
         assert run.first_stats is not None and run.last_stats is not None
         steps = len(run.tokens) - 1
         decode = run.last_stats - run.first_stats
-        total_s = (run.last_time - run.first_time) / steps
-        io_s, cache_s = decode.io_s / steps, decode.cache_s / steps
-        self.tokens_per_s = 1 / total_s
-        self.ms_per_token = {
-            "io": 1e3 * io_s,
-            "cache": 1e3 * cache_s,
-            "compute": 1e3 * (total_s - io_s - cache_s),
-            "total": 1e3 * total_s,
-        }
+        total_s = run.last_time - run.first_time
+        self.tokens_per_s = steps / total_s
+        self.ms_per_token = _parts(decode, total_s, 1e3 / steps)
         self.bytes_per_token = decode.bytes_read / steps
         self.reads_per_token = decode.reads / steps
         self.read_gb_per_s = decode.read_gb_per_s
@@ -186,13 +185,18 @@ class RunReport:
     def __str__(self) -> str:
         if self.time_to_first_token_s is None:
             return "nothing was generated"
+        s = self.prompt_s
         lines = [
             f"prompt      {self.prompt_tokens} tokens, "
-            f"{self.prompt_tokens_per_s:.1f} tokens/s, first token after "
+            f"{self.prompt_tokens_per_s:.1f} tokens/s, {s['total']:.2f} s = "
+            f"{s['io']:.2f} I/O + {s['cache']:.2f} cache + {s['compute']:.2f} compute, "
+            f"{(self.prompt_bytes_read or 0) / 1e6:.1f} MB; first token after "
             f"{self.time_to_first_token_s:.2f} s"
         ]
         if self.tokens_per_s:
             lines += self._decoding_lines()
+        if self.draft_acceptance is not None:
+            lines += self._draft_lines()
         if self.early_precision is not None:
             lines.append(
                 f"look-ahead  {self.early_precision:.0%} of the guesses were right"
@@ -250,6 +254,22 @@ class RunReport:
             f"waits       {self.waits_per_token:.1f} per token of the host for MLX, to "
             "know what to read",
         ]
+
+    def _draft_lines(self) -> list[str]:
+        line = (
+            f"drafts      {self.draft_acceptance:.0%} of the drafted tokens were "
+            f"right, {self.tokens_per_call:.2f} tokens per call of the model"
+        )
+        plain, read = self.plain_bytes_per_token, self.bytes_per_token
+        if plain is None or read is None:
+            return [line]
+        line += (
+            f", {read / 1e6:.3f} MB per token; {plain / 1e6:.3f} MB in calls without a "
+            "draft"
+        )
+        if read < plain:
+            return [line]
+        return [line, "            Drafting does not pay here: it does not save reads"]
 
 
 def _recorded_recall(manifest: Manifest) -> float | None:

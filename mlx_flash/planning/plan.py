@@ -42,6 +42,8 @@ class Plan:
         machine, cold: Of the profile; with the times below None without one.
         waits_per_token: Of the host for MLX: layers whose units are chosen.
         ms_of_slowest: The slower end's parts: io, cache, compute and wait.
+        prompt_tokens: Of the prompt that `first_token_s`, `prompt_bytes` (read for it)
+            and `prompt_s` (its parts, in seconds) are about.
         assumed: What the figures rest on.
         slow: Why it will be slow, if it will be.
     """
@@ -77,6 +79,9 @@ class Plan:
     load_s: float | None
     first_token_s: float | None
     prompt_tokens: int
+    prompt_bytes: float | None
+    prompt_tokens_per_s: float | None
+    prompt_s: dict[str, float] | None
     assumed: tuple[str, ...]
     slow: str | None
 
@@ -123,12 +128,13 @@ def make_plan(
     works = [make_work(found, budget, s, prompt_tokens) for s in selections]
     read = _range(token_bytes(work) for work in works)
     costs = []
-    loading = first = None
+    loading = first = prompt = None
     if profile:
         costs = [token_cost(profile, work) for work in works]
         loading = load_s(profile, works[-1])
         chunk = budget.prefill_tokens
-        first = loading + prompt_cost(profile, works[-1], prompt_tokens, chunk).total_s
+        prompt = prompt_cost(profile, works[-1], prompt_tokens, chunk)
+        first = loading + prompt.total_s
     pairs = list(zip(budget.slots, manifest.layers, strict=True))
     held = sum(n * layer.unit_bytes for n, layer in pairs) / manifest.ffn_bytes
     return Plan(
@@ -163,6 +169,9 @@ def make_plan(
         load_s=loading,
         first_token_s=first,
         prompt_tokens=prompt_tokens,
+        prompt_bytes=prompt.bytes_read if prompt else None,
+        prompt_tokens_per_s=prompt_tokens / prompt.total_s if prompt else None,
+        prompt_s=_parts(prompt, 1.0) if prompt else None,
         assumed=tuple(_assumed(found, hit_rate, held)),
         slow=_slow(works[0], read[1], profile),
     )
@@ -191,9 +200,12 @@ def _range(values: Iterable[float]) -> tuple[float, float]:
 def _ms_of_slowest(costs: list[Cost]) -> dict[str, float] | None:
     if not costs:
         return None
-    slowest = max(costs, key=lambda cost: cost.total_s)
+    return _parts(max(costs, key=lambda cost: cost.total_s), 1e3)
+
+
+def _parts(cost: Cost, scale: float) -> dict[str, float]:
     parts = ("io", "cache", "compute", "wait")
-    return {part: 1e3 * getattr(slowest, f"{part}_s") for part in parts}
+    return {part: scale * getattr(cost, f"{part}_s") for part in parts}
 
 
 def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:

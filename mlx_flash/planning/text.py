@@ -44,15 +44,23 @@ def _speed(p: Plan) -> list[str]:
             "speed        not known: this machine has no profile yet. Make one: "
             "mlx-flash probe"
         ]
-    parts = " + ".join(f"{ms:,.1f} {name}" for name, ms in p.ms_of_slowest.items())
+    assert p.prompt_s is not None and p.prompt_bytes is not None
+    worst = _sum(p.ms_of_slowest)
     return [
         f"speed        {_between(p.tokens_per_s, 1, 2)} tokens/s, modelled "
-        f"({_between(p.ms_per_token, 1, 1)} ms per token; at worst {parts})",
+        f"({_between(p.ms_per_token, 1, 1)} ms per token; at worst {worst})",
         f"first token  after about {p.first_token_s:,.1f} s with a prompt of "
         f"{p.prompt_tokens} tokens, {p.load_s:,.1f} s of it loading, modelled",
+        f"prompt       {p.prompt_tokens_per_s:,.1f} tokens/s, "
+        f"{p.prompt_bytes / 1e6:,.1f} MB read, {sum(p.prompt_s.values()):,.1f} s = "
+        f"{_sum(p.prompt_s)}, modelled",
         f"machine      {p.machine}"
         + ("" if p.cold else "; flash figures not surely cold"),
     ]
+
+
+def _sum(parts: dict[str, float]) -> str:
+    return " + ".join(f"{value:,.1f} {name}" for name, value in parts.items())
 
 
 def _size(nbytes: float) -> str:

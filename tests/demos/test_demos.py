@@ -57,6 +57,15 @@ def test_convert_gives_the_same_logits(tmp_path):
     assert float(output.split("differ by ")[1].split()[0]) < 1e-4
 
 
+def test_a_draft_that_is_often_right_saves_reads():
+    output = run("speculate.py", "--tokens", 40, "--right", 1)
+    plain, drafted = output.splitlines()
+    assert plain.startswith("without drafts: ") and drafted.startswith("right 100%: ")
+    assert plain.endswith("the same text") and drafted.endswith("the same text")
+    plain_mb, drafted_mb = (float(x.split()[2]) for x in (plain, drafted))
+    assert plain_mb > 5 * drafted_mb
+
+
 def test_stream_experts_finds_more_the_second_time(tmp_path):
     source = checkpoint(tmp_path / "moe", EXPERT)
     output = run(

@@ -261,6 +261,7 @@ def test_text_without_a_profile_says_how_to_get_one(tmp_path):
     assert f"Next: mlx-flash convert {src} -o model-flash" in result.stdout
     data = json.loads(run(src, "--memory", "1GB", "--context", 16, "--json").stdout)
     assert data["tokens_per_s"] is None and data["first_token_s"] is None
+    assert data["prompt_bytes"] is data["prompt_s"] is None
 
 
 def test_text_with_a_profile(tmp_path, monkeypatch):
@@ -276,3 +277,23 @@ def test_text_with_a_profile(tmp_path, monkeypatch):
     assert "not surely cold" in run(*args).stdout
     assert "M1 Max" in run(*args, "--profile", "m1-max-paper").stdout
     assert "no profile" in run(*args, "--profile", "nothing", code=1).stderr
+
+
+def test_the_first_token_in_parts(tmp_path):
+    """What a prompt reads, how fast it is, and where its time goes."""
+    src = only_config(tmp_path / "model")
+    plans = [
+        make_plan(src, "80%", PROFILE, context=256, prompt_tokens=n) for n in (1, 200)
+    ]
+    for plan in plans:
+        total = sum(plan.prompt_s.values())
+        assert plan.prompt_s.keys() == {"io", "cache", "compute"}
+        assert plan.first_token_s == pytest.approx(plan.load_s + total)
+        assert plan.prompt_tokens_per_s == pytest.approx(plan.prompt_tokens / total)
+    assert plans[0].prompt_bytes == pytest.approx(plans[0].bytes_per_token[1])
+    assert plans[1].prompt_bytes > plans[0].prompt_bytes > 0
+    path = tmp_path / "p.json"
+    save_profile(PROFILE, path)
+    told = run(src, "--memory", "80%", "--context", 256, "--profile", path).stdout
+    line = next(x for x in told.splitlines() if x.startswith("prompt "))
+    assert "tokens/s" in line and "MB read" in line and " io + " in line

@@ -1,0 +1,99 @@
+"""What one generation did, counted while it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .memory.stats import Stats
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
+
+@dataclass
+class DraftStats:
+    """Counters of calls after the prompt's.
+
+    `plain_*` are the calls without a draft: what a token reads when nothing is drafted.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    plain_calls: int = 0
+    plain_bytes: int = 0
+    bytes_read: int = 0
+
+    def count(self, drafted: int, accepted: int, tokens: int, nbytes: int) -> None:
+        """Add a call that brought so many tokens and had so many bytes read."""
+        self.calls += 1
+        self.tokens += tokens
+        self.drafted += drafted
+        self.accepted += accepted
+        self.bytes_read += nbytes
+        if not drafted:
+            self.plain_calls += 1
+            self.plain_bytes += nbytes
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were right."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_call(self) -> float | None:
+        return self.tokens / self.calls if self.calls else None
+
+    def plain_bytes_per_token(self, every_unit: bool) -> float | None:
+        """What a token would have had read without drafts, as far as it is known.
+
+        Args:
+            every_unit: Whether each call reads the same, however many tokens it has.
+        """
+        if every_unit:
+            return self.bytes_read / self.calls if self.calls else None
+        return self.plain_bytes / self.plain_calls if self.plain_calls else None
+
+
+@dataclass
+class Run:
+    """What one generation did, kept up to date while it runs.
+
+    Decoding is measured from the first new token on, so that reading the prompt does
+    not count as a token.
+    """
+
+    before: Stats
+    begin_time: float = field(default_factory=time.perf_counter)
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    last: GenerationResponse | None = None
+    prompt_stats: Stats | None = None
+    first_stats: Stats | None = None
+    last_stats: Stats | None = None
+    prompt_time: float = 0.0
+    first_time: float = 0.0
+    last_time: float = 0.0
+    held_bytes: int = 0
+    drafts: DraftStats | None = None
+
+    def note_prompt(self, stats: Stats) -> None:
+        """Take in the counters when the prompt has been read and nothing else."""
+        self.prompt_time, self.prompt_stats = time.perf_counter(), stats.copy()
+
+    def note(self, response: GenerationResponse, stats: Stats) -> None:
+        """Take in one more response, and the counters as they are now."""
+        self.last_time, self.last_stats = time.perf_counter(), stats.copy()
+        if self.first_stats is None:
+            self.first_time, self.first_stats = self.last_time, self.last_stats
+        if response.generation_tokens > len(self.tokens):
+            self.tokens.append(response.token)
+        self.text += response.text
+        self.last = response
+        held = mx.get_active_memory() + mx.get_cache_memory()
+        self.held_bytes = max(self.held_bytes, held)
