@@ -29,6 +29,7 @@ class Flash:
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
+        shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
         stats: Counters since it was loaded.
         draft: The model that drafts for this one, if one was named.
@@ -50,6 +51,7 @@ class Flash:
         self.kind: UnitKind = parts.kind
         self.layers: list[FlashFFN] = parts.layers
         self.positions: int | None = parts.config.get("max_position_embeddings")
+        self.shapes = parts.shapes
         self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None

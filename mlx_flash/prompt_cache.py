@@ -10,6 +10,7 @@ array is loaded. It tells damage, not malice: who may write the file may write a
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class SavedPrompt:
     Attributes:
         path: The file.
         identity: Of the model and its settings, as `model_identity` gives it.
-        tokens: What is in the cache.
+        tokens: What is in the cache, 8 bytes each.
         can_trim: Whether it can be cut back to the first of them.
         sha256: Digest of the file, without these digits.
         file_bytes: Its size, which is about what the cache takes in memory.
@@ -49,7 +50,7 @@ class SavedPrompt:
 
     path: Path
     identity: str
-    tokens: list[int]
+    tokens: Sequence[int]
     can_trim: bool
     sha256: str
     file_bytes: int
@@ -133,12 +134,12 @@ def read_saved_prompt(path: Path) -> SavedPrompt:
         return SavedPrompt(
             path,
             facts[f"{PREFIX}identity"],
-            tokens,
+            array("q", tokens),
             facts[f"{PREFIX}can_trim"] == "True",
             facts[PREFIX + DIGEST],
             path.stat().st_size,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise FlashError(
             f"{path} is no prompt cache of this version of mlx-flash. Name another "
             "file, or delete it."

@@ -24,7 +24,7 @@ from serving import (
 
 import mlx_flash
 from mlx_flash.server import handler, listener, open_server
-from mlx_flash.server.kept_cache import LEAST_COMMON
+from mlx_flash.server.conversations import LEAST_COMMON
 
 PROMPT = "Once upon a time, there was a"
 TEMPLATE = (
@@ -162,6 +162,9 @@ def test_a_conversation_goes_on_with_its_kv_cache(own_server):
     first = complete(port, words)
     body = {"prompt": words + first, "max_tokens": 4, "temperature": 0}
     usage = ask(port, "/v1/completions", body)[1]["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= LEAST_COMMON
+    biased = body | {"logit_bias": {"5": -1}}
+    usage = ask(port, "/v1/completions", biased)[1]["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= LEAST_COMMON
     usage = ask(port, "/v1/completions", body | {"presence_penalty": 1})[1]["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0

@@ -125,7 +125,8 @@ class Pool:
             except FlashError:
                 self.budget = before
                 raise
-            self._limits.change(total_bytes, self.budget.cache_bytes)
+            beside = self._limits.total_bytes - before.total_bytes  # a draft model
+            self._limits.change(total_bytes + beside, self.budget.cache_bytes)
             self._change(division)
             self.resized.append((time.perf_counter(), total_bytes))
 

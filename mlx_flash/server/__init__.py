@@ -1,7 +1,8 @@
 """mlx-lm's own HTTP server, on a model whose FFNs are on flash.
 
 What goes through it, from the outside in: `listener` (connections), `handler` (HTTP),
-`bodies` (what a request may say), `worker` (answers, one at a time), `kept_cache`.
+`bodies` (what a request may say), `worker` (answers, one at a time), `conversations`
+(KV caches that wait for the next request), `prefix_folder` (those on disk).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from ..flash import Flash
 from ..loading import load
 from ..memory_size import say_memory
 from .bodies import Limits
+from .conversations import Conversations
 from .listener import Listener
+from .prefix_folder import PrefixFolder, Saving
 from .worker import Worker
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -32,7 +35,11 @@ UNUSABLE = ("adapter_path", "draft_model", "pipeline")
 
 
 def serve(
-    model: str, memory: int | str, arguments: Sequence[str], **options: Any
+    model: str,
+    memory: int | str,
+    arguments: Sequence[str],
+    saving: Saving | None = None,
+    **options: Any,
 ) -> None:
     """Answer requests until Ctrl-C.
 
@@ -40,11 +47,12 @@ def serve(
         model: Flash folder, stock checkpoint with experts, or hub name.
         memory, options: As for `mlx_flash.load`.
         arguments: Of `mlx_lm.server`, such as "--port", "8080".
+        saving: Where KV caches outlive the server; None for nowhere.
 
     Raises:
         FlashError: If the model cannot be loaded or the port is taken.
     """
-    with open_server(model, memory, arguments, **options) as listener:
+    with open_server(model, memory, arguments, saving, **options) as listener:
         flash = listener.worker.model.flash
         budget = flash.budget
         way = "around" if flash.direct_io else "through"
@@ -68,12 +76,16 @@ def serve(
 
 @contextmanager
 def open_server(
-    model: str, memory: int | str, arguments: Sequence[str], **options: Any
+    model: str,
+    memory: int | str,
+    arguments: Sequence[str],
+    saving: Saving | None = None,
+    **options: Any,
 ) -> Iterator[Listener]:
     """A listening server, whose `serve_forever` somebody has to call.
 
     Args:
-        model, memory, arguments, options: As for `serve`.
+        model, memory, arguments, saving, options: As for `serve`.
     """
     provider = _provider(model, arguments)
     asked = provider.cli_args
@@ -84,7 +96,11 @@ def open_server(
                 tokenizer.chat_template = asked.chat_template
                 tokenizer.has_chat_template = True
             limits = _limits(model, network.flash, tokenizer)
-            worker = Worker(provider, network, tokenizer, limits)
+            folder = None
+            if saving is not None:
+                folder = PrefixFolder(saving, network, **_kv_settings(asked))
+            conversations = Conversations(network, folder)
+            worker = Worker(provider, network, tokenizer, limits, conversations)
             try:
                 listener.listen(worker)
                 yield listener
@@ -123,6 +139,17 @@ def _provider(model: str, arguments: Sequence[str]) -> mlx_server.ModelProvider:
                 f"{option} does not go with models on flash: leave it out."
             )
     return parsed[0]
+
+
+def _kv_settings(asked: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what is in a KV cache."""
+    if asked.kv_bits is None:
+        return {}
+    return {
+        "kv_bits": asked.kv_bits,
+        "kv_group_size": asked.kv_group_size,
+        "quantized_kv_start": asked.quantized_kv_start,
+    }
 
 
 def _limits(model: str, flash: Flash, tokenizer) -> Limits:

@@ -31,6 +31,8 @@ class Listener(ThreadingHTTPServer):
         worker: Who answers, from `listen` on.
     """
 
+    request_queue_size = MAX_CONNECTIONS  # clients that come at once; 5 by default
+
     def __init__(self, host: str, port: int):
         try:
             found = socket.getaddrinfo(

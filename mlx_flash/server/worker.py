@@ -1,9 +1,10 @@
 """Generate for one request after the other, in a thread of its own.
 
-mlx-lm's server generates for several requests at once, with a KV cache each. The
-budget has room for one, so requests wait for each other. What can be wrong with a
-request is found by `Worker.prepare` in the thread of its connection; what fails later
-(a read, for example) fails that request alone.
+mlx-lm's server generates for several requests at once. Here they wait for each other:
+the budget is promised to one answer at a time, and what it leaves of the KV cache's
+reserve is kept for conversations that may go on. What can be wrong with a request is
+found by `Worker.prepare` in the thread of its connection; what fails later (a read, for
+example) fails that request alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import (
+    GenerationResponse,
     TextStateMachine,
     generation_stream,
     make_text_state_machine,
@@ -39,7 +41,8 @@ from mlx_lm.server import (
 from ..errors import FlashError
 from ..generation import encode_prompt, stream_generate
 from .bodies import Limits, Refused
-from .kept_cache import KeptCache
+from .conversations import Conversations
+from .stop_text import StopText
 
 POLL_S = 0.2  # between two looks whether a client that waits is still there
 
@@ -67,47 +70,27 @@ class Job(CompletionRequest):
     responses: Queue[Any] = field(default_factory=Queue)
 
 
-class StopText:
-    """Finds where an answer has to end.
-
-    mlx-lm looks for the tokens of a stop text, and the model may write it with others.
-    Its handler takes the text itself out, and drops the text of the last token: so the
-    answer ends with the token after the one that completes a stop text.
-
-    Attributes:
-        found: Whether the text so far has one.
-    """
-
-    def __init__(self, words: list[str]):
-        self.found = False
-        self._words = words
-        self._keep = max(map(len, words), default=1) - 1
-        self._tail = ""
-
-    def cut(self, piece: str) -> str:
-        """The next piece of the answer, up to the end of a stop text in it."""
-        text = self._tail + piece
-        ends = [text.find(word) + len(word) for word in self._words if word in text]
-        self.found = bool(ends)
-        self._tail = text[max(len(text) - self._keep, 0) :]
-        return piece[: len(piece) - len(text) + min(ends)] if ends else piece
-
-
 class Worker(ResponseGenerator):
     """What mlx-lm's handler asks for answers, in the place of mlx-lm's own.
 
     Attributes:
         model, tokenizer: From `mlx_flash.load`.
         limits: Of the model.
+        conversations: Whose KV caches are kept.
     """
 
     def __init__(
-        self, provider: ModelProvider, model: nn.Module, tokenizer: Any, limits: Limits
+        self,
+        provider: ModelProvider,
+        model: nn.Module,
+        tokenizer: Any,
+        limits: Limits,
+        conversations: Conversations,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits
-        self._kept = KeptCache()
+        self.conversations = conversations
         self._tokenizer_lock = Lock()  # tokenizers change while they encode
         super().__init__(provider, LRUPromptCache(0))
 
@@ -215,6 +198,7 @@ class Worker(ResponseGenerator):
                 for response in self._responses(job):
                     job.responses.put(response)
                 job.responses.put(None)
+                self.conversations.save()
             except ClientLeft:
                 logging.info("A client left before its answer was complete.")
             except Exception as error:
@@ -225,7 +209,7 @@ class Worker(ResponseGenerator):
             mx.clear_cache()
         # Its stream ends with this thread: nothing may be under way on it.
         mx.synchronize(generation_stream)
-        self._kept.drop()
+        self.conversations.drop()
 
     def _responses(self, job: Job) -> Iterator[Response]:
         arguments, context = job.arguments, job.context
@@ -240,15 +224,21 @@ class Worker(ResponseGenerator):
         if arguments.seed is not None:
             mx.random.seed(arguments.seed)
         processors = _make_logits_processors(arguments)
-        if processors:  # a penalty counts only the tokens that this call reads
-            self._kept.drop()
         tokens = list(context.prompt)
-        cache, context.prompt_cache_count = self._kept.take(tokens, self.model)
+        asked = arguments.logits
+        # A penalty counts only the tokens that this call reads.
+        penalties = (
+            asked.repetition_penalty,
+            asked.presence_penalty,
+            asked.frequency_penalty,
+        )
+        cache, n_read = self.conversations.begin(tokens, anew=any(penalties))
+        context.prompt_cache_count = n_read
         stop = StopText(job.stop_words)
         answer = stream_generate(
             self.model,
             self.tokenizer,
-            tokens[context.prompt_cache_count :],
+            tokens[n_read:],
             max_tokens=min(arguments.max_tokens, self.limits.tokens - len(tokens)),
             sampler=_make_sampler(arguments, self.tokenizer),
             logits_processors=processors,
@@ -258,25 +248,35 @@ class Worker(ResponseGenerator):
             kv_group_size=self.cli_args.kv_group_size,
             quantized_kv_start=self.cli_args.quantized_kv_start,
         )
-        with contextlib.closing(answer):
-            for step in answer:
-                if context._should_stop or self._stop:
-                    raise ClientLeft("the client left")
-                tokens.append(step.token)
-                reason = "stop" if stop.found else step.finish_reason
-                yield Response(
-                    stop.cut(step.text),
-                    step.token,
-                    # To its types, `item` may give a complex number.
-                    step.logprobs[step.token].item(),  # type: ignore[arg-type]
-                    reason,
-                    _format_top_logprobs(
-                        step.logprobs, arguments.top_logprobs, self.tokenizer
-                    ),
-                )
-                if reason is not None:
-                    break
-        self._kept.keep(tokens, cache)
+        try:
+            with contextlib.closing(answer):
+                for step in answer:
+                    tokens.append(step.token)
+                    if context._should_stop or self._stop:
+                        raise ClientLeft("the client left")
+                    self.conversations.grow(cache)
+                    reason = "stop" if stop.found else step.finish_reason
+                    yield self._response(step, stop.cut(step.text), reason, arguments)
+                    if reason is not None:
+                        break
+        except ClientLeft:  # it may ask again
+            self.conversations.keep(tokens, cache)
+            raise
+        self.conversations.keep(tokens, cache)
+
+    def _response(
+        self,
+        step: GenerationResponse,
+        text: str,
+        reason: str | None,
+        arguments: GenerationArguments,
+    ) -> Response:
+        top = _format_top_logprobs(
+            step.logprobs, arguments.top_logprobs, self.tokenizer
+        )
+        # To its types, `item` may give a complex number.
+        logprob: Any = step.logprobs[step.token].item()
+        return Response(text, step.token, logprob, reason, top)
 
 
 @dataclass
