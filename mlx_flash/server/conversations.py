@@ -2,7 +2,9 @@
 
 Together with the one that is being answered, they stay within the bytes that the budget
 reserves for KV cache: what was used longest ago goes first. So idle conversations never
-take slots from the model. mlx-lm's server keeps ten caches, whatever they take.
+take slots from the model. The running one counts with a layer's part twice, because
+mlx-lm copies that to make it longer. mlx-lm's server keeps ten caches, whatever they
+take.
 """
 
 from __future__ import annotations
@@ -74,14 +76,16 @@ class Conversations:
         cache, common = (None, 0) if anew else self._found(tokens[:-1])
         if cache is None:
             cache = make_prompt_cache(self._model)
-        self._make_room(max(cache_bytes(cache), self._bytes_of(len(tokens))))
+        needed_bytes = max(cache_bytes(cache), self._bytes_of(len(tokens)))
+        self._make_room(needed_bytes + needed_bytes // len(cache))
         return cache, common
 
     def grow(self, cache: list[Any]) -> None:
         """Have others give way to `cache`, which a token may make longer."""
         if self._kept:
-            step_bytes = KV_STEP * self._shapes.kv_bytes_per_token
-            self._make_room(int(cache_bytes(cache) + step_bytes))
+            step_bytes = int(KV_STEP * self._shapes.kv_bytes_per_token)
+            needed_bytes = cache_bytes(cache) + step_bytes
+            self._make_room(needed_bytes + needed_bytes // len(cache))
 
     def keep(self, tokens: list[int], cache: list[Any]) -> None:
         """Keep `cache`, which has read the first of `tokens`, or all."""

