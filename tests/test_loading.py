@@ -377,7 +377,7 @@ def test_the_demo_model_loads_as_the_command_loads_it():
     """Its KV cache for all positions takes a third of half of its memory."""
     with mlx_flash.load(mlx_flash.DEMO_MODEL, memory="50%") as (model, tokenizer):
         budget = model.flash.budget
-        assert budget.context == 256 and model.flash.positions == 512
+        assert budget.context == 128 and model.flash.positions == 512
         text = mlx_flash.generate(model, tokenizer, "Once upon a time", max_tokens=8)
         report = model.flash.report()
     assert text == ", there was a little girl named Lily"
