@@ -21,8 +21,8 @@ STORY = (
 CONTEXT = 128
 
 
-def load(**options):
-    return mlx_flash.load(DEMO_MODEL, memory="50%", context=CONTEXT, **options)
+def load(memory="50%", **options):
+    return mlx_flash.load(DEMO_MODEL, memory=memory, context=CONTEXT, **options)
 
 
 def mean_loss(model, ids) -> float:
@@ -73,7 +73,7 @@ def test_recall_on_a_swept_text_is_as_promised(ids):
 def test_a_larger_window_reads_less(ids):
     read, hits = [], []
     for window in (1, 2, 4):
-        with load(policy="window", window=window) as (model, _):
+        with load("70%", policy="window", window=window) as (model, _):
             cache = make_prompt_cache(model)
             for token in ids[:48]:
                 mx.eval(model(mx.array([[token]]), cache=cache))

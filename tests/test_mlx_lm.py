@@ -185,7 +185,7 @@ def test_the_server_answers_one_request_after_the_other(kind, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlx_flash.cli", "serve", "--model"]
-    command += [str(case.folder), "--context", "64", "--memory", "120%"]
+    command += [str(case.folder), "--context", "64", "--memory", "145%"]
     command += ["--port", str(port)]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     log = open(tmp_path / "log", "w+")

@@ -554,7 +554,7 @@ def test_nothing_listens_before_the_model_is_there(folder, monkeypatch):
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "in a prompt"])
 def test_ctrl_c_ends_it(folder, tmp_path, busy):
     port, log = free_port(), tmp_path / "log"
-    command = serve_command(folder, port, "--memory", "50%", "--log-level", "WARNING")
+    command = serve_command(folder, port, "--memory", "70%", "--log-level", "WARNING")
     with running(command, port, log) as server:
         if busy:
             body = {"prompt": [5, 6] * 120, "max_tokens": 10, "stream": True}

@@ -228,7 +228,12 @@ class Footprint:
         in_use += batch * self.hidden_bytes
         size = self._value_bytes * self.shapes.width
         waits = self.shapes.vocabulary * 4 if self.logits_pay else 4 * size
-        return int((1 + CACHED) * in_use) + waiting * waits
+        grows = self.growth_bytes(self.kv_bytes)
+        return int((1 + CACHED) * in_use) + waiting * waits + grows
+
+    def growth_bytes(self, kv_bytes: int) -> int:
+        """What is there twice while a KV cache grows: one layer of it."""
+        return kv_bytes // len(self.manifest.layers)
 
     @property
     def gathered_share(self) -> float:

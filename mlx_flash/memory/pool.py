@@ -220,6 +220,7 @@ class Pool:
         waiting = of if of > tokens else 0
         batch = budget.batch_tokens
         workspace = footprint.workspace_bytes(tokens, batch, waiting)
+        workspace += footprint.growth_bytes(kv_bytes - footprint.kv_bytes)
         fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
         room = budget.total_bytes - fixed - workspace
         slots = share_slots(room, footprint, self._divide)

@@ -67,7 +67,7 @@ def test_settings(free):
 @pytest.mark.parametrize("available, through", [(64 * GB, True), (50_000, False)])
 def test_loading_chooses_by_itself(flash_folder, free, available, through):
     free(available)
-    with load_model(flash_folder, "128KB") as (model, _):
+    with load_model(flash_folder, "140KB") as (model, _):
         if not through and not model.flash.direct_io:
             pytest.skip("no direct I/O on this file system")
         assert model.flash.direct_io is not through
@@ -104,9 +104,9 @@ def test_the_report_says_what_was_cached_before(own_folder):
         pytest.skip("this system does not say what it caches")
     for path in own_folder.rglob("*.safetensors"):
         path.read_bytes()
-    with load_model(own_folder, "128KB", page_cache="on") as (model, _):
+    with load_model(own_folder, "140KB", page_cache="on") as (model, _):
         assert model.flash.report().cached_share == 1
-    with load_model(own_folder, "128KB", page_cache="off") as (model, _):
+    with load_model(own_folder, "140KB", page_cache="off") as (model, _):
         report = model.flash.report()
         assert report.page_cache is False
         if model.flash.direct_io:
