@@ -273,7 +273,10 @@ def test_half_the_memory_and_good_drafts_save_reads(blocks):
         run(model, tokenizer, draft_model=prophet, num_draft_tokens=3)
         report = model.flash.report()
         assert report.tokens_per_call > 3
-        assert report.plain_bytes_per_token == pytest.approx(before.bytes_per_token)
+        # The first steps of each find other units in memory.
+        assert report.plain_bytes_per_token == pytest.approx(
+            before.bytes_per_token, rel=0.1
+        )
         assert report.bytes_per_token < before.bytes_per_token / 3
         assert "100% of the drafted tokens were right" in str(report)
         assert "does not pay" not in str(report)

@@ -117,6 +117,7 @@ def test_memory_is_kept_beside_whole_layers(waits_cost):
             assert parts == budget.total_bytes and budget.workspace_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_trace_weighs_waits_too(tmp_path, waits_cost):
     text, path = tmp_path / "a.txt", tmp_path / "a.npz"
     text.write_text("Once there was a red dog. The dog saw a big red ball. " * 4)

@@ -26,7 +26,11 @@ KINDS = {
 PROMPT = [3 + i * 7 % 90 for i in range(601)]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# Converting neurons takes as long as all tests with the other kinds.
+SOME = ["experts", "blocks", pytest.param("neurons", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=SOME)
 def folder(request, tmp_path_factory):
     config, options = KINDS[request.param]
     base = tmp_path_factory.mktemp(request.param)

@@ -77,6 +77,7 @@ def test_memory_comes_before_disk(model, tmp_path, monkeypatch):
     assert conversations.begin(tokens + [5])[1] == len(tokens)
 
 
+@pytest.mark.slow
 def test_a_conversation_is_written_when_it_has_grown(model, tmp_path):
     """And it replaces what it grew from: one file, whatever the number of turns."""
     folder = PrefixFolder(Saving(tmp_path, MANY), model)
