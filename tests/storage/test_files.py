@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_flash.errors import FlashError
-from mlx_flash.storage.digests import PIECE_BYTES, PIECES, file_sha256, sample_sha256
 from mlx_flash.storage import files
+from mlx_flash.storage.digests import PIECE_BYTES, PIECES, file_sha256, sample_sha256
 from mlx_flash.storage.files import cache_folder, make_folder, sync, write_whole
 from mlx_flash.storage.typed_json import from_json
 
