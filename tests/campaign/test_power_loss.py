@@ -37,7 +37,7 @@ KINDS = {
 WAYS = {"new": {}, "moved": {"delete_source": True}}
 WAYS["replaced"] = {"delete_source": True, "overwrite": True}
 LOCK = "flash.mlx-flash-lock"
-FEW, MANY = 4, 400  # folders that are rebuilt, of each kind and way
+FEW, MANY = 2, 120  # folders that are rebuilt, of each kind and way
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 
 
