@@ -5,7 +5,6 @@ is rebuilt that a loss of power may leave. There the destination is absent or wh
 the same command gets to what an undisturbed conversion gives, byte by byte.
 """
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -131,7 +130,7 @@ class Case:
         for number, event in enumerate(self.events):
             self.disk.replay(event)
             for state in self.disk.states(rng):
-                key = hashlib.sha256(repr(sorted(state.items())).encode()).digest()
+                key = hash(frozenset(state.items()))
                 if key not in self.seen:
                     self.seen.add(key)
                     yield number, state
