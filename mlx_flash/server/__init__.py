@@ -22,8 +22,8 @@ from ..errors import FlashError
 from ..flash import Flash
 from ..loading import load
 from ..memory_size import say_memory
-from .bodies import Limits
 from .conversations import Conversations
+from .fields import Limits
 from .listener import Listener
 from .prefix_folder import PrefixFolder, Saving
 from .worker import Worker

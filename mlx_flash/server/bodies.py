@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 import json
-import reprlib
-from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FlashError
+from . import fields
+from .fields import Limits, Refused
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -32,35 +31,6 @@ FLAGS = ("stream", "logprobs")
 LOADING = ("adapters", "draft_model")  # what would make mlx-lm load something
 
 
-class Refused(FlashError):
-    """A request that gets an error for an answer.
-
-    Attributes:
-        status: Of HTTP.
-    """
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the loaded model allows.
-
-    Attributes:
-        name: What it is called.
-        names: What a request may call it.
-        vocabulary: Its number of token ids.
-        tokens: Of a prompt and its answer together.
-    """
-
-    name: str
-    names: frozenset[str]
-    vocabulary: int
-    tokens: int
-
-
 def check_body(raw: bytes, chat: bool, limits: Limits) -> dict[str, Any]:
     """The fields of a request, those that mlx-lm knows and no others.
 
@@ -77,19 +47,19 @@ def check_body(raw: bytes, chat: bool, limits: Limits) -> dict[str, Any]:
     checked: dict[str, Any] = {"model": body.get("model", "default_model")}
     for name, (low, high) in NUMBERS.items():
         if name in body:
-            checked[name] = _number(name, body[name], low, high)
+            checked[name] = fields.number(name, body[name], low, high)
     if checked.get("temperature", 1) < LEAST_TEMPERATURE:
         checked["temperature"] = 0.0
     for name, low, high in _wholes(limits):
         if name in body:
-            checked[name] = _whole(name, body[name], low, high)
+            checked[name] = fields.whole(name, body[name], low, high)
     for name in FLAGS:
         if name in body:
-            checked[name] = _flag(name, body[name])
+            checked[name] = fields.flag(name, body[name])
     if "stream_options" in body:
-        options = _object("stream_options", body["stream_options"])
+        options = fields.json_object("stream_options", body["stream_options"])
         usage = options.get("include_usage", False)
-        usage = _flag("stream_options.include_usage", usage)
+        usage = fields.flag("stream_options.include_usage", usage)
         checked["stream_options"] = {"include_usage": usage}
     if "logit_bias" in body:
         checked["logit_bias"] = _logit_bias(body["logit_bias"], limits)
@@ -106,7 +76,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw.decode(), parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise Refused(f"The body is not JSON in UTF-8: {error}.") from None
-    return _object("The body", body)
+    return fields.json_object("The body", body)
 
 
 def _check_model(body: dict[str, Any], limits: Limits) -> None:
@@ -116,7 +86,8 @@ def _check_model(body: dict[str, Any], limits: Limits) -> None:
     model = body.get("model", "default_model")
     if not isinstance(model, str) or model not in limits.names:
         raise Refused(
-            f"There is no model {_say(model)} here; GET /v1/models says what is.", 404
+            f"There is no model {fields.say(model)} here; GET /v1/models says what is.",
+            404,
         )
 
 
@@ -142,13 +113,17 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
     if "tools" in body:
         tools = body["tools"]
         if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-            raise Refused(f"tools must be a list of objects, found {_say(tools)}.")
+            raise Refused(
+                f"tools must be a list of objects, found {fields.say(tools)}."
+            )
         checked["tools"] = tools
     if "role_mapping" in body:
-        mapping = _object("role_mapping", body["role_mapping"])
-        checked["role_mapping"] = {k: _text(k, v) for k, v in mapping.items()}
+        mapping = fields.json_object("role_mapping", body["role_mapping"])
+        checked["role_mapping"] = {k: fields.text(k, v) for k, v in mapping.items()}
     if "chat_template_kwargs" in body:
-        options = _object("chat_template_kwargs", body["chat_template_kwargs"])
+        options = fields.json_object(
+            "chat_template_kwargs", body["chat_template_kwargs"]
+        )
         checked["chat_template_kwargs"] = _template_options(options)
     return checked
 
@@ -156,20 +131,20 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
 def _message(i: int, message: Any) -> dict[str, Any]:
     """A message with its content as one text."""
     where = f"messages[{i}]"
-    message = dict(_object(where, message))
+    message = dict(fields.json_object(where, message))
     if message.get("role") not in ROLES:
         raise Refused(
             f"{where}.role must be one of {', '.join(ROLES)}, "
-            f"found {_say(message.get('role'))}."
+            f"found {fields.say(message.get('role'))}."
         )
     parts = message.get("content") or ""
     if not isinstance(parts, list):
         parts = [{"type": "text", "text": parts}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise Refused(f"{where}.content must be text, found {_say(part)}.")
+            raise Refused(f"{where}.content must be text, found {fields.say(part)}.")
     message["content"] = "".join(
-        _text(f"{where}.content", part.get("text")) for part in parts
+        fields.text(f"{where}.content", part.get("text")) for part in parts
     )
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
@@ -185,7 +160,8 @@ def _template_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name in taken or type(value) not in (bool, int, float, str):
             raise Refused(
-                f"chat_template_kwargs.{name} cannot be {_say(value)} in a request."
+                f"chat_template_kwargs.{name} cannot be {fields.say(value)} in a "
+                "request."
             )
     return options
 
@@ -195,21 +171,23 @@ def _prompt(body: dict[str, Any], limits: Limits) -> str | list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
         prompt = prompt[0]
     if isinstance(prompt, list) and prompt:
-        return [_whole("A token id", t, 0, limits.vocabulary - 1) for t in prompt]
+        return [fields.whole("A token id", t, 0, limits.vocabulary - 1) for t in prompt]
     if not isinstance(prompt, str) or not prompt.strip():
         raise Refused(
             "prompt must be one text, or the token ids of one, and not empty; "
-            f"found {_say(prompt)}."
+            f"found {fields.say(prompt)}."
         )
     return prompt
 
 
 def _logit_bias(bias: Any, limits: Limits) -> dict[str, float]:
     checked = {}
-    for key, value in _object("logit_bias", bias).items():
+    for key, value in fields.json_object("logit_bias", bias).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else -1
-        _whole(f"logit_bias of token {_say(key)}", token, 0, limits.vocabulary - 1)
-        checked[str(token)] = _number("logit_bias", value, -100, 100)
+        fields.whole(
+            f"logit_bias of token {fields.say(key)}", token, 0, limits.vocabulary - 1
+        )
+        checked[str(token)] = fields.number("logit_bias", value, -100, 100)
     return checked
 
 
@@ -218,45 +196,6 @@ def _stop(stop: Any) -> list[str]:
     if len(stops) > MAX_STOPS:
         raise Refused(f"stop has {len(stops)} texts; {MAX_STOPS} are possible.")
     for text in stops:
-        if not 0 < len(_text("stop", text)) <= MAX_STOP_CHARACTERS:
+        if not 0 < len(fields.text("stop", text)) <= MAX_STOP_CHARACTERS:
             raise Refused(f"A stop text must have 1 to {MAX_STOP_CHARACTERS} letters.")
     return stops
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    # NaN is in no range.
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise Refused(
-            f"{name} must be a number from {low:g} to {high:g}, found {_say(value)}."
-        )
-    return float(value)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise Refused(
-            f"{name} must be a whole number from {low} to {high}, found {_say(value)}."
-        )
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise Refused(f"{name} must be true or false, found {_say(value)}.")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise Refused(f"{name} must be text, found {_say(value)}.")
-    return value
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Refused(f"{name} must be a JSON object, found {_say(value)}.")
-    return value
-
-
-def _say(value: Any) -> str:
-    return reprlib.repr(value)

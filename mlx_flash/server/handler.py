@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from mlx_lm.server import APIHandler, CompletionRequest
 
 from ..errors import FlashError
-from .bodies import Refused, check_body
+from .bodies import check_body
+from .fields import Refused
 from .worker import Worker
 
 MAX_BODY_BYTES = 4_000_000  # a context of a million tokens is about that

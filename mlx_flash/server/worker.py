@@ -40,8 +40,8 @@ from mlx_lm.server import (
 
 from ..errors import FlashError
 from ..generation import encode_prompt, stream_generate
-from .bodies import Limits, Refused
 from .conversations import Conversations
+from .fields import Limits, Refused
 from .stop_text import StopText
 
 POLL_S = 0.2  # between two looks whether a client that waits is still there
