@@ -1,0 +1,31 @@
+"""What an API may ask of the server; the worker provides it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from .events import Event
+from .fields import Limits
+from .request import Request
+
+
+class Service(Protocol):
+    """Answers requests, whichever API they came by.
+
+    Attributes:
+        limits: Of the loaded model.
+    """
+
+    limits: Limits
+
+    def answer(self, request: Request) -> AsyncIterator[Event]:
+        """The events of one answer; the last is a `Done`.
+
+        Closing the iterator, or cancelling the task that awaits it, ends the answer.
+
+        Raises:
+            Refused: Before the first event, if the request cannot be answered.
+            FlashError: At any event, if the answer fails.
+        """
+        ...
