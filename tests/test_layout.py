@@ -20,7 +20,7 @@ ROWS = (
     ("flash",),
     ("loading",),
     ("generation", "speculation", "drafting", "kv_cache", "prompt_cache"),
-    ("inspection", "server", "tracing"),
+    ("inspection", "same_output", "server", "tracing"),
     ("planning", "converters"),
     ("bench",),
     ("cli",),

@@ -78,8 +78,8 @@ def _row(name: str, a: dict[str, Any], b: dict[str, Any]) -> Row:
     row = Row(name)
     for key in KEYS:
         row.more[f"a_{key}"], row.more[f"b_{key}"] = a.get(key), b.get(key)
-    speed = a.get("tokens_per_s"), b.get("tokens_per_s")
-    row.more["ratio"] = speed[1] / speed[0] if all(speed) else None
+    one, other = a.get("tokens_per_s"), b.get("tokens_per_s")
+    row.more["ratio"] = other / one if one and other else None
     errors = [f"{x}: {r['error']}" for x, r in (("A", a), ("B", b)) if r.get("error")]
     if errors:
         row.more["error"] = "; ".join(errors)

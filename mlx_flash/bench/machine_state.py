@@ -57,7 +57,7 @@ def _power() -> str | None:
 def _thermal() -> str | None:
     if sys.platform == "darwin":
         return parse_pmset(_output("pmset", "-g", "therm"))
-    sensors = getattr(psutil, "sensors_temperatures", dict)()
+    sensors: dict = getattr(psutil, "sensors_temperatures", dict)()
     degrees = [entry.current for entries in sensors.values() for entry in entries]
     return f"{max(degrees):.0f} °C at most" if degrees else None
 

@@ -12,7 +12,7 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace, tune
 from .common import INTERRUPTED
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -59,6 +59,7 @@ for command in (
     replay.replay,
     plan.plan,
     probe.probe,
+    tune.tune,
     bench.bench,
 ):
     # Said again for whoever runs a command without the group.
