@@ -16,8 +16,8 @@ TRY = "Try 7GB, 512MB, 50% or auto."
 def parse_memory(memory: int | float | str) -> int | float | None:
     """Bytes (int), a share of the model (float), or None for `auto`.
 
-    >>> parse_memory("7GB"), parse_memory("50%"), parse_memory(0.5), parse_memory("auto")
-    (7000000000, 0.5, 0.5, None)
+    >>> [parse_memory(amount) for amount in ("7GB", "50%", 0.5, "auto")]
+    [7000000000, 0.5, 0.5, None]
 
     Args:
         memory: A number with a unit (KB is 1000 bytes, KiB 1024), a share as 50% or
