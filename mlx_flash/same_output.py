@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import FlashError
-from .generation import encode_prompt, stream_generate
+from .generation import stream_generate
 from .loading import load_model, load_tokenizer
+from .prompts import encode_prompt
 
 # What sums in another order may differ by, as a share of the largest log probability:
 # some hundred roundings of the dtype. Measured: 6e-4 (the demo model, float16), 1e-6

@@ -14,13 +14,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import FlashError
-from ..generation import context_for, encode_prompt, stream_generate
+from ..generation import stream_generate
 from ..layers.kinds import BLOCK, kind_of
 from ..loading import load_model, load_tokenizer
 from ..memory.policies import Lrfu, Lru
 from ..memory.system import usable_memory_bytes
 from ..memory_size import say_memory
 from ..planning.plan import make_plan
+from ..prompts import context_for, encode_prompt
 from ..run_report import RunReport
 from ..traces.replay import hit_rate, replay
 from ..traces.trace import Trace
