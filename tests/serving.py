@@ -83,8 +83,8 @@ def send_raw(port, data):
 def post_bytes(body, path="/v1/completions"):
     """The bytes of a request."""
     raw = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n"
-    return head.encode() + b"\r\n" + raw
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
 
 
 def received(connection):

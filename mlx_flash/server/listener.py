@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 from types import FrameType
 from typing import Any
@@ -76,6 +77,7 @@ class Listener(uvicorn.Server):
         self._host = host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
         self.ready = lambda: None
+        self._interrupted = False
 
     def serve_forever(self) -> None:
         """Answer until Ctrl-C or `stop`.
@@ -85,6 +87,8 @@ class Listener(uvicorn.Server):
             KeyboardInterrupt: After Ctrl-C, when all connections were closed.
         """
         self.run(sockets=[self._bound])
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Have `serve_forever` return; any thread may call it."""
@@ -99,6 +103,7 @@ class Listener(uvicorn.Server):
         self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._interrupted = sig == signal.SIGINT
         self.worker.end_answers()
         super().handle_exit(sig, frame)
 
