@@ -491,8 +491,12 @@ def test_a_read_that_fails_fails_one_request(own_server, monkeypatch, stream):
         for _ in range(2):
             data = received(send_raw(port, post_bytes(body)))
             assert int(data.split()[1]) == (200 if stream else 500)
-            assert b'"error": {"message": "read of layer_03' in data
-            assert b"server_error" in data
+            found, _ = json.JSONDecoder().raw_decode(
+                data[data.index(b'{"error"') :].decode()
+            )
+            error = found["error"]
+            assert error["message"].startswith("read of layer_03")
+            assert error["type"] == "server_error"
     assert complete(port, PROMPT) == text
 
 
