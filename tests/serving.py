@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -48,6 +49,21 @@ def running(command, port, log, **environment):
             server.wait(20)
         finally:
             server.kill()
+
+
+@contextmanager
+def served(listener):
+    """A thread in which a server of this process answers."""
+    ready = threading.Event()
+    listener.ready = ready.set
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    try:
+        assert ready.wait(STARTED_S)
+        yield
+    finally:
+        listener.stop()
+        thread.join()
 
 
 def ask(port, path, body=None, headers=None, timeout=60):

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
@@ -21,6 +20,7 @@ from serving import (
     running,
     send_raw,
     serve_command,
+    served,
 )
 
 import mlx_flash
@@ -73,21 +73,6 @@ def own_server(folder, request):
     settings = Settings(port=0, **getattr(request, "param", {}))
     with open_server(str(folder), "50%", settings) as made, served(made):
         yield made
-
-
-@contextmanager
-def served(made):
-    """A thread in which a server of this process answers."""
-    ready = threading.Event()
-    made.ready = ready.set
-    thread = threading.Thread(target=made.serve_forever)
-    thread.start()
-    assert ready.wait(60)
-    try:
-        yield
-    finally:
-        made.stop()
-        thread.join()
 
 
 def check_refused(answer, status, says=""):

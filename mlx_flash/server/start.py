@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.config import read_config
+from ..checkpoints.tokenizer import load_tokenizer
 from ..flash import Flash
 from ..loading import load
 from ..memory_size import say_memory
@@ -73,8 +74,11 @@ def open_server(
     with bind(settings.host, settings.port) as bound:
         with load(model, memory, **options) as (network, tokenizer):
             if settings.chat_template is not None:
-                tokenizer.chat_template = settings.chat_template
-                tokenizer.has_chat_template = True
+                tokenizer = load_tokenizer(
+                    network.flash.folder,
+                    options.get("trust_remote_code", False),
+                    settings.chat_template,
+                )
             folder = None
             if saving is not None:
                 folder = PrefixFolder(saving, network, **settings.kv_options)
