@@ -108,7 +108,7 @@ def test_a_worker_that_was_stopped_refuses(own_server):
 
 def test_stopping_ends_an_answer_that_is_under_way(own_server):
     flash = own_server.worker.model.flash
-    body = {"prompt": PROMPT, "max_tokens": 200, "stream": True}
+    body = {"prompt": PROMPT, "max_tokens": 100, "stream": True}
     body["logit_bias"] = {"2": -100}  # no end of text
     connection = send_raw(own_server.port, post_bytes(body))
     wait_until(lambda: flash.run and flash.run.tokens)
