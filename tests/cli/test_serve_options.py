@@ -1,4 +1,4 @@
-"""The options of `mlx-flash serve` reach the server, and none of mlx-lm's is missing."""
+"""Options of `mlx-flash serve` reach the server, and none of mlx-lm's is missing."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,14 @@ def test_every_option_reaches_the_server(tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages }}")
     code, error, call = run(
-        *("--host", "0.0.0.0", "--port", "9", "--allowed-origins", "http://a, http://b"),
+        *(
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "9",
+            "--allowed-origins",
+            "http://a, http://b",
+        ),
         *("--api-key", "k", "--log-level", "error", "--temp", "0.5", "--top-p", "0.9"),
         *("--top-k", "7", "--min-p", "0.1", "--max-tokens", "33"),
         *("--chat-template", str(template), "--trust-remote-code"),
