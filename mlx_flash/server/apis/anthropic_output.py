@@ -135,7 +135,7 @@ class Answer:
         yield from self._close()
         end = {"stop_reason": self._reason(done), "stop_sequence": done.stop_text}
         self.message |= end
-        usage = _usage(done.usage)
+        usage = _usage(done.usage) | {"flash": done.usage.flash}
         self.message["usage"] = usage
         yield {"type": "message_delta", "delta": end, "usage": usage}
         yield {"type": "message_stop"}
@@ -157,5 +157,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
-        "flash": usage.flash,
     }

@@ -98,7 +98,7 @@ class Answer:
         if thinking:
             extra["thinking"] = thinking
         if calls:
-            extra["tool_calls"] = calls
+            extra["tool_calls"] = list(calls)
         if self._chat:
             return {"message": {"role": "assistant", "content": content, **extra}}
         return {"response": content, **extra}

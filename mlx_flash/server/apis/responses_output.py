@@ -90,7 +90,10 @@ class Answer:
                 "status": "in_progress",
                 "content": [],
             }
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+            if kind == "message":
+                item["role"] = "assistant"
+            else:
+                item["summary"] = []
             yield self._open(item)
             part: dict[str, Any] = {"type": part_kind, "text": ""}
             if kind == "message":

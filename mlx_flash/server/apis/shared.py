@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -155,7 +155,7 @@ def function_tool(
     return {"type": "function", "function": function}
 
 
-def joined_text(where: str, content: Any, kinds: Iterable[str] = ("text",)) -> str:
+def joined_text(where: str, content: Any, kinds: Container[Any] = ("text",)) -> str:
     """The text of a content that is one text or a list of parts.
 
     Args:
