@@ -211,7 +211,7 @@ def test_why_an_answer_ended(client, service, event, reason, sequence):
 
 
 def test_more_tokens_than_there_is_room_for_are_no_mistake(client, service):
-    ask(client, max_tokens=32_000)
+    list(ask(client, max_tokens=32_000, stream=True))
     assert service.last.max_tokens == service.limits.tokens
 
 
