@@ -20,7 +20,7 @@ class Facts:
         dtype: Of the weights that are not packed, such as "float16".
         bits: Of packed weights; None if none are packed.
         model_bytes: On disk.
-        memory_bytes: The budget it runs in.
+        memory_bytes: The budget it began with.
         modified_s: When its config.json was written, in seconds since 1970.
         digest: Of its config.json, in hexadecimal: it tells models apart, no more.
         chat_template: None if it has none, and knows no roles.

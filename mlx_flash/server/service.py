@@ -16,10 +16,14 @@ class Service(Protocol):
 
     Attributes:
         limits, facts: Of the loaded model.
+        is_healthy: Whether requests are still answered.
     """
 
     limits: Limits
     facts: Facts
+
+    @property
+    def is_healthy(self) -> bool: ...
 
     def answer(self, request: Request) -> AsyncIterator[Event]:
         """The events of one answer; the last is a `Done`.
