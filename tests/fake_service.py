@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from mlx_flash.errors import FlashError
 from mlx_flash.server.events import Done, Progress, Reasoning, Text, ToolCall, Usage
 from mlx_flash.server.facts import Facts
+from mlx_flash.server.failures import HANDLERS
 from mlx_flash.server.fields import Limits
 from mlx_flash.server.request import Request
 
@@ -56,6 +57,7 @@ class FakeService:
     limits: Limits = Limits(NAME, frozenset({NAME, "default_model"}), 100, 64)
     facts: Facts = FACTS
     asked: list[Request] = field(default_factory=list)
+    is_healthy: bool = True
 
     async def answer(self, request):
         self.asked.append(request)
@@ -73,12 +75,16 @@ class FakeService:
         return self.asked[-1]
 
 
+def application(routes):
+    return Starlette(routes=routes, exception_handlers=HANDLERS)
+
+
 @contextlib.contextmanager
 def served(routes):
     """The address of a server with these routes, in a thread of this process."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(Starlette(routes=routes), log_level="warning")
+        config = uvicorn.Config(application(routes), log_level="warning")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

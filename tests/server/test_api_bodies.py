@@ -7,10 +7,9 @@ import anthropic.types as anthropic_types
 import ollama
 import openai.types.responses as openai_types
 import pytest
-from fake_service import CALLED, NAME, SAID, THOUGHT, FakeService
+from fake_service import CALLED, NAME, SAID, THOUGHT, FakeService, application
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from mlx_flash.server.apis import anthropic, responses
@@ -174,7 +173,7 @@ EVENTS = st.lists(
 def made():
     service = FakeService()
     routes = [route for make in ROUTES for route in make(service)]
-    with TestClient(Starlette(routes=routes)) as client:
+    with TestClient(application(routes)) as client:
         yield service, client
 
 

@@ -7,11 +7,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..fields import Refused
-from ..http import collect, read_json, stream
+from ..http import collect, json_response, read_json, stream
 from ..service import Service
 from .anthropic_input import parse
-from .anthropic_output import Answer, error_body
-from .shared import endpoint, json_response, one_call
+from .anthropic_output import Answer
+from .shared import one_call
 
 PATH = "/v1/messages"
 
@@ -41,11 +41,7 @@ def routes(service: Service) -> list[Route]:
         raise Refused(f"{http.method} {http.url.path} is not there.", 404)
 
     return [
-        Route(PATH, endpoint(create, error_body), methods=["POST"]),
-        Route(f"{PATH}/count_tokens", endpoint(count, error_body), methods=["POST"]),
-        Route(
-            PATH + "/{rest:path}",
-            endpoint(refuse, error_body),
-            methods=["GET", "POST", "DELETE"],
-        ),
+        Route(PATH, create, methods=["POST"]),
+        Route(f"{PATH}/count_tokens", count, methods=["POST"]),
+        Route(PATH + "/{rest:path}", refuse, methods=["GET", "POST", "DELETE"]),
     ]

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..bodies import check_model, read_stop
 from ..fields import Limits, Refused, flag, json_object, say, text, whole
 from ..request import Request
 from .conversation import Conversation
@@ -13,11 +14,9 @@ from .shared import (
     check_depth,
     function_tool,
     joined_text,
-    model_name,
     not_text,
     objects,
     sampling,
-    stop_texts,
 )
 
 SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
@@ -59,14 +58,14 @@ def parse(body: dict[str, Any], limits: Limits, counting: bool = False) -> Asked
     """
     if "model" not in body:
         raise Refused("model is missing; GET /v1/models says what is here.")
-    model = model_name(body, limits, "GET /v1/models")
+    check_model(body, limits)
     most = None
     if not counting:
         most = whole("max_tokens", body.get("max_tokens"), 1, 2**31)
         most = min(most, limits.tokens)
     stop: tuple[str, ...] = ()
     if body.get("stop_sequences"):
-        stop = stop_texts("stop_sequences", body["stop_sequences"])
+        stop = read_stop(body["stop_sequences"])
     tools, parallel = _tools(body)
     options, shown = _thinking(body)
     request = Request(
@@ -78,7 +77,7 @@ def parse(body: dict[str, Any], limits: Limits, counting: bool = False) -> Asked
         sampling=sampling(body, limits, SAMPLING),
     )
     stream = flag("stream", body.get("stream", False))
-    return Asked(model, request, stream, shown, parallel)
+    return Asked(body["model"], request, stream, shown, parallel)
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,24 +9,11 @@ from typing import Any
 
 from ...errors import FlashError
 from ..events import Done, Event, Progress, Reasoning, Text, ToolCall, Usage
+from ..failures import anthropic_body
 from ..http import sse
 from .anthropic_input import Asked
 
 UNSIGNED = "unsigned"  # real ones prove that thoughts came from the service
-ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    529: "overloaded_error",
-}
-
-
-def error_body(sentence: str, status: int) -> dict[str, Any]:
-    kind = ERRORS.get(status, "api_error" if status >= 500 else ERRORS[400])
-    return {"type": "error", "error": {"type": kind, "message": sentence}}
 
 
 class Answer:
@@ -59,7 +46,7 @@ class Answer:
 
     def fail(self, error: FlashError) -> Iterator[str]:
         """What a stream sends when the answer fails."""
-        yield sse(error_body(str(error), 500), "error")
+        yield sse(anthropic_body(str(error), 500), "error")
 
     def take(self, event: Event) -> Iterator[dict[str, Any]]:
         """The API's events for one of ours.

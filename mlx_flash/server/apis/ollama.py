@@ -8,17 +8,15 @@ from starlette.routing import Route
 
 from ..._version import __version__
 from ..fields import Refused
-from ..http import collect, read_json, stream
+from ..http import collect, json_response, read_json, stream
 from ..service import Service
 from .ollama_input import Asked, own_name, parse_chat, parse_generate
 from .ollama_output import (
     Answer,
     description,
-    error_body,
     model_entry,
     running_entry,
 )
-from .shared import endpoint, json_response
 
 NDJSON = "application/x-ndjson"
 # The release whose fields these are: clients ask for at least some number.
@@ -38,12 +36,11 @@ def routes(service: Service) -> list[Route]:
         ("pull", "POST", api.pull),
     )
     made = [
-        Route(f"/api/{name}", endpoint(handler, error_body), methods=[method])
+        Route(f"/api/{name}", handler, methods=[method])
         for name, method, handler in table
     ]
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    rest = endpoint(api.refuse, error_body)
-    return [*made, Route("/api/{rest:path}", rest, methods=methods)]
+    return [*made, Route("/api/{rest:path}", api.refuse, methods=methods)]
 
 
 class _Ollama:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..bodies import read_stop
 from ..facts import Facts
 from ..fields import Limits, Refused, flag, json_object, number, say, text, whole
 from ..request import Request, Sampling
 from .conversation import Conversation
-from .shared import function_tool, model_name, objects, sampling, stop_texts
+from .shared import function_tool, objects, sampling
 
 ROLES = ("system", "user", "assistant", "tool")
 SAMPLING = {
@@ -53,7 +54,10 @@ def own_name(body: Mapping[str, Any], limits: Limits) -> str:
         raise Refused("model is missing; GET /api/tags says what is here.")
     # ollama adds it to every name that has no other tag.
     plain = asked.removesuffix(LATEST) if isinstance(asked, str) else asked
-    model_name({"model": plain}, limits, "GET /api/tags")
+    if not isinstance(plain, str) or plain not in limits.names:
+        raise Refused(
+            f"There is no model {say(asked)} here; GET /api/tags says what is.", 404
+        )
     return asked
 
 
@@ -159,7 +163,7 @@ def _common(
     wanted = flag("logprobs", body.get("logprobs", False))
     return model, {
         "max_tokens": _most(options, limits),
-        "stop": stop_texts("stop", options["stop"]) if options.get("stop") else (),
+        "stop": read_stop(options["stop"]) if options.get("stop") else (),
         "top_logprobs": top if wanted else None,
         "template_options": _thinking(body.get("think"), facts),
         "sampling": _sampling(options, limits),

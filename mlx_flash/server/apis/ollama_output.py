@@ -11,14 +11,11 @@ from typing import Any
 from ...errors import FlashError
 from ..events import Done, Event, Progress, Reasoning, Text, Token, ToolCall
 from ..facts import Facts
+from ..failures import ollama_body
 from ..fields import Limits
 from .ollama_input import LATEST
 
 FOREVER = "9999-12-31T23:59:59Z"  # the model stays until the server ends
-
-
-def error_body(sentence: str, status: int) -> dict[str, Any]:
-    return {"error": sentence}
 
 
 class Answer:
@@ -42,7 +39,7 @@ class Answer:
 
     def fail(self, error: FlashError) -> Iterator[str]:
         """What a stream sends when the answer fails."""
-        yield json.dumps(error_body(str(error), 500)) + "\n"
+        yield json.dumps(ollama_body(str(error), 500)) + "\n"
 
     def whole(self, events: list[Event]) -> dict[str, Any]:
         """The one object for all events of an answer."""

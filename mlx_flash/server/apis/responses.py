@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from ..fields import Refused, say
-from ..http import collect, read_json, stream
+from ..http import collect, json_response, read_json, stream
 from ..service import Service
 from .kept_responses import Kept, KeptResponses
 from .responses_input import Asked, parse
 from .responses_output import Answer
-from .shared import endpoint, json_response, one_call
+from .shared import one_call
 
 PATH = "/v1/responses"
 
@@ -30,15 +28,7 @@ def routes(service: Service) -> list[Route]:
         (PATH + "/{id}/{what}", "GET", api.refuse),
         (PATH + "/{id}/{what}", "POST", api.refuse),
     )
-    return [
-        Route(path, endpoint(handler, error_body), methods=[method])
-        for path, method, handler in table
-    ]
-
-
-def error_body(sentence: str, status: int) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+    return [Route(path, handler, methods=[method]) for path, method, handler in table]
 
 
 class _Responses:

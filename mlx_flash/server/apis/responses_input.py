@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..bodies import check_model
 from ..fields import Limits, Refused, flag, json_object, say, text, whole
 from ..request import Request
 from .conversation import Conversation, check_arguments
@@ -12,7 +13,6 @@ from .kept_responses import KeptResponses
 from .shared import (
     function_tool,
     joined_text,
-    model_name,
     not_text,
     objects,
     sampling,
@@ -56,7 +56,7 @@ def parse(body: dict[str, Any], limits: Limits, kept: KeptResponses) -> Asked:
     Raises:
         Refused: With one sentence on the first field that is wrong.
     """
-    model = model_name(body, limits, "GET /v1/models")
+    check_model(body, limits)
     for name, instead in ELSEWHERE.items():
         if body.get(name):
             raise Refused(f"{name} is not possible here: {instead}.")
@@ -99,7 +99,9 @@ def parse(body: dict[str, Any], limits: Limits, kept: KeptResponses) -> Asked:
         "truncation": "disabled",
     }
     stream = flag("stream", body.get("stream", False))
-    return Asked(model, request, echo, items, stream, store, parallel)
+    return Asked(
+        body.get("model", limits.name), request, echo, items, stream, store, parallel
+    )
 
 
 def _items(body: dict[str, Any], kept: KeptResponses) -> list[Any]:
