@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .apis import openai
+from .apis import anthropic, ollama, openai, responses
 from .failures import HANDLERS
 from .guards import Guards
 from .service import Service
@@ -23,8 +23,11 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         body = {"status": "ok" if well else "unavailable"}
         return JSONResponse(body, 200 if well else 503)
 
+    # Ollama's is the last: it takes all that begins with /api/.
+    apis = (openai, responses, anthropic, ollama)
+    routes = [route for api in apis for route in api.routes(service)]
     return Starlette(
-        routes=[Route("/health", health), *openai.routes(service)],
+        routes=[Route("/health", health), *routes],
         middleware=[Middleware(Guards, settings=settings)],
         exception_handlers=HANDLERS,
     )
