@@ -12,7 +12,18 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import (
+    bench,
+    convert,
+    generate,
+    inspect,
+    plan,
+    probe,
+    replay,
+    serve,
+    top,
+    trace,
+)
 from .common import INTERRUPTED
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -53,6 +64,7 @@ for command in (
     generate.generate,
     convert.convert,
     serve.serve,
+    top.top,
     inspect.info,
     inspect.verify,
     trace.trace,

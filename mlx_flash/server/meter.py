@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Histogram
 
 from .events import Done, Event, Progress
-from .fields import Limits, Refused
+from .fields import Refused
 from .request import Request
 from .service import Service
 
@@ -80,10 +80,7 @@ class _Metered:
         self._meter = meter
         self._service = service
         self._api = api
-
-    @property
-    def limits(self) -> Limits:
-        return self._service.limits
+        self.limits = service.limits
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
         """As `Service.answer`."""

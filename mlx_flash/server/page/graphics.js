@@ -74,12 +74,12 @@ export function bar(place, { title, value, whole, parts, say, marks = [], note =
     entry.append(element("span", `swatch ${colour}`), element("span", "", name), element("b", "", say(v)));
     legend.append(entry);
   }
-  for (const [name, v] of marks) {
-    const mark = element("span", `mark ${name}`);
+  for (const [kind, name, v] of marks) {
+    const mark = element("span", `mark ${kind}`);
     mark.style.left = `${Math.min((100 * v) / whole, 100)}%`;
     drawn.append(mark);
     const entry = element("li");
-    entry.append(element("span", `swatch mark-${name}`), element("span", "", `held ${name}`), element("b", "", say(v)));
+    entry.append(element("span", `swatch mark-${kind}`), element("span", "", name), element("b", "", say(v)));
     legend.append(entry);
   }
   const head = element("p", "bar-title");

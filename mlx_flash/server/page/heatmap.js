@@ -26,6 +26,10 @@ function colours() {
   };
 }
 
+function css(rgb) {
+  return `rgb(${rgb.map(Math.round).join(" ")})`;
+}
+
 function mix(a, b, share) {
   return a.map((value, i) => value + (b[i] - value) * share);
 }
@@ -69,7 +73,7 @@ export class HeatMap {
   draw() {
     const box = this.canvas.parentElement.clientWidth;
     if (!this.rows.length || !box) return;
-    const height = Math.min(Math.max(Math.floor(300 / this.rows.length), 5), 26);
+    const height = Math.min(Math.max(Math.floor(240 / this.rows.length), 5), 26);
     const shape = { width: box - LEFT - RIGHT, height };
     const scale = devicePixelRatio || 1;
     const tall = height * this.rows.length + BELOW;
@@ -80,25 +84,34 @@ export class HeatMap {
     pen.scale(scale, scale);
     const ink = colours();
     const counts = this.rows.map((_, i) => this.asked(i));
-    const most = Math.max(1e-9, ...counts.map((values) => Math.max(...values)));
-    this.rows.forEach((row, i) => this.row(pen, ink, shape, row, counts[i], most, i));
+    const most = Math.max(...counts.map((values) => Math.max(...values)));
+    const least = Math.min(...counts.map((values) => Math.min(...values)));
+    const depth = (value) => {
+      if (most === least) return most ? 0.5 : 0; // all alike: blocks, for example
+      return Math.log1p((99 * value) / most) / Math.log(100);
+    };
+    this.rows.forEach((row, i) => this.row(pen, ink, shape, row, counts[i], depth, i));
     this.labels(pen, ink, shape);
     if (this.cell) this.outline(pen, ink, shape);
     ramp(find("ramp-held"), ink.held);
     ramp(find("ramp-flash"), ink.flash);
   }
 
-  row(pen, ink, { width, height }, row, counts, most, index) {
+  row(pen, ink, { width, height }, row, counts, depthOf, index) {
     const top = index * height;
     const gap = height > 8 ? 1 : 0.5;
     const step = width / counts.length;
     const between = step > 5 ? 1 : 0;
     for (let i = 0; i < counts.length; i++) {
-      const depth = row.whole ? 0.5 : Math.log1p((99 * counts[i]) / most) / Math.log(100);
-      const held = row.held[i] / 255;
-      const colour = mix(mix(...ink.flash, depth), mix(...ink.held, depth), held);
-      pen.fillStyle = `rgb(${colour.map(Math.round).join(" ")})`;
-      pen.fillRect(LEFT + i * step, top, step - between + (between ? 0 : 0.5), height - gap);
+      const depth = row.whole ? 0.5 : depthOf(counts[i]);
+      const left = LEFT + i * step;
+      const wide = between ? step - between : step + 0.5;
+      const high = height - gap;
+      const filled = (high * row.held[i]) / 255;
+      pen.fillStyle = css(mix(...ink.flash, depth));
+      pen.fillRect(left, top, wide, high);
+      pen.fillStyle = css(mix(...ink.held, depth));
+      pen.fillRect(left, top + high - filled, wide, filled);
     }
     const share = row.held_units / row.units;
     const left = LEFT + width + 10;
@@ -213,7 +226,7 @@ export class HeatMap {
 function ramp(canvas, ends) {
   const pen = canvas.getContext("2d");
   for (let x = 0; x < canvas.width; x++) {
-    pen.fillStyle = `rgb(${mix(...ends, x / canvas.width).map(Math.round).join(" ")})`;
+    pen.fillStyle = css(mix(...ends, x / canvas.width));
     pen.fillRect(x, 0, 1, canvas.height);
   }
 }

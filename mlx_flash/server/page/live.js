@@ -13,7 +13,7 @@ export class Live {
     this.past = []; // {at, counters, tokens, begun}
     this.tiles = {
       speed: tile("Speed", "tokens/s"),
-      hits: tile("In memory when needed", "%"),
+      hits: tile("Hits", "%"),
       flash: tile("Flash", "GB/s"),
       waits: tile("Waits for MLX", "per token"),
     };
@@ -54,10 +54,10 @@ export class Live {
     const answer = state.answer ?? {};
     const { rates } = this.past.at(-1);
     const said = {
-      speed: answer.first_token_s == null ? "" : `first token after ${seconds(answer.first_token_s)}`,
-      hits: asked(answer, state.model.unit),
+      speed: answer.first_token_s == null ? "" : `first after ${seconds(answer.first_token_s)}`,
+      hits: answer.hit_rate == null ? "" : `of ${state.model.unit}s needed`,
       flash: answer.bytes_per_token == null ? "" : `${bytes(answer.bytes_per_token)} per token`,
-      waits: "of the host, to know what to read",
+      waits: answer.waits_per_token == null ? "" : "to know what to read",
     };
     const values = {
       speed: answer.tokens_per_s,
@@ -70,10 +70,6 @@ export class Live {
       made.show(values[name], said[name], line, PAST_S);
     }
   }
-}
-
-function asked(answer, unit) {
-  return answer.hit_rate == null ? "" : `of the ${unit}s that were asked for`;
 }
 
 function phase({ answer, requests }) {
@@ -98,7 +94,7 @@ function budget({ memory }) {
   bar(find("budget"), {
     title: "Budget", value: bytes(memory.budget), whole: Math.max(memory.budget, memory.peak),
     parts, say: bytes,
-    marks: [["now", memory.held], ["peak", memory.peak]],
+    marks: [["now", "held now", memory.held], ["peak", "peak", memory.peak]],
   });
 }
 
@@ -111,7 +107,7 @@ function machine({ memory }) {
       ["others", others, "workspace"],
       ["available", memory.available, "free"],
     ],
-    note: memory.short ? "Memory is short." : "No pressure.",
+    note: memory.short ? "Memory pressure: short" : "Memory pressure: normal",
     alarm: memory.short,
   });
 }
@@ -126,7 +122,7 @@ function time(answer) {
   const whole = parts.reduce((sum, [, value]) => sum + value, 0);
   const tokens = known ? answer.tokens - 1 : 1;
   bar(find("time"), {
-    title: "Mean of this answer", value: known ? seconds(whole / tokens) : "–", whole, parts,
-    say: (value) => `${seconds(value / tokens)}, ${percent(value / whole)}`,
+    title: "Time of a token", value: known ? seconds(whole / tokens) : "–", whole, parts,
+    say: (value) => percent(value / whole),
   });
 }
