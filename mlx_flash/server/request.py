@@ -47,6 +47,8 @@ class Request:
         stop: The texts that end the answer.
         top_logprobs: How many alternatives are told with each token; None for no
             log probabilities at all.
+        role_mapping: What stands before the messages of each role, for models without a
+            chat template; None takes mlx-lm's.
         template_options: For the chat template, such as {"enable_thinking": False}.
         sampling: How a token is chosen.
     """
@@ -57,5 +59,6 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    role_mapping: dict[str, str] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()

@@ -15,9 +15,13 @@ class Service(Protocol):
 
     Attributes:
         limits: Of the loaded model.
+        is_healthy: Whether requests are still answered.
     """
 
     limits: Limits
+
+    @property
+    def is_healthy(self) -> bool: ...
 
     def answer(self, request: Request) -> AsyncIterator[Event]:
         """The events of one answer; the last is a `Done`.
