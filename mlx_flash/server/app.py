@@ -8,15 +8,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .apis import openai
+from .apis import flash, openai, page
 from .failures import HANDLERS
 from .guards import Guards
+from .monitor import Monitor
 from .service import Service
 from .settings import Settings
 
 
-def make_app(service: Service, settings: Settings) -> Starlette:
-    """The application that answers with `service`."""
+def make_app(service: Service, settings: Settings, monitor: Monitor) -> Starlette:
+    """The application that answers with `service`, whose model `monitor` sees."""
+    metered = monitor.meter.of
 
     async def health(http: Request) -> Response:
         well = service.is_healthy
@@ -24,7 +26,12 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         return JSONResponse(body, 200 if well else 503)
 
     return Starlette(
-        routes=[Route("/health", health), *openai.routes(service)],
+        routes=[
+            Route("/health", health),
+            *page.routes(),
+            *flash.routes(service, monitor),
+            *openai.routes(metered(service, "openai")),
+        ],
         middleware=[Middleware(Guards, settings=settings)],
         exception_handlers=HANDLERS,
     )

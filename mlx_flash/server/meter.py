@@ -31,7 +31,7 @@ class Meter:
             "failed", or "left" where the client went away.
         prompt_tokens, cached_tokens, generated_tokens: Of the answers that were given;
             cached ones are those of the prompts that a kept KV cache had.
-        waiting, running: Requests whose turn has not come, and that are answered.
+        live: Requests that wait or are being answered.
         progress: How far the prompt that is read at the moment is, if one is.
         registry: Has the histograms, for `metrics`.
         first_token_s: From a request to the first piece of its answer.
@@ -42,8 +42,7 @@ class Meter:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    waiting: int = 0
-    running: int = 0
+    live: int = 0
     progress: Progress | None = None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
@@ -61,13 +60,29 @@ class Meter:
             registry=self.registry,
         )
 
+    @property
+    def running(self) -> int:
+        """Requests that are being answered: one at a time."""
+        return min(self.live, 1)
+
+    @property
+    def waiting(self) -> int:
+        return self.live - self.running
+
     def of(self, service: Service, api: str) -> Service:
         """`service` with its answers counted, as asked for by `api`."""
         return _Metered(self, service, api)
 
-    def count(self, done: Done) -> None:
-        """Add what an answer took."""
-        usage = done.usage
+    def note(self, event: Event) -> None:
+        """Take in an event of an answer."""
+        if isinstance(event, Progress):
+            if event.tokens or self.live == 1:  # those that wait are at none
+                self.progress = event
+            return
+        self.progress = None
+        if not isinstance(event, Done):
+            return
+        usage = event.usage
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.generated_tokens += usage.completion_tokens
@@ -82,27 +97,26 @@ class _Metered:
         self._api = api
         self.limits = service.limits
 
+    @property
+    def is_healthy(self) -> bool:
+        return self._service.is_healthy
+
     async def answer(self, request: Request) -> AsyncIterator[Event]:
         """As `Service.answer`."""
         meter, since = self._meter, time.perf_counter()
-        begun = spoke = False
+        spoke = False
         outcome = "left"
-        meter.waiting += 1
+        meter.live += 1
         events = self._service.answer(request)
         try:
             async with contextlib.aclosing(events):  # type: ignore[type-var]
                 async for event in events:
-                    if not begun:
-                        begun = True
-                        meter.waiting -= 1
-                        meter.running += 1
-                    meter.progress = event if isinstance(event, Progress) else None
+                    meter.note(event)
                     if not spoke and not isinstance(event, Progress):
                         spoke = True
                         meter.first_token_s.observe(time.perf_counter() - since)
                     if isinstance(event, Done):
                         outcome = event.reason
-                        meter.count(event)
                     yield event
         except Refused:
             outcome = "refused"
@@ -111,10 +125,8 @@ class _Metered:
             outcome = "failed"
             raise
         finally:
-            if begun:
-                meter.running -= 1
+            meter.live -= 1
+            if not meter.live:
                 meter.progress = None
-                meter.answer_s.observe(time.perf_counter() - since)
-            else:
-                meter.waiting -= 1
+            meter.answer_s.observe(time.perf_counter() - since)
             meter.requests[self._api, outcome] += 1

@@ -17,7 +17,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from .._version import __version__
-from .state import Monitor, State
+from .monitor import Monitor
+from .state import State
 
 PREFIX = "mlx_flash_"
 

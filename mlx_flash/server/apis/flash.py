@@ -16,21 +16,24 @@ from starlette.routing import Route
 
 from ..http import sse
 from ..metrics import FlashCollector, scrape
-from ..state import Monitor
+from ..monitor import Monitor
+from ..service import Service
 
 PERIOD_S = 0.25
 IDLE_S = 5.0  # what other programs take of the machine's memory changes, too
 
 
-def routes(monitor: Monitor) -> list[Route]:
-    """The routes that show what `monitor` sees."""
+def routes(service: Service, monitor: Monitor) -> list[Route]:
+    """The routes that show what `monitor` sees, until `service` ends."""
     collector = FlashCollector(monitor)
 
     async def state(http: Request) -> Response:
         return Response(monitor.json(), media_type="application/json")
 
     async def stream(http: Request) -> Response:
-        return StreamingResponse(pictures(monitor), media_type="text/event-stream")
+        return StreamingResponse(
+            pictures(service, monitor), media_type="text/event-stream"
+        )
 
     async def metrics(http: Request) -> Response:
         return Response(scrape(monitor, collector), media_type=CONTENT_TYPE_LATEST)
@@ -42,11 +45,11 @@ def routes(monitor: Monitor) -> list[Route]:
     ]
 
 
-async def pictures(monitor: Monitor) -> AsyncIterator[str]:
+async def pictures(service: Service, monitor: Monitor) -> AsyncIterator[str]:
     """A picture four times a second while something changes, else every five."""
     shown: tuple | None = None
     waited_s = 0.0
-    while True:
+    while service.is_healthy:
         mark = monitor.mark()
         if mark != shown or waited_s >= IDLE_S:
             shown, waited_s = mark, 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -29,16 +30,14 @@ HEADERS = {
 
 def routes() -> list[Route]:
     """The page and its files. They hold no secrets and need no key."""
-    files = [path for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES]
-    named = {f"/page/{path.name}": path for path in files}
-    named["/"] = FOLDER / "index.html"
-    return [Route(address, _sender(path)) for address, path in named.items()]
-
-
-def _sender(path: Path):
-    content = path.read_bytes()
+    paths = [path for path in FOLDER.iterdir() if path.suffix in TYPES]
+    files = {path.name: path.read_bytes() for path in paths}
 
     async def send(http: Request) -> Response:
-        return Response(content, media_type=TYPES[path.suffix], headers=HEADERS)
+        name = http.path_params.get("name", "index.html")
+        if name not in files:
+            raise HTTPException(404, f"The page has no file {name[:80]!r}")
+        kind = TYPES[Path(name).suffix]
+        return Response(files[name], media_type=kind, headers=HEADERS)
 
-    return send
+    return [Route("/", send), Route("/page/{name}", send)]
