@@ -12,7 +12,19 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace, tune
+from . import (
+    bench,
+    convert,
+    generate,
+    inspect,
+    plan,
+    probe,
+    replay,
+    serve,
+    top,
+    trace,
+    tune,
+)
 from .common import INTERRUPTED
 from .hints import hint
 
@@ -63,6 +75,7 @@ for command in (
     generate.generate,
     convert.convert,
     serve.serve,
+    top.top,
     inspect.info,
     inspect.verify,
     trace.trace,
