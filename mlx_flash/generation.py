@@ -79,6 +79,11 @@ def stream_generate(
     if max_kv_size and not options.get("prompt_cache"):
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
+    predicted = any("predictor" in layer for layer in flash.layers)
+    if predicted:  # more tokens would be computed as a prompt is
+        num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+    assert flash.pool is not None
+    flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)
     flash.limits.make_room()
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
@@ -87,8 +92,6 @@ def stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
-        if any("predictor" in layer for layer in flash.layers):
-            num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,

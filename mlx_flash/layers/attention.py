@@ -45,7 +45,7 @@ def attend(
     B, H, L, _ = queries.shape
     seen = (keys if isinstance(keys, mx.array) else keys[0]).shape[-2]
     rows = rows_of_scores(B * H, seen)
-    whole = base.scaled_dot_product_attention
+    whole: Any = base.scaled_dot_product_attention  # names no str, which is a mask too
     if L <= rows or mx.default_device() == mx.gpu:
         return whole(queries, keys, values, cache, scale, mask, sinks)
     done: list[mx.array] = []
@@ -113,7 +113,7 @@ def _makes_scores(function: FunctionType) -> bool:
 
 
 @remember
-def _subclass(whole: type[nn.Module]) -> type[nn.Module]:
+def _subclass(whole: type) -> type[nn.Module]:
     """The same class, but that `NAME` is `attend` in the functions that call it."""
     changed: dict[str, Any] = {MARK: True}
     for name, function in _functions(whole).items():

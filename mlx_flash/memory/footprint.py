@@ -30,6 +30,8 @@ KV_STEP = 64  # tokens by which `generation` lets the KV cache grow
 MIN_PREFILL, MAX_PREFILL = 8, 2048  # tokens of a prompt chunk; mlx-lm takes 2048
 # Tokens that an FFN multiplies at once: more make a matrix product hardly faster.
 MAX_BATCH = 256
+# Of one token at a time: its logits, their log probabilities, and what these are of.
+LOGITS = 4
 # Freed buffers that MLX may keep, as a share of what is in use beside slots.
 CACHED = 1 / 3
 # Attention scores that are computed at once where MLX keeps them, and how many times
@@ -154,6 +156,7 @@ class Footprint:
         needs: Its unit kind.
         context: Tokens of KV cache.
         share: Of a layer's units, the most that have slots.
+        logits: Of so many tokens there is room for logits, in float32.
     """
 
     manifest: Manifest
@@ -161,6 +164,7 @@ class Footprint:
     needs: Needs
     context: int
     share: float = 1.0
+    logits: int = LOGITS
 
     @property
     def kv_bytes(self) -> int:
@@ -176,7 +180,7 @@ class Footprint:
 
     @property
     def logits_bytes(self) -> int:
-        return 4 * self.shapes.vocabulary * 4
+        return self.logits * self.shapes.vocabulary * 4
 
     @property
     def page_bytes(self) -> int:
