@@ -60,6 +60,7 @@ class Pool:
         self._divide = divide
         self.caches = Caches()
         self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
+        self._rest = self.division  # where nothing has to give way
         self._wanted_bytes: int | None = None
         self.resized: list[tuple[float, int]] = []
         self.refused: list[tuple[float, int, int]] = []
@@ -101,45 +102,51 @@ class Pool:
             FlashError: If the KV caches that there are do not fit.
         """
         with self._lock:
-            self._rebudget(total_bytes, self._footprint)
+            if self._layers is None:
+                raise FlashError(CLOSED)
+            budget, rest, division = self._planned(total_bytes)
+            beside = self._limits.total_bytes - self.budget.total_bytes  # a draft model
+            self._limits.change(total_bytes + beside, budget.cache_bytes)
+            self.budget, self._rest = budget, rest
+            self._change(division)
             self.resized.append((time.perf_counter(), total_bytes))
 
     def hold_logits(self, tokens: int) -> None:
-        """Have room for the logits of so many tokens of a call, from now on.
+        """Have slots give way to the logits of so many tokens of a call, from now on.
 
         Raises:
-            NotEnoughMemory: If there is none.
+            FlashError: If there is no room for them.
         """
         with self._lock:
             # Besides those that a call gives, log probabilities and what they are of.
             footprint = replace(self._footprint, logits=tokens + LOGITS - 1)
-            if footprint != self._footprint:
-                self._rebudget(self.budget.total_bytes, footprint)
+            if footprint == self._footprint:
+                return
+            rest = Divider(self.budget, footprint, self._divide).best(1, 0)
+            if rest is None:
+                raise FlashError(
+                    f"The logits of {tokens} tokens need "
+                    f"{footprint.logits_bytes / 1e6:,.1f} MB, which a budget of "
+                    f"{say_memory(self.budget.total_bytes)} does not have. Draft fewer "
+                    "tokens, or give more --memory."
+                )
+            self._footprint, self._rest = footprint, rest
+            # What is beyond that is given when the model is called.
+            self.division = replace(self.division, tokens=0)
 
-    def _rebudget(self, total_bytes: int, footprint: Footprint) -> None:
-        if self._layers is None:
-            raise FlashError(CLOSED)
-        before = self.budget
-        budget, division = self._planned(total_bytes, footprint)
-        self.budget, self._footprint = budget, footprint
-        beside = self._limits.total_bytes - before.total_bytes  # a draft model
-        self._limits.change(total_bytes + beside, budget.cache_bytes)
-        self._change(division)
-
-    def _planned(
-        self, total_bytes: int, footprint: Footprint
-    ) -> tuple[Budget, Division]:
-        """A budget that has room for the KV caches that there are, and its division.
+    def _planned(self, total_bytes: int) -> tuple[Budget, Division, Division]:
+        """A budget, its division at rest, and beside the KV caches that there are.
 
         Raises:
             NotEnoughMemory: If the least number of slots does not fit.
             FlashError: If the KV caches do not fit.
         """
+        footprint, held = self._footprint, self.caches.held_bytes
         budget = make_budget(total_bytes, footprint, self._folder, self._divide)
         # FFNs go on multiplying as many tokens at once as before.
         budget = replace(budget, batch_tokens=self.budget.batch_tokens)
-        held = self.caches.held_bytes
-        return budget, self._divided(Divider(budget, footprint, self._divide), 1, held)
+        divider = Divider(budget, footprint, self._divide)
+        return budget, self._best(divider, 1, 0), self._best(divider, 1, held)
 
     def _follow(self, wanted_bytes: int) -> None:
         """Have the budget that is wanted, or the nearest to it that fits."""
@@ -153,7 +160,7 @@ class Pool:
         while enough - too_little > CLOSER * enough:
             middle = (too_little + enough) // 2
             try:
-                self._planned(middle, self._footprint)
+                self._planned(middle)
             except FlashError:
                 too_little = middle
             else:
@@ -189,15 +196,15 @@ class Pool:
             now, usual = self.division, self.budget
             fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
             enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
-            if not fits or (now.slots != usual.slots and enough):
+            if not fits or (now.slots != self._rest.slots and enough):
                 divider = Divider(usual, self._footprint, self._divide)
                 try:
-                    division = self._divided(divider, tokens, kv_bytes)
+                    division = self._best(divider, tokens, kv_bytes)
                 except FlashError:
                     if not self.caches.let_go():
                         raise
                     kv_bytes = self.caches.bytes_after(*grown)
-                    division = self._divided(divider, tokens, kv_bytes)
+                    division = self._best(divider, tokens, kv_bytes)
                 self._change(division)
             return self.division.tokens
 
@@ -206,7 +213,7 @@ class Pool:
         with self._lock:
             self._layers = None
 
-    def _divided(self, divider: Divider, tokens: int, kv_bytes: int) -> Division:
+    def _best(self, divider: Divider, tokens: int, kv_bytes: int) -> Division:
         """The best division.
 
         Raises:

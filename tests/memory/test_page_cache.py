@@ -67,7 +67,8 @@ def test_settings(free):
 @pytest.mark.parametrize("available, through", [(64 * GB, True), (50_000, False)])
 def test_loading_chooses_by_itself(flash_folder, free, available, through):
     free(available)
-    with load_model(flash_folder, "140KB") as (model, _):
+    with load_model(flash_folder, "120KB", predictor=False, context=8) as (model, _):
+        assert not any(layer.slots.holds_all for layer in model.flash.layers)
         if not through and not model.flash.direct_io:
             pytest.skip("no direct I/O on this file system")
         assert model.flash.direct_io is not through
