@@ -1,6 +1,7 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from .run import DraftStats, Run
 from .speculation import Drafts, stream_drafted
 
 NUM_DRAFT_TOKENS = 3  # mlx-lm's number
+# Functions of mlx-lm in which an error is about quantising a KV cache.
+QUANTISING = {"maybe_quantize_kv_cache", "to_quantized", "scaled_dot_product_attention"}
 
 
 def stream_generate(
@@ -108,12 +111,18 @@ def stream_generate(
             run.note(response, flash.stats)
             yield response
     except (ValueError, NotImplementedError) as error:
-        if options.get("kv_bits") is None:
+        if options.get("kv_bits") is None or not _of_quantising(error):
             raise
         raise FlashError(
             f"This model's KV cache cannot be quantised so: {reason_of(error)}. Try "
             "another --kv-group-size, or leave out --kv-bits."
         ) from error
+
+
+def _of_quantising(error: BaseException) -> bool:
+    """Whether mlx-lm was quantising a KV cache, or using a quantised one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name in QUANTISING for frame in frames)
 
 
 def _drafter(
