@@ -6,7 +6,7 @@ reserve for its KV cache takes them, too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .budget import Budget, share_slots
 from .divide import Divide
@@ -24,13 +24,20 @@ class Division:
     kv_bytes: int
 
 
+def as_divided(footprint: Footprint, budget: Budget) -> Footprint:
+    """What a model needs that has just the slots and the context of a budget."""
+    units = [layer.units for layer in footprint.manifest.layers]
+    share = max(n / m for n, m in zip(budget.slots, units, strict=True))
+    return replace(footprint, context=budget.context, share=share)
+
+
 @dataclass(frozen=True)
 class Divider:
     """Divides the memory of a budget anew for every need.
 
     Attributes:
         budget: How it is divided as a rule. No layer gets more slots than it has there.
-        footprint: As the budget was made from it.
+        footprint: From `as_divided`.
         divide: As `budget.make_budget` takes it.
     """
 

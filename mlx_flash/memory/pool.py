@@ -19,7 +19,7 @@ from . import pressure
 from .budget import Budget, bytes_of_slots, least_bytes, make_budget, total_bytes
 from .caches import Caches
 from .divide import Divide
-from .division import Divider, Division
+from .division import Divider, Division, as_divided
 from .footprint import LOGITS, Footprint
 from .mlx_limits import LimitShare
 from .slots import CLOSED, UnitSlots
@@ -52,9 +52,7 @@ class Pool:
         self.budget = budget
         self._limits = limits
         self._folder = folder
-        units = [layer.units for layer in footprint.manifest.layers]
-        share = max(n / m for n, m in zip(budget.slots, units, strict=True))
-        self._footprint = replace(footprint, context=budget.context, share=share)
+        self._footprint = as_divided(footprint, budget)
         self._layers: Sequence[UnitSlots] | None = layers
         self._lock = lock
         self._divide = divide
