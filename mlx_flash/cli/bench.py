@@ -23,6 +23,7 @@ BENCHMARKS = {
     "overlap": "Reading while MLX computes, and reading early.",
     "paper": "The paper's tables beside what the cost model makes of them.",
     "peers": "mlx-flash beside mlx-lm, llama.cpp and accelerate.",
+    "peers-moe": "mlx-flash beside mlx-lm, mlx-vlm, boyle and BigRig.",
     "perplexity": "What prediction costs in quality on TEXT.",
     "placement": "Orders of a model's neurons on flash, played with TEXT.",
     "plan-check": "The cost model of `mlx-flash plan` beside runs here.",
@@ -34,7 +35,11 @@ BENCHMARKS = {
     "whole": "What the engine costs where everything fits in memory.",
 }
 # Of those whose module is not called like the command
-MODULES = {"families": "families.table", "peers": "peers.compare"}
+MODULES = {
+    "families": "families.table",
+    "peers": "peers.compare",
+    "peers-moe": "peers.experts",
+}
 DRAWN = {"moe", "overlap", "peers", "plan-check", "sweep", "table2", "table3"}
 FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
