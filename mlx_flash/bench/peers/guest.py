@@ -17,6 +17,21 @@ from typing import Any
 
 KIB = 1024
 AHEAD = 4  # loops sample a token or two more than they yield
+ROWS_BYTES = 16_000_000  # neurostream's for rows in flight, beside its cache
+GGUF_OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+GGUF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 Job = dict[str, Any]
 
 
@@ -36,7 +51,10 @@ class Script:
         self.steps = 1 + job["warm_up"] + job["tokens"]
         count = job["prompt_tokens"] + self.steps + AHEAD
         ids = [drawn.randrange(3, job["vocab"]) for _ in range(count)]
-        self.prompt, self._next = ids[: job["prompt_tokens"]], ids[job["prompt_tokens"] :]
+        self.prompt, self._next = (
+            ids[: job["prompt_tokens"]],
+            ids[job["prompt_tokens"] :],
+        )
         self.marks: list[dict[str, float]] = []
         self.best: list[int] = []
 
@@ -85,7 +103,7 @@ def mlx_flash(job: Job, script: Script) -> Callable[[], dict]:
     import mlx_flash as flash
 
     model, tokenizer = flash.load(
-        job["path"],
+        job.get("flash", job["path"]),
         memory=job["memory"],
         page_cache=job["page_cache"],
         context=len(script.prompt) + script.steps + 2,
@@ -237,25 +255,60 @@ def bigrig(job: Job, script: Script) -> Callable[[], dict]:
 
 
 def neurostream(job: Job, script: Script) -> Callable[[], dict]:
-    """neurostream on the checkpoint, its cache in memory and its rows in flight."""
+    """neurostream on a GGUF of the checkpoint: a cache in memory, and rows in flight."""
     from neurostream import NeuroStream
 
+    packed = _pack(job, "qwen3.gguf", _pack_neurostream)
     model = NeuroStream.load(
-        job["path"], mem_budget="16MB", ram_budget=job["memory"], device="cpu"
+        packed, mem_budget=ROWS_BYTES, ram_budget=job["memory"], device="cpu"
     )
-
-    def sample(logits: Any, temperature: float, top_p: float) -> int:
-        return script.take(int(logits.argmax()))
-
-    model._sample = sample
+    model._sample = lambda logits, *_: script.take(int(logits.argmax()))
 
     def run() -> dict:
         options = {"max_tokens": script.steps, "stop_on_eos": False}
         for _ in model.generate(script.prompt, **options):
             pass
-        return {}
+        return {"counted": model.source.stats.bytes_read}
 
     return run
+
+
+def _pack_neurostream(source: str, target: Path) -> None:
+    """Write a dense Qwen3 as GGUF, in float32."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((Path(source) / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, "qwen3")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
+    writer.add_token_merges(["t 0"])
+    for file in sorted(Path(source).glob("*.safetensors")):
+        for name, array in load_file(file).items():
+            writer.add_tensor(gguf_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """What a tensor of a Qwen3 is called in a GGUF."""
+    stem = name.removeprefix("model.").removesuffix(".weight")
+    if stem in GGUF_OUTER:
+        return f"{GGUF_OUTER[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"blk.{layer}.{GGUF_LAYER[part.rpartition('.')[2]]}.weight"
 
 
 def _pack(job: Job, name: str, write: Callable[[str, Path], None]) -> Path:

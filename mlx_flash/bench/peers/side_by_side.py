@@ -25,7 +25,10 @@ Pythons = Annotated[
 ]
 Rounds = Annotated[int, click.IntRange(1)]
 Only = Annotated[
-    tuple[str, ...], click.STRING, "Run this engine.  [default: all]", {"metavar": "NAME"}
+    tuple[str, ...],
+    click.STRING,
+    "Run this engine.  [default: all]",
+    {"metavar": "NAME"},
 ]
 COLUMNS = [
     Column("peak of MLX, MB", "peak_bytes"),
