@@ -16,6 +16,7 @@ from ..process import run_command
 from . import guest
 
 PACKAGE = Path(__file__).parents[3]  # where Python finds mlx_flash
+CLOSE = 0.03  # to the budget is close enough
 FIND = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
 
 
@@ -169,27 +170,20 @@ def drop_folder(folder: Path) -> None:
 
 
 def fit(engine: Engine, python: str, job: guest.Job, trials: int = 3) -> int:
-    """The memory option with which an engine's peak comes nearest to the budget.
+    """The memory option, of those tried, whose peak comes nearest to the budget.
 
     Args:
         job: With "memory", the budget.
-        trials: Runs at most, of one token each.
-
-    Returns:
-        Of what was tried, or of what follows from it, never what took more than 2 %
-        above the budget where less was tried.
+        trials: Runs at most; whole ones, as caches fill while they decode.
     """
     target = job["memory"]
     option = target // 2
-    least: tuple[int, int] | None = None
+    tried: list[tuple[int, int]] = []  # how far from the budget, and the option
     for _ in range(trials):
-        short = {"memory": option, "tokens": 2, "warm_up": 0}
-        tried = measure(engine, python, job | short)
-        peak = tried.peak_bytes or tried.growth_bytes or target
-        if least is None or abs(peak - target) < abs(least[1] - target):
-            least = option, peak
-        if abs(peak - target) <= 0.03 * target:
+        found = measure(engine, python, job | {"memory": option})
+        peak = found.peak_bytes or found.growth_bytes or target
+        tried.append((abs(peak - target), option))
+        if abs(peak - target) <= CLOSE * target:
             break
-        option = max(int(option + target - peak), target // 20)
-    assert least is not None
-    return least[0]
+        option = max(option + target - peak, target // 20)
+    return min(tried)[1]

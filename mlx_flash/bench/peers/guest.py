@@ -255,7 +255,7 @@ def bigrig(job: Job, script: Script) -> Callable[[], dict]:
 
 
 def neurostream(job: Job, script: Script) -> Callable[[], dict]:
-    """neurostream on a GGUF of the checkpoint: a cache in memory, and rows in flight."""
+    """neurostream on a GGUF of the checkpoint: a cache, and rows in flight."""
     from neurostream import NeuroStream
 
     packed = _pack(job, "qwen3.gguf", _pack_neurostream)
