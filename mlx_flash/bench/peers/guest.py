@@ -44,6 +44,7 @@ class Script:
         marks: Seconds, CPU seconds and bytes, one entry a token, after one for the
             start.
         best: The likeliest token of each step, to compare engines by.
+        held_bytes: Most that MLX had active and cached together at a mark.
     """
 
     def __init__(self, job: Job):
@@ -57,8 +58,10 @@ class Script:
         )
         self.marks: list[dict[str, float]] = []
         self.best: list[int] = []
+        self.held_bytes = 0
 
     def mark(self) -> None:
+        self.held_bytes = max(self.held_bytes, mlx_bytes())
         self.marks.append({"s": time.perf_counter(), "cpu_s": cpu_s(), **bytes_read()})
 
     def take(self, best: int) -> int:
@@ -339,7 +342,7 @@ def run(job: Job) -> dict:
         "load_s": load_s,
         "marks": script.marks[: script.steps + 1],
         "best": script.best[: script.steps],
-        **peaks(baseline),
+        **peaks(baseline, script.held_bytes),
     }
 
 
@@ -360,15 +363,22 @@ def start(name: str) -> int | None:
     return memory_kib("VmRSS")
 
 
-def peaks(baseline: int | None) -> dict:
+def mlx_bytes() -> int:
+    """What MLX has allocated now, in use or kept for later."""
+    mx = sys.modules.get("mlx.core")
+    return mx.get_active_memory() + mx.get_cache_memory() if mx else 0
+
+
+def peaks(baseline: int | None, held_bytes: int) -> dict:
     """Bytes at the peak: of MLX, and of the process above what it had imported."""
     found: dict = {}
     highest = memory_kib("VmHWM")
     if baseline is not None and highest is not None:
         found["growth_bytes"] = (highest - baseline) * KIB
     if "mlx.core" in sys.modules:
+        # What was active at some moment, or active and cached between two tokens
         mx = sys.modules["mlx.core"]
-        found["peak_bytes"] = mx.get_peak_memory() + mx.get_cache_memory()
+        found["peak_bytes"] = max(mx.get_peak_memory(), held_bytes)
     return found
 
 
