@@ -107,6 +107,7 @@ def stream_generate(
     else:
         if any("predictor" in layer for layer in flash.layers):
             num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+        options.pop("prompt_progress_callback", None)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,

@@ -23,6 +23,8 @@ ROWS = (
         "generation",
         "prompts",
         "stop_texts",
+        "thinking",
+        "conversation",
         "speculation",
         "drafting",
         "kv_cache",

@@ -12,7 +12,7 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import bench, chat, convert, generate, inspect, plan, probe, replay, serve, trace
 from .common import INTERRUPTED
 from .hints import hint
 
@@ -61,6 +61,7 @@ def main():
 
 for command in (
     generate.generate,
+    chat.chat,
     convert.convert,
     serve.serve,
     inspect.info,
@@ -74,3 +75,4 @@ for command in (
     # Said again for whoever runs a command without the group.
     command.context_settings.update(HELP)
     main.add_command(command)
+main.add_command(chat.chat, "run")
