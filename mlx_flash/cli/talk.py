@@ -25,7 +25,7 @@ HELP = {
     "/quit": "End the chat, as Ctrl-D does.",
 }
 KEYS = "Ctrl-C ends an answer. \\ or Alt-Enter makes a new line."
-WAYS_OUT = "/reset begins anew, /memory gives the model more."
+ANEW = "/reset begins anew."
 OTHERS = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/?": "/help"}
 
 
@@ -89,14 +89,21 @@ class Chat:
                 if begun:
                     screen.end()
                 what = "is kept" if talk.kept else "was not taken into the conversation"
-                raise FlashError(f"{error} The turn {what}. {WAYS_OUT}") from error
+                raise FlashError(f"{error} The turn {what}. {ANEW}") from error
         screen.end()
         if not begun:
             screen.note("The answer is empty: its first token ends it.")
         elif talk.finish_reason == "length":
-            screen.note("The answer was cut off: see --max-tokens and --memory.")
+            screen.note(self._cut_off())
         if not self._quiet:
             screen.note(self._figures())
+
+    def _cut_off(self) -> str:
+        positions = self._flash.positions
+        if positions is not None and len(self._talk.tokens) >= positions - 1:
+            return f"Cut off: the model has {positions:,} positions. {ANEW}"
+        assert self._flash.run is not None
+        return f"Cut off after {len(self._flash.run.tokens):,} tokens (--max-tokens)."
 
     def _broken_off(self) -> str:
         if self._talk.kept:
@@ -116,7 +123,7 @@ class Chat:
         if report.hit_rate is not None:
             facts.append(f"{report.hit_rate:.0%} of {report.unit}s in memory")
         used, given = report.peak_memory_bytes, report.memory_budget_bytes
-        facts.append(f"{used / 1e9:.2f} of {given / 1e9:.2f} GB")
+        facts.append(f"{_size(used)} of {_size(given)}")
         return " · ".join(facts)
 
     def _help(self, _: str) -> None:
@@ -157,7 +164,11 @@ class Chat:
                     "what it has."
                 ) from error
         nbytes = self._flash.budget.total_bytes + self._flash.draft_bytes
-        self._screen.note(f"Memory: {nbytes / 1e9:.2f} GB.")
+        self._screen.note(f"Memory: {_size(nbytes)}.")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _named(name: str, command: str) -> str:

@@ -142,6 +142,7 @@ class Footprint:
         needs: Its unit kind.
         context: Tokens of KV cache.
         share: Of a layer's units, the most that have slots.
+        adapter_bytes: Of weights that are resident beside the manifest's.
     """
 
     manifest: Manifest
@@ -149,6 +150,7 @@ class Footprint:
     needs: Needs
     context: int
     share: float = 1.0
+    adapter_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -160,7 +162,8 @@ class Footprint:
     def fixed_bytes(self) -> int:
         """What is there whatever memory is given: weights, predictors, KV cache."""
         manifest = self.manifest
-        return manifest.resident.bytes + manifest.predictor_bytes + self.kv_bytes
+        weights = manifest.resident.bytes + manifest.predictor_bytes
+        return weights + self.adapter_bytes + self.kv_bytes
 
     @property
     def logits_bytes(self) -> int:
