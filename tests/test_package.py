@@ -57,7 +57,7 @@ def test_repr_says_what_is_loaded_in_a_line():
     model, tokenizer = mlx_flash.load(mlx_flash.DEMO_MODEL, "50%")
     said = repr(model.flash)
     assert "\n" not in said
-    for words in ("demo_model: opt", "11.8MB", "5.89MB", "4 layers of neurons"):
+    for words in ("demo_model: opt", "11.9MB", "5.92MB", "4 layers of neurons"):
         assert words in said
     model.flash.close()
     assert "closed" in repr(model.flash)
