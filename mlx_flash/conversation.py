@@ -12,9 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -23,6 +21,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from .arrays import arrays_of
 from .errors import FlashError
 from .generation import stream_generate
 from .kv_cache import rotating_cache
@@ -260,11 +259,7 @@ def _is_sound(entry: Any) -> bool:
     """Whether a cache is plain, and was not interrupted while it grew."""
     if type(entry) not in (KVCache, QuantizedKVCache):
         return False
-    arrays = [
-        array
-        for _, array in tree_flatten([entry.keys, entry.values])
-        if isinstance(array, mx.array)
-    ]
+    arrays = arrays_of([entry.keys, entry.values]).values()
     lengths = {array.shape[-2] for array in arrays}
     return len(lengths) < 2 and all(entry.offset <= n for n in lengths)
 

@@ -30,7 +30,7 @@ ROWS = (
         "kv_cache",
         "prompt_cache",
     ),
-    ("inspection", "server", "tracing"),
+    ("inspection", "same_output", "server", "tracing"),
     ("planning", "converters"),
     ("bench",),
     ("cli", "__main__"),

@@ -12,7 +12,19 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, chat, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import (
+    bench,
+    chat,
+    convert,
+    generate,
+    inspect,
+    plan,
+    probe,
+    replay,
+    serve,
+    trace,
+    tune,
+)
 from .common import INTERRUPTED
 from .hints import hint
 
@@ -70,6 +82,7 @@ for command in (
     replay.replay,
     plan.plan,
     probe.probe,
+    tune.tune,
     bench.bench,
 ):
     # Said again for whoever runs a command without the group.
