@@ -97,6 +97,7 @@ class Chat:
             screen.note(self._cut_off())
         if not self._quiet:
             screen.note(self._figures())
+            screen.gap()
 
     def _cut_off(self) -> str:
         positions = self._flash.positions

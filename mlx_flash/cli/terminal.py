@@ -45,6 +45,11 @@ class Screen:
     def end(self) -> None:
         click.echo()
 
+    def gap(self) -> None:
+        """An empty line between turns, where a person looks."""
+        if self.live:
+            click.echo(err=True)
+
     def note(self, text: str) -> None:
         """A quiet line."""
         click.echo(click.style(text, dim=True), err=True)

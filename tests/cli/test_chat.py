@@ -48,7 +48,7 @@ def prompts_read(monkeypatch):
 
 
 def test_a_line_is_a_turn(folder, prompts_read):
-    options = "-m", "6", "--memory", "450KB", "--context", "64"
+    options = "-m", "6", "--memory", "470KB", "--context", "64"
     result = chat(folder, "w20 w21", "w30", options=options)
     first, second = result.stdout.splitlines()
     assert len(first.split()) == len(second.split()) == 6
