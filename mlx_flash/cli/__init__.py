@@ -22,6 +22,7 @@ from . import (
     probe,
     replay,
     serve,
+    top,
     trace,
     tune,
 )
@@ -76,6 +77,7 @@ for command in (
     chat.chat,
     convert.convert,
     serve.serve,
+    top.top,
     inspect.info,
     inspect.verify,
     trace.trace,

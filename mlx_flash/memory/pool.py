@@ -6,7 +6,7 @@ some slots. A conversation that outgrows the reserve for its KV cache takes them
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,8 @@ class Pool:
         budget: How memory is divided as a rule.
         division: How it is divided now.
         resized: (time.perf_counter() of it, the new budget's bytes), in order.
+        give_way: Called before the budget becomes smaller because others need memory:
+            lets go of KV caches that nobody uses at the moment.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Pool:
         self._caches: WeakSet[Any] = WeakSet()
         self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
         self._wanted_bytes: int | None = None
+        self.give_way: Callable[[], None] | None = None
         self.resized: list[tuple[float, int]] = []
 
     @property
@@ -104,6 +107,22 @@ class Pool:
         if total_bytes is not None:
             self._wanted_bytes = total_bytes
         return done
+
+    def take_over(self) -> None:
+        """Have the budget that `want` was told, as far as that is possible.
+
+        Every call of the model begins so; who waits for the next one does it, too.
+        """
+        with self._lock:
+            wanted, self._wanted_bytes = self._wanted_bytes, None
+            if wanted is None:
+                return
+            if wanted < self.budget.total_bytes and self.give_way is not None:
+                self.give_way()
+            try:
+                self.resize(wanted)
+            except FlashError:
+                pass  # what is there is needed: it stays
 
     def resize(self, total_bytes: int) -> None:
         """Have another budget from now on. Contents that fit stay.
@@ -147,12 +166,7 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
-            if self._wanted_bytes is not None:
-                wanted, self._wanted_bytes = self._wanted_bytes, None
-                try:
-                    self.resize(wanted)
-                except FlashError:
-                    pass  # what is there is needed: it stays
+            self.take_over()
             step = max(KV_STEP // sequences, 8)
             for entry in cache:
                 if getattr(entry, "step", 0) > step:
