@@ -113,6 +113,7 @@ def stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
+        options.pop("prompt_progress_callback", None)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,
