@@ -10,6 +10,7 @@ from ..errors import FlashError
 from ..inspection import verify
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..storage.digests import file_sha256
+from ..storage.identity import identity
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
@@ -17,7 +18,7 @@ from .conversion import Cutter, Job, write_folder
 from .lock import Lock
 from .neurons import NeuronCutter
 from .options import ConvertOptions
-from .source import Source, identity
+from .source import Source
 from .tensors import TensorCutter
 from .workfolder import WorkFolder
 

@@ -17,6 +17,7 @@ from .memory.slots import CLOSED
 from .memory.stats import Stats
 from .run import Run
 from .run_report import RunReport
+from .storage.in_use import hold, let_go
 from .storage.manifest import Manifest
 from .storage.reader import Reader
 
@@ -65,6 +66,7 @@ class Flash:
         self.draft = draft
         self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
         self._draft_limits = LimitShare(self.draft_bytes, 0)
+        self._in_use = weakref.finalize(self, let_go, hold(folder))
         weakref.finalize(self, self._draft_limits.release).atexit = False
         weakref.finalize(self, self.limits.release).atexit = False
 
@@ -73,7 +75,7 @@ class Flash:
         """How its memory is divided, as a rule."""
         return self._budget if self.pool is None else self.pool.budget
 
-    def resize(self, memory: int | str) -> None:
+    def resize(self, memory: int | float | str) -> None:
         """Hold more or less memory from now on, without loading anew.
 
         Args:
@@ -131,6 +133,7 @@ class Flash:
             if self.pool is not None:
                 self.pool.close()
             self._reader.close()
+            self._in_use()
             self.limits.release()
             self._draft_limits.release()
 

@@ -90,7 +90,7 @@ class LoadOptions:
 
 def load(
     path: str | Path,
-    memory: int | str = "auto",
+    memory: int | float | str = "auto",
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Loaded:
@@ -123,7 +123,9 @@ def load(
     return Loaded((model, tokenizer))
 
 
-def load_model(path: str | Path, memory: int | str = "auto", **options: Any) -> Loaded:
+def load_model(
+    path: str | Path, memory: int | float | str = "auto", **options: Any
+) -> Loaded:
     """Load a flash folder without its tokenizer.
 
     Args:
@@ -218,7 +220,7 @@ def _needs(
 
 
 def _budget(
-    memory: int | str,
+    memory: int | float | str,
     draft: DraftModel | None,
     footprint: Footprint,
     folder: Path,

@@ -12,7 +12,18 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import (
+    bench,
+    convert,
+    generate,
+    inspect,
+    models,
+    plan,
+    probe,
+    replay,
+    serve,
+    trace,
+)
 from .common import INTERRUPTED
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -55,6 +66,8 @@ for command in (
     serve.serve,
     inspect.info,
     inspect.verify,
+    models.list_models,
+    models.remove_model,
     trace.trace,
     replay.replay,
     plan.plan,

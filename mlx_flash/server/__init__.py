@@ -36,7 +36,7 @@ UNUSABLE = ("adapter_path", "draft_model", "pipeline")
 
 def serve(
     model: str,
-    memory: int | str,
+    memory: int | float | str,
     arguments: Sequence[str],
     saving: Saving | None = None,
     **options: Any,
@@ -77,7 +77,7 @@ def serve(
 @contextmanager
 def open_server(
     model: str,
-    memory: int | str,
+    memory: int | float | str,
     arguments: Sequence[str],
     saving: Saving | None = None,
     **options: Any,

@@ -1,4 +1,4 @@
-"""Configs of transformers 5: the same model whichever names its rotary embedding has."""
+"""Configs of transformers 5: the same model whatever its rotary embedding is called."""
 
 import json
 
