@@ -53,6 +53,11 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     asked = ConvertOptions(**options)
     work = WorkFolder(Path(dst).expanduser())
     path = Path(src).expanduser()
+    if asked.revision and path.exists():
+        raise FlashError(
+            f"--revision would be ignored: {src} is a folder here, and only a hub "
+            "repository has revisions. Leave it out."
+        )
     request = {
         "source": str(path.resolve()) if path.exists() else str(src),
         "revision": asked.revision,
@@ -84,6 +89,7 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
 def _fill(work: WorkFolder, source: Source, asked: ConvertOptions) -> None:
     """Write the flash folder in the work folder, all of it or what is missing."""
     kind, reason = choose(source, asked.unit)
+    asked.check_used(kind.name, source.name)
     if kind is NEURON and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
     job = Job(source, work, asked)

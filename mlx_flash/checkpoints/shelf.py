@@ -89,6 +89,11 @@ class Shelved:
         except OSError as error:
             raise write_error(self._note_path, error) from error
 
+    def drop_note_alone(self) -> None:
+        """Leave no note behind where there is nothing that it is about."""
+        if self.paths() == [self._note_path]:
+            self._note_path.unlink()
+
 
 def shelf() -> Path:
     """The folder of all converted models, below `MLX_FLASH_HOME` if that is set."""

@@ -6,19 +6,28 @@ import click
 
 from ..errors import printable
 from .common import demo_argument, json_option
+from .tables import markdown_option, print_table
 
 
 @click.command()
 @demo_argument
 @json_option
-def info(model, as_json):
+@markdown_option
+def info(model, as_json, markdown):
     """Say what of a model is resident and what is on flash, layer by layer.
 
-    Without FOLDER, of the demo model.
+    NAME is a flash folder, a checkpoint, or a hub name, of which no weights are
+    downloaded. Without NAME, of the demo model.
     """
-    from ..inspection import facts, table
+    from ..library.opening import converted
+    from ..planning.info import look_at
 
-    click.echo(json.dumps(facts(model)) if as_json else table(model))
+    found = look_at(converted(model) or model)
+    if as_json:
+        click.echo(json.dumps(found.facts()))
+        return
+    click.echo(found.text() + "\n")
+    print_table(found.layers(), markdown)
 
 
 @click.command()
@@ -32,9 +41,10 @@ def info(model, as_json):
 def verify(model, record):
     """Compare every file of a model with the digest noted of it.
 
-    `convert` notes digests in the flash folder. Of a checkpoint with experts that is
-    read in place, --record notes them in this user's cache folder. Without FOLDER, of
-    the demo model.
+    NAME is a flash folder, a checkpoint, or a hub name. `convert` notes digests in the
+    flash folder. Of a checkpoint, --record notes them in this user's cache folder. Of
+    one that mlx-flash converted into its own folder, the conversion is compared.
+    Without NAME, of the demo model.
 
     \b
     Examples:
@@ -42,7 +52,9 @@ def verify(model, record):
       mlx-flash verify --record Qwen3-30B-A3B-4bit
     """
     from .. import inspection
+    from ..library.opening import converted
 
+    model = converted(model) or model
     if record:
         inspection.record(model, lambda name: click.echo(f"noted  {name}"))
         return

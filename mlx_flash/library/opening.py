@@ -89,7 +89,7 @@ def runnable(name: str | Path, agree: Agree, progress: bool = True) -> Path:
     _check_disk(offer)
     if not agree(offer):
         raise FlashError(f"{name} was not converted.")
-    to_shelf(name, folder, note, progress=progress)
+    _to_shelf(name, folder, note, progress=progress)
     return place.folder
 
 
@@ -126,17 +126,30 @@ def needs_conversion(folder: Path, name: str | Path) -> bool:
     return not can_stream(folder) or has_experts_apart(folder)
 
 
-def to_shelf(
-    name: str | Path, folder: Path, note: Note, progress: bool = True, **options: Any
+def convert_to_shelf(
+    name: str | Path, revision: str | None = None, **options: Any
 ) -> Path:
-    """Convert a checkpoint to its place on the shelf; `options` are `convert`'s."""
+    """Convert a checkpoint to where its name finds it; `options` are `convert`'s."""
+    folder = find_config(name, revision)
+    if shelved(name).folder.resolve() == folder.resolve():
+        raise FlashError(f"{name} is a flash folder already.")
+    note = note_of(name, folder)
+    if revision is not None and not note.revision:
+        options["revision"] = revision  # of a local folder, which `convert` refuses
+    return _to_shelf(name, folder, note, **options)
+
+
+def _to_shelf(name: str | Path, folder: Path, note: Note, **options: Any) -> Path:
     place = shelved(name)
     if _is_stale(place, name, folder):
         remove(place)
     place.write_note(note)
-    # The commit is named, so that what was noted is what is read.
-    options = {"revision": note.revision or None} | options
-    return convert(name, place.folder, progress=progress, **options)
+    try:
+        # The commit is named, so that what was noted is what is read.
+        options = {"revision": note.revision or None} | options
+        return convert(name, place.folder, **options)
+    finally:
+        place.drop_note_alone()
 
 
 def _is_stale(place: Shelved, name: str | Path, folder: Path) -> bool:
