@@ -39,7 +39,8 @@ from mlx_lm.server import (
 )
 
 from ..errors import FlashError
-from ..generation import encode_prompt, stream_generate
+from ..generation import stream_generate
+from ..prompts import encode_prompt
 from .conversations import Conversations
 from .fields import Limits, Refused
 from .stop_text import StopText

@@ -1,4 +1,4 @@
-"""Configs of transformers 5: the same model whatever its rotary embedding is called."""
+"""Configs of transformers 5: one model, whichever names its rotary embedding has."""
 
 import json
 
