@@ -1,6 +1,7 @@
 """What a loaded model has besides what every model has: `model.flash`."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from .assembly import Assembled
@@ -27,6 +28,7 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
@@ -58,6 +60,7 @@ class Flash:
         self.run: Run | None = None
         self.cached_share: float | None = None
         self.closed = False
+        self.told_of_prompt: Callable[[int], None] = lambda tokens: None
         self._reader = reader
         self._fence = Fence()
         self.pool: Pool | None = None  # there once the layers have slots

@@ -94,6 +94,8 @@ def stream_generate(
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
     flash.limits.make_room()
+    if note := options.get("prompt_progress_callback"):
+        options["prompt_progress_callback"] = _by_chunks(flash, note)
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
     if history and options.get("logits_processors"):
@@ -105,6 +107,7 @@ def stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
+        options.pop("prompt_progress_callback", None)
         if any("predictor" in layer for layer in flash.layers):
             num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
         run.drafts = DraftStats()
@@ -136,7 +139,20 @@ def stream_generate(
             "another --kv-group-size, or leave out --kv-bits."
         ) from error
     finally:
+        flash.told_of_prompt = lambda tokens: None
         steps.close()
+
+
+def _by_chunks(
+    flash: Flash, note: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """`note`, which is told of every chunk: mlx-lm tells of 2,048 tokens at a time."""
+
+    def told(done: int, total: int) -> None:
+        note(done, total)
+        flash.told_of_prompt = lambda tokens: note(min(done + tokens, total), total)
+
+    return told
 
 
 def _drafter(

@@ -8,6 +8,7 @@ import errno
 import fnmatch
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -52,6 +53,8 @@ def find_model(
             f"{name} on the hub is not a flash folder (no {MANIFEST}). Make one: "
             f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"
         )
+    if not has_weights(folder) and not sys.stderr.isatty():
+        print(f"downloading the weights of {name}", file=sys.stderr, flush=True)
     for pattern in WEIGHT_FILES:
         _download(name, commit, [pattern])
         if any(folder.glob(pattern)):
@@ -141,8 +144,27 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     """The hub's snapshot of a repository, with the files of these patterns in it."""
     from huggingface_hub import snapshot_download
 
-    with _said(name, revision):
+    with _said(name, revision), _no_bars_in_logs():
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+@contextlib.contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Without a terminal, the hub's library would fill a log with its bars."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextlib.contextmanager

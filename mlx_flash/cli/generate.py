@@ -81,6 +81,7 @@ def generate(
     import transformers
 
     from ..loading import load_model, load_tokenizer
+    from ..progress import Bar
     from ..prompts import encode_prompt
     from .saved_prompt import open_prompt_file
 
@@ -98,8 +99,13 @@ def generate(
         )
     else:
         tokens = encode_prompt(tokenizer, text)
+    shown = None if quiet or as_json else True
     loaded = load_model(
-        folder, memory, context=_context(folder, len(tokens), caching), **arguments
+        folder,
+        memory,
+        context=_context(folder, len(tokens), caching),
+        progress=shown,
+        **arguments,
     )
     cached = 0
     with loaded as (network, _):
@@ -112,7 +118,9 @@ def generate(
             )
             cached = saved.used
             steps |= {"prompt_cache": saved.cache, "history": tokens[:cached]}
-        code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
+        with Bar("reading the prompt", shown=None, unit="token") as bar:
+            steps["prompt_progress_callback"] = bar.reach
+            code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
         run = network.flash.run
         if saved and not code:
             saved.save(run.tokens)
