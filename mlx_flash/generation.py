@@ -17,7 +17,7 @@ from .kv_cache import rotating_cache
 from .layers.kinds import BLOCK
 from .layers.neuron import SWEEP_TOKENS
 from .memory.stats import Stats
-from .prompts import Message, encode_messages, encode_prompt
+from .prompts import Message, check_positions, encode_messages, encode_prompt
 from .run import DraftStats, Run
 from .speculation import Drafts, stream_drafted
 from .stop_texts import StopTexts
@@ -82,12 +82,8 @@ def stream_generate(
     if flash.positions is not None:
         cache = options.get("prompt_cache") or []
         used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
+        check_positions(used, flash.positions)
         room = flash.positions - used
-        if room < 1:
-            raise FlashError(
-                f"The prompt has {used:,} tokens, the model {flash.positions:,} "
-                "positions for prompt and answer together. Shorten the prompt."
-            )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     max_kv_size = options.pop("max_kv_size", None)
     if max_kv_size and not options.get("prompt_cache"):

@@ -3,17 +3,18 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from .. import DEMO_MODEL
 from ..bench.options import MemoryType
-from ..errors import FlashError
+from ..errors import FlashError, NotEnoughMemory
 
 if TYPE_CHECKING:
     from ..library.opening import Offer
 
+T = TypeVar("T")
 DEMO_MEMORY = "50%"
 YES = "mlx_flash.yes"  # in the context of a command
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -47,6 +48,21 @@ def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     if model is None:
         return DEMO_MODEL, memory or DEMO_MEMORY
     return model_folder(model), memory or "auto"
+
+
+def load_with(load: Callable[[str | int], T], memory: str, free: bool) -> T:
+    """What `load` makes of `memory`, or of the least that works.
+
+    Args:
+        free: Whether nobody said which model and how much memory: so the demo model
+            gives answers of any length.
+    """
+    try:
+        return load(memory)
+    except NotEnoughMemory as error:
+        if not free:
+            raise
+        return load(error.least_bytes)
 
 
 def model_folder(model: str | Path) -> Path:

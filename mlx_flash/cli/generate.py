@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import click
 
 from ..errors import FlashError
 from .cache_options import CacheOptions, cache_options
-from .common import INTERRUPTED, chosen_model, json_option, run_options
+from .common import INTERRUPTED, chosen_model, json_option, load_with, run_options
 from .load_options import LoadingOptions, loading_options
 from .sampling_options import SamplingOptions, sampling_options
 from .template_options import TemplateOptions, template_options
@@ -86,6 +87,7 @@ def generate(
     from .saved_prompt import open_prompt_file
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
+    free = model is None and memory is None
     folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder, loading.trust_remote_code)
     sampling.prepare(tokenizer)
@@ -100,13 +102,8 @@ def generate(
     else:
         tokens = encode_prompt(tokenizer, text)
     shown = None if quiet or as_json else True
-    loaded = load_model(
-        folder,
-        memory,
-        context=_context(folder, len(tokens), caching),
-        progress=shown,
-        **arguments,
-    )
+    arguments |= {"context": _context(folder, len(tokens), caching), "progress": shown}
+    loaded = load_with(partial(load_model, folder, **arguments), memory, free)
     cached = 0
     with loaded as (network, _):
         steps = caching.arguments() | {"max_kv_size": caching.max_kv_size}
