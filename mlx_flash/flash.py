@@ -109,6 +109,12 @@ class Flash:
         return [] if self.pool is None else self.pool.resized
 
     @property
+    def refused(self) -> list[tuple[float, int, int]]:
+        """(time.perf_counter(), budget wanted, budget kept) where it could not shrink
+        as far as it should have."""
+        return [] if self.pool is None else self.pool.refused
+
+    @property
     def draft_bytes(self) -> int:
         """What a draft takes of the memory, which `budget` does not have."""
         return self.draft.nbytes if self.draft else 0

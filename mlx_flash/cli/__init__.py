@@ -22,6 +22,7 @@ from . import (
     probe,
     replay,
     serve,
+    top,
     trace,
     tune,
 )
@@ -75,6 +76,7 @@ for command in (
     generate.generate,
     convert.convert,
     serve.serve,
+    top.top,
     inspect.info,
     inspect.verify,
     models.list_models,

@@ -40,13 +40,16 @@ class Request:
     Attributes:
         prompt: A text to continue, or its token ids; None for a conversation.
         messages: The conversation in OpenAI's shape, as chat templates take it: "role",
-            "content" (text), and where there are any "tool_calls", "tool_call_id" and
-            "name". None for a prompt.
+            "content" (text), and where there are any "tool_calls" (with arguments as
+            the text of a JSON object), "tool_call_id", "name" and
+            "reasoning_content". None for a prompt.
         tools: In OpenAI's shape, {"type": "function", "function": {"name", …}}.
         max_tokens: Of the answer; None leaves it to the server.
         stop: The texts that end the answer.
         top_logprobs: How many alternatives are told with each token; None for no
             log probabilities at all.
+        role_mapping: What stands before the messages of each role, for models without a
+            chat template; None takes mlx-lm's.
         template_options: For the chat template, such as {"enable_thinking": False}.
         sampling: How a token is chosen.
     """
@@ -57,5 +60,6 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    role_mapping: dict[str, str] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
