@@ -173,7 +173,7 @@ def measure(
     gc.collect()
     mx.clear_cache()
     base_bytes = mx.get_active_memory()
-    options = {"context": tokens + 2 * ANSWER + 2, "draft_model": draft}
+    options: dict[str, Any] = {"context": tokens + 2 * ANSWER + 2, "draft_model": draft}
     loaded = load(folder, memory, page_cache="off", **options)
     with loaded as (model, tokenizer):
         lm_stream(model, tokenizer, [5, 9, 17, 33])

@@ -73,7 +73,7 @@ class Pool:
         """The smallest budget that works."""
         return least_bytes(self._footprint)
 
-    def bytes_of(self, memory: int | str) -> int:
+    def bytes_of(self, memory: int | float | str) -> int:
         """An amount of memory as `load` takes it, in bytes."""
         return total_bytes(memory, self._footprint)
 

@@ -93,7 +93,7 @@ class Plan:
 
 def make_plan(
     name: str | Path,
-    memory: int | str = "auto",
+    memory: int | float | str = "auto",
     profile: Profile | None = None,
     *,
     revision: str | None = None,
