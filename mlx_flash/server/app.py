@@ -8,15 +8,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .apis import anthropic, ollama, openai, responses
+from .apis import anthropic, flash, ollama, openai, page, responses
 from .failures import HANDLERS
 from .guards import Guards
+from .monitor import Monitor
 from .service import Service
 from .settings import Settings
 
 
-def make_app(service: Service, settings: Settings) -> Starlette:
-    """The application that answers with `service`."""
+def make_app(service: Service, settings: Settings, monitor: Monitor) -> Starlette:
+    """The application that answers with `service`, whose model `monitor` sees."""
+    metered = monitor.meter.of
 
     async def health(http: Request) -> Response:
         well = service.is_healthy
@@ -24,10 +26,24 @@ def make_app(service: Service, settings: Settings) -> Starlette:
         return JSONResponse(body, 200 if well else 503)
 
     # Ollama's is the last: it takes all that begins with /api/.
-    apis = (openai, responses, anthropic, ollama)
-    routes = [route for api in apis for route in api.routes(service)]
+    apis = {
+        "openai": openai,
+        "responses": responses,
+        "anthropic": anthropic,
+        "ollama": ollama,
+    }
+    routes = [
+        route
+        for name, api in apis.items()
+        for route in api.routes(metered(service, name))
+    ]
     return Starlette(
-        routes=[Route("/health", health), *routes],
+        routes=[
+            Route("/health", health),
+            *page.routes(),
+            *flash.routes(service, monitor),
+            *routes,
+        ],
         middleware=[Middleware(Guards, settings=settings)],
         exception_handlers=HANDLERS,
     )

@@ -18,6 +18,8 @@ from .app import make_app
 from .conversations import Conversations
 from .fields import Limits
 from .listener import Listener, bind
+from .meter import Meter
+from .monitor import Monitor
 from .prefix_folder import PrefixFolder, Saving
 from .settings import Settings
 from .worker import Worker
@@ -91,7 +93,10 @@ def open_server(
             limits = _limits(model, network.flash, tokenizer)
             worker = Worker(network, tokenizer, limits, settings, conversations)
             try:
-                app = make_app(worker, settings)
+                name = network.flash.folder.name if Path(model).exists() else model
+                has_chat = bool(tokenizer.has_chat_template)
+                monitor = Monitor(network.flash, Meter(), name, has_chat)
+                app = make_app(worker, settings, monitor)
                 yield Listener(app, bound, worker)
             finally:
                 if not worker.stop(STOP_S):
