@@ -1,6 +1,7 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from .speculation import Drafts, stream_drafted
 from .stop_texts import StopTexts
 
 NUM_DRAFT_TOKENS = 3  # mlx-lm's number
+# Functions of mlx-lm in which an error is about quantising a KV cache.
+QUANTISING = {"maybe_quantize_kv_cache", "to_quantized", "scaled_dot_product_attention"}
 
 
 def stream_generate(
@@ -93,6 +96,11 @@ def stream_generate(
     if max_kv_size and not options.get("prompt_cache"):
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
+    predicted = any("predictor" in layer for layer in flash.layers)
+    if predicted:  # more tokens would be computed as a prompt is
+        num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+    assert flash.pool is not None
+    flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)
     flash.limits.make_room()
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
@@ -105,8 +113,7 @@ def stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
-        if any("predictor" in layer for layer in flash.layers):
-            num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+        options.pop("prompt_progress_callback", None)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,
@@ -129,7 +136,7 @@ def stream_generate(
             if ends.found:
                 return
     except (ValueError, NotImplementedError) as error:
-        if options.get("kv_bits") is None:
+        if options.get("kv_bits") is None or not _of_quantising(error):
             raise
         raise FlashError(
             f"This model's KV cache cannot be quantised so: {reason_of(error)}. Try "
@@ -137,6 +144,12 @@ def stream_generate(
         ) from error
     finally:
         steps.close()
+
+
+def _of_quantising(error: BaseException) -> bool:
+    """Whether mlx-lm was quantising a KV cache, or using a quantised one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name in QUANTISING for frame in frames)
 
 
 def _drafter(

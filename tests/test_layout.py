@@ -16,13 +16,15 @@ ROWS = (
     ("models", "layers"),
     ("checkpoints",),
     ("assembly",),
-    ("run", "run_report", "draft_model", "chunks"),
+    ("run", "run_report", "draft_model", "adapters", "chunks"),
     ("flash",),
-    ("loading",),
+    ("loading", "load_options"),
     (
         "generation",
         "prompts",
         "stop_texts",
+        "thinking",
+        "conversation",
         "speculation",
         "drafting",
         "kv_cache",
@@ -31,7 +33,7 @@ ROWS = (
     ("inspection", "same_output", "server", "tracing"),
     ("planning", "converters"),
     ("bench",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 APART = {"planning": "converters", "converters": "planning"}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Histogram
 
 from .events import Done, Event, Progress
-from .facts import Facts
 from .fields import Refused
 from .request import Request
 from .service import Service
