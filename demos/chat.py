@@ -26,8 +26,8 @@ def main() -> None:
                 print(piece.text, end="", flush=True)
             report = model.flash.report()
             print(
-                f"\n({report.prompt_tokens} tokens were read, {talk.cached_tokens} were "
-                f"known, {report.generation_tokens} are new)"
+                f"\n({report.prompt_tokens} tokens were read, "
+                f"{talk.cached_tokens} were known, {report.generation_tokens} are new)"
             )
 
 
