@@ -21,7 +21,7 @@ RATE_S = 2.0
 PAST = 60  # pictures in a line over time
 BESIDE_ROWS = 16  # of a picture, beside its heat map
 PARTS = (
-    ("resident weights", "resident", "#35618f"),
+    ("resident", "resident", "#35618f"),
     ("predictors", "predictors", "#57aaa5"),
     ("slots", "slots", "#4f93d6"),
     ("KV cache", "kv_cache", "#a88ad0"),

@@ -57,6 +57,7 @@ export class HeatMap {
     this.past.push(this.rows.map((row) => row.asked));
     if (this.past.length > LATELY) this.past.shift();
     this.draw();
+    if (!this.rows.length) return;
     this.table();
     this.name();
     if (document.activeElement !== this.canvas) this.describe();
@@ -185,7 +186,13 @@ export class HeatMap {
   }
 
   describe() {
-    if (!this.cell) return;
+    if (!this.cell) {
+      const row = this.rows[0];
+      const many = Math.round(row.units / row.asked.length);
+      const what = many > 1 ? `A cell is ${many} ${this.unit}s, blue as far as they are in memory. ` : "";
+      find("map-cell").textContent = `${what}Point at a cell, or move with the arrow keys.`;
+      return;
+    }
     const [index, column] = this.cell;
     const row = this.rows[index];
     const columns = row.asked.length;

@@ -84,7 +84,7 @@ function phase({ answer, requests }) {
 
 function budget({ memory }) {
   const parts = [
-    ["resident weights", memory.resident, "resident"],
+    ["resident", memory.resident, "resident"],
     ["predictors", memory.predictors, "predictors"],
     ["slots for units", memory.slots, "held"],
     ["KV cache", memory.kv_cache, "kv"],
