@@ -10,6 +10,7 @@ from ..errors import FlashError
 from ..inspection import verify
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..storage.digests import file_sha256
+from ..storage.files import sync
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
@@ -179,5 +180,8 @@ def _delete_weights(weights: dict[str, list[int]], folder: Path) -> None:
                 "deleted. Look at it, then convert or delete it yourself."
             )
     for file in map(Path, weights):
-        file.resolve().unlink(missing_ok=True)  # in the hub's cache, links lead there
+        target = file.resolve()  # in the hub's cache, links lead there
+        target.unlink(missing_ok=True)
         file.unlink(missing_ok=True)
+        for parent in {target.parent, file.parent}:
+            sync(parent)

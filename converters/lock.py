@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from ..errors import FlashError
+from ..storage.files import make_folder, sync, to_disk
 from ..storage.safetensors import write_error
 
 
@@ -28,8 +29,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         try:
-            if not self.path.parent.exists():
-                self.path.parent.mkdir(parents=True)
+            make_folder(self.path.parent)
             while not self._taken():
                 pass
         except OSError as error:
@@ -63,10 +63,13 @@ class Lock:
         self.note = note
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(note).encode() if note else b"", 0)
-        os.fsync(self._file)
+        to_disk(self._file)
+        sync(self.path.parent)
 
     def __exit__(self, kind: type | None, *_) -> None:
         refused = kind is not None and issubclass(kind, FlashError)
         if kind is None or refused or not self.note:
+            if self.note:
+                sync(self.path.parent)  # what the note says is done, is done on disk
             self.path.unlink(missing_ok=True)
         os.close(self._file)

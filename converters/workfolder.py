@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import FlashError
 from ..storage.digests import file_sha256
+from ..storage.files import make_folder, sync, to_disk
 from ..storage.manifest import MANIFEST, Layer, layer_from_json
 
 PROGRESS = "progress.json"
@@ -99,10 +100,11 @@ class WorkFolder:
             self._check_files()
         else:
             self.discard()
-            self.path("").mkdir(parents=True)
+            # Whatever else is there after a loss of power, progress is there too.
+            make_folder(self.path(""))
             self.facts, self.digests = facts, {}
             self.record()
-        (self.folder / "ffn").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "ffn")
 
     def _read_progress(self) -> None:
         """Facts, layers and digests of an interrupted run; empty without one."""
@@ -215,7 +217,7 @@ class WorkFolder:
             with open(part, "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                to_disk(file.fileno())
             os.replace(part, self.path(name))
         except BaseException:
             part.unlink(missing_ok=True)
@@ -247,16 +249,10 @@ class WorkFolder:
             for file in self.path("").iterdir():
                 if file.name != PROGRESS:  # it says that the folder is ours
                     file.unlink()
+            # It goes last, also on disk.
+            sync(self.path(""))
+            sync(self.partial)
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _digest(facts: dict) -> str:

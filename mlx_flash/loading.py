@@ -30,7 +30,7 @@ from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
 from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
-from .memory_size import say_memory
+from .memory_size import LEAST_BARE, say_memory
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -232,7 +232,7 @@ def _budget(
     """
     if draft is None:
         return make_budget(memory, footprint, folder, divide, least_context)
-    room = max(total_bytes(memory, footprint) - draft.nbytes, 1)
+    room = max(total_bytes(memory, footprint) - draft.nbytes, LEAST_BARE)
     try:
         return make_budget(room, footprint, folder, divide, least_context)
     except NotEnoughMemory as error:

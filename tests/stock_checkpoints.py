@@ -69,6 +69,31 @@ NEMOTRON = COMMON | dict(
     routed_scaling_factor=1.0,
 )
 
+# Its experts take a vector of half the model's width, its router the whole one.
+NEMOTRON_LATENT = NEMOTRON | dict(moe_latent_size=32)
+
+# Its router also names four experts that have no weights: ids beyond the switch's.
+LONGCAT = COMMON | dict(
+    model_type="longcat_flash",
+    attention_method="MLA",
+    zero_expert_type="identity",
+    zero_expert_num=4,
+    n_routed_experts=8,
+    moe_topk=3,
+    ffn_hidden_size=64,
+    expert_ffn_hidden_size=64,
+    num_layers=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_rope_head_dim=16,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    routed_scaling_factor=1.0,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+    attention_bias=False,
+)
+
 # Keeps what it computed from its weights when it ran for the first time
 KIMI_K3 = dict(
     model_type="kimi_k3",

@@ -95,7 +95,8 @@ def test_resident_weights_may_be_quantised_after_loading(tmp_path):
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_model_that_is_dropped_leaves_nothing_behind(made, closed):
+@pytest.mark.parametrize("reloads", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_model_that_is_dropped_leaves_nothing_behind(made, reloads, closed):
     """Without a garbage collection, which may come long after the next model."""
     kind, folder, _ = made
     look_ahead = kind.look_ahead[-1]
@@ -116,7 +117,7 @@ def test_a_model_that_is_dropped_leaves_nothing_behind(made, closed):
     gc.disable()
     try:
         before = held()
-        alive = [use() for _ in range(10)]
+        alive = [use() for _ in range(reloads)]
         assert not any(flash() for flash in alive)
         mx.synchronize()
         assert held() == before

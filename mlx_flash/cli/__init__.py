@@ -23,9 +23,12 @@ from . import (
     serve,
     top,
     trace,
+    tune,
 )
 from .common import INTERRUPTED
+from .hints import hint
 
+TYPED = "mlx_flash.typed"  # where a context has the command line as it was
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -40,9 +43,17 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    def parse_args(self, ctx, args):
+        ctx.meta[TYPED] = list(args)
+        return super().parse_args(ctx, args)
+
     def _invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if found := hint(error, ctx.meta[TYPED]):
+                raise click.UsageError(found, error.ctx) from error
+            raise
         except ValueError:
             check_limit()  # which says in one line what mlx-lm failed at
             raise
@@ -71,6 +82,7 @@ for command in (
     replay.replay,
     plan.plan,
     probe.probe,
+    tune.tune,
     bench.bench,
 ):
     # Said again for whoever runs a command without the group.

@@ -6,6 +6,7 @@ in its place is said with the figures.
 
 import contextlib
 import datetime
+import fcntl
 import os
 import shutil
 import sys
@@ -44,6 +45,7 @@ def probe(
         FlashError: If the folder holds too little to measure, or a read fails.
     """
     notes: list[str] = []
+    _drop_leftovers(cache_folder())
     with contextlib.ExitStack() as stack:
         if folder is None:
             say("writing a temporary file")
@@ -98,9 +100,24 @@ def _files(folder: Path) -> list[Path]:
     return [path for _, path in found[:64]]
 
 
+def _drop_leftovers(folder: Path) -> None:
+    """Delete the temporary files of probes that were killed: nobody locks them.
+
+    An empty one may be about to be locked.
+    """
+    for path in folder.glob("probe-*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_size:
+                path.unlink()
+
+
 @contextlib.contextmanager
 def _temporary_file(folder: Path) -> Iterator[Path]:
-    """A file of random bytes, which is gone afterwards whatever happens."""
+    """A file of random bytes, which is gone afterwards whatever happens.
+
+    After a kill it stays until the next probe. Its lock says that it is in use.
+    """
     path = folder / f"probe-{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +131,8 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
             )
         rng = np.random.Generator(np.random.SFC64())
         with direct_io.open_for_writing_uncached(path) as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             begin = time.perf_counter()
             for written in range(0, size, reads.STRIPE):
                 late = time.perf_counter() - begin > WRITE_S
@@ -122,7 +141,7 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
                 file.write(rng.bytes(reads.STRIPE))
             file.flush()
             os.fsync(file.fileno())
-        yield path
+            yield path
     except OSError as error:
         raise FlashError(
             f"{path} cannot be written: {error.strerror or error}. Free some space, or "

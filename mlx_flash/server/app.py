@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .apis import flash, openai, page
+from .apis import anthropic, flash, ollama, openai, page, responses
 from .failures import HANDLERS
 from .guards import Guards
 from .monitor import Monitor
@@ -18,20 +18,24 @@ from .settings import Settings
 
 def make_app(service: Service, settings: Settings, monitor: Monitor) -> Starlette:
     """The application that answers with `service`, whose model `monitor` sees."""
-    metered = monitor.meter.of
 
     async def health(http: Request) -> Response:
         well = service.is_healthy
         body = {"status": "ok" if well else "unavailable"}
         return JSONResponse(body, 200 if well else 503)
 
+    routes = [Route("/health", health), *page.routes(), *flash.routes(service, monitor)]
+    # Ollama's is the last: it takes all that begins with /api/.
+    apis = {
+        "openai": openai,
+        "responses": responses,
+        "anthropic": anthropic,
+        "ollama": ollama,
+    }
+    for name, api in apis.items():
+        routes += api.routes(monitor.meter.of(service, name))
     return Starlette(
-        routes=[
-            Route("/health", health),
-            *page.routes(),
-            *flash.routes(service, monitor),
-            *openai.routes(metered(service, "openai")),
-        ],
+        routes=routes,
         middleware=[Middleware(Guards, settings=settings)],
         exception_handlers=HANDLERS,
     )

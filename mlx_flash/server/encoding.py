@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_lm.server import convert_chat, process_message_content
 
-from ..generation import encode_prompt
+from ..prompts import encode_prompt
 from .fields import Refused
 from .request import Request
 

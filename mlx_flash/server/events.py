@@ -64,12 +64,14 @@ class Usage:
         completion_tokens: Of the answer.
         flash: Figures of this answer: "first_token_s", "prompt_tokens_per_s",
             "tokens_per_s", "hit_rate", "bytes_read", "peak_bytes", "budget_bytes".
+        reasoning_tokens: Of the answer's, the ones of reasoning.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     flash: dict[str, Any] = field(default_factory=dict)
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)

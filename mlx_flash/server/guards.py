@@ -47,7 +47,7 @@ class Guards:
                 self._check_key(headers, scope["path"])
             self._check_length(headers)
         except Refused as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
             return
         app = Response(status_code=204) if preflight else self._app
         allowed = origin if origin and self._is_allowed(origin) else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette import requests
 from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from ..errors import FlashError
 from .events import Event
@@ -33,6 +33,13 @@ async def read_json(http: requests.Request) -> dict[str, Any]:
         raise Refused(f"The body is not JSON in UTF-8: {error}.") from None
     found = json_object("The body", body)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def json_response(
+    data: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """In ASCII, because what a client sent may be half of a character in UTF-16."""
+    return Response(json.dumps(data), status, headers, "application/json")
 
 
 async def collect(http: requests.Request, events: AsyncIterator[Event]) -> list[Event]:

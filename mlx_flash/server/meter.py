@@ -96,10 +96,15 @@ class _Metered:
         self._service = service
         self._api = api
         self.limits = service.limits
+        self.facts = service.facts
 
     @property
     def is_healthy(self) -> bool:
         return self._service.is_healthy
+
+    async def count_tokens(self, request: Request) -> int:
+        """As `Service.count_tokens`."""
+        return await self._service.count_tokens(request)
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
         """As `Service.answer`."""

@@ -40,8 +40,9 @@ class Request:
     Attributes:
         prompt: A text to continue, or its token ids; None for a conversation.
         messages: The conversation in OpenAI's shape, as chat templates take it: "role",
-            "content" (text), and where there are any "tool_calls", "tool_call_id" and
-            "name". None for a prompt.
+            "content" (text), and where there are any "tool_calls" (with arguments as
+            the text of a JSON object), "tool_call_id", "name" and
+            "reasoning_content". None for a prompt.
         tools: In OpenAI's shape, {"type": "function", "function": {"name", …}}.
         max_tokens: Of the answer; None leaves it to the server.
         stop: The texts that end the answer.

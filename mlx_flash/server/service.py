@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from .events import Event
+from .facts import Facts
 from .fields import Limits
 from .request import Request
 
@@ -14,11 +15,12 @@ class Service(Protocol):
     """Answers requests, whichever API they came by.
 
     Attributes:
-        limits: Of the loaded model.
+        limits, facts: Of the loaded model.
         is_healthy: Whether requests are still answered.
     """
 
     limits: Limits
+    facts: Facts
 
     @property
     def is_healthy(self) -> bool: ...
@@ -31,5 +33,13 @@ class Service(Protocol):
         Raises:
             Refused: Before the first event, if the request cannot be answered.
             FlashError: At any event, if the answer fails.
+        """
+        ...
+
+    async def count_tokens(self, request: Request) -> int:
+        """How many tokens the prompt of a request has.
+
+        Raises:
+            Refused: If it cannot be encoded.
         """
         ...

@@ -27,6 +27,7 @@ from .answering import Answering, ClientLeft, Job
 from .conversations import Conversations
 from .encoding import encode
 from .events import Done, Event, Progress
+from .facts import facts_of
 from .fields import Limits, Refused
 from .request import Request
 from .settings import Settings
@@ -41,7 +42,7 @@ class Worker:
 
     Attributes:
         model, tokenizer: From `mlx_flash.load`.
-        limits: Of the model.
+        limits, facts: Of the model.
         settings: Of the server.
         conversations: Whose KV caches are kept.
         waiting: Requests that wait or are being answered.
@@ -58,6 +59,7 @@ class Worker:
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits
+        self.facts = facts_of(model, tokenizer)
         self.settings = settings
         self.conversations = conversations
         self._answering = Answering(model, tokenizer, limits, settings, conversations)
@@ -86,6 +88,7 @@ class Worker:
         self.waiting += 1
         try:
             tokens, state = await self._encoded(request)
+            self._check_length(tokens)
             arrived: asyncio.Queue[Event | FlashError] = asyncio.Queue()
             job = Job(request, tokens, state, _sender(arrived))
             self._live.add(job)
@@ -98,6 +101,11 @@ class Worker:
                 self._live.discard(job)
         finally:
             self.waiting -= 1
+
+    async def count_tokens(self, request: Request) -> int:
+        """See `Service.count_tokens`."""
+        tokens, _ = await self._encoded(request)
+        return len(tokens)
 
     def end_answers(self) -> None:
         """Fail what waits or is being answered, and answer nothing more."""
@@ -125,7 +133,7 @@ class Worker:
         """Token ids of a request, and what its answer begins with.
 
         Raises:
-            Refused: If they cannot be encoded, or are too many.
+            Refused: If they cannot be encoded.
         """
         if not self.is_healthy:
             raise FlashError("The server was stopped.")
@@ -134,14 +142,15 @@ class Worker:
         )
         self._encodings.add(coming)
         coming.add_done_callback(self._encodings.discard)
-        tokens, state = await asyncio.wrap_future(coming)
+        return await asyncio.wrap_future(coming)
+
+    def _check_length(self, tokens: list[int]) -> None:
         if len(tokens) >= self.limits.tokens:
             raise Refused(
                 f"The prompt has {len(tokens):,} tokens; this server has room for "
                 f"{self.limits.tokens:,}, prompt and answer together. Shorten it, or "
                 "start the server with a larger --context if the model allows it."
             )
-        return tokens, state
 
     async def _events(
         self, job: Job, arrived: asyncio.Queue[Event | FlashError]

@@ -1,8 +1,10 @@
 """Files that may be anything: a pipe never ends, and /dev/zero has no end either."""
 
+import fcntl
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,37 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mlx-flash"
 
 
+def to_disk(fd: int) -> None:
+    """Have the bytes of an open file, or the names in an open folder, on disk.
+
+    macOS's fsync leaves them in the disk's own memory, which a loss of power empties.
+    """
+    if sys.platform == "darwin":
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system that has no such thing
+            pass
+    os.fsync(fd)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        to_disk(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in, with their names on disk."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        sync(folder.parent)
+
+
 @contextmanager
 def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
     """A file to write in the place of `path`, which takes its name once it is on disk.
@@ -55,8 +88,7 @@ def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
     part = part or path.with_name(path.name + ".part")
     try:
         yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        sync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

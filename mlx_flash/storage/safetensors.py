@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FlashError
-from .files import MAX_JSON_BYTES, file_bytes
+from .files import MAX_JSON_BYTES, file_bytes, to_disk
 
 # Names as MLX and the manifest spell them, with the safetensors code and the size.
 DTYPES = {
@@ -79,7 +79,7 @@ def write_safetensors(
                 if written != tensor.nbytes:
                     raise ValueError(f"{name}: {written} of {tensor.nbytes} bytes")
             out.flush()
-            os.fsync(out.fileno())
+            to_disk(out.fileno())
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

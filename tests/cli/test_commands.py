@@ -254,8 +254,11 @@ def test_budget_changes_time_and_not_text(flash):
 
 
 def test_prompt_from_stdin(flash):
+    """As it is: a line end at its end is a token like others."""
     piped = generate(flash, "-", "-q", input="Once\n")
-    assert piped.stdout == generate(flash, "Once", "-q").stdout
+    assert piped.stdout == generate(flash, "Once\n", "-q").stdout
+    spaced = json.loads(generate(flash, "-", "--json", input="  Once\n\n").stdout)
+    assert spaced["prompt_tokens"] == 1 + len("  Once\n\n")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 import builtins
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -157,6 +160,57 @@ def test_temporary_file_goes_whatever_happens(quick, monkeypatch, error):
     with pytest.raises(error):
         probe.probe()
     assert seen and not list(quick.iterdir())
+
+
+PROBE = """
+import sys
+from mlx_flash.planning import probe, reads
+
+probe.FILE_BYTES = probe.LEAST_BYTES = 24 << 20
+
+def measure(files, notes):
+    print(files[0], flush=True)
+    sys.stdin.read()
+
+reads.measure_flash = measure
+probe.probe()
+"""
+
+
+@pytest.fixture
+def probing(quick):
+    """probing(): a process that reads its temporary file, and that file."""
+    processes = []
+
+    def start():
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", PROBE]
+        processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        return processes[-1], Path(processes[-1].stdout.readline().strip())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_killed_probe_left_goes_with_the_next(quick, probing):
+    killed, leftover = probing()
+    _, used = probing()
+    killed.kill()
+    killed.wait()
+    assert leftover.stat().st_size == used.stat().st_size == 24 << 20
+    probe.probe()
+    assert list(quick.iterdir()) == [used]
+
+
+def test_a_file_that_is_not_locked_yet_stays(quick, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(bytes(1 << 20))
+    quick.mkdir(parents=True)
+    (quick / "probe-1.tmp").touch()
+    (quick / "probe-2.tmp").write_bytes(b"left")
+    run(tmp_path, code=1)  # too little to measure
+    assert os.listdir(quick) == ["probe-1.tmp"]
 
 
 def test_a_folder_is_read_and_not_written(quick, tmp_path):

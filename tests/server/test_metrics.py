@@ -24,6 +24,7 @@ class Scripted:
     """A service whose answers are known; an exception among the events is raised."""
 
     limits = Limits("model", frozenset(), 10, 10)
+    facts = None
     is_healthy = True
 
     def __init__(self, *events):
@@ -34,6 +35,15 @@ class Scripted:
             if isinstance(event, Exception):
                 raise event
             yield event
+
+    async def count_tokens(self, request):
+        return 7
+
+
+def test_everything_else_of_a_service_is_its_own():
+    metered = Meter().of(Scripted(), "test")
+    assert metered.is_healthy and metered.limits is Scripted.limits
+    assert asyncio.run(metered.count_tokens(Request(prompt="x"))) == 7
 
 
 def ask(meter, *events, most=None):

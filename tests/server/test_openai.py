@@ -105,7 +105,8 @@ def test_log_probabilities_of_a_chat_are_those_of_the_model(demo):
         assert found == sorted(found, reverse=True) and len(found) == 4
         assert math.isclose(found[0], entry.logprob)
     chunks = list(create(demo, DEMO_CHAT, stream=True, **options))
-    told = [x for c in chunks for x in (c.choices[0].logprobs or c).content or []]
+    logs = [chunk.choices[0].logprobs for chunk in chunks]
+    told = [entry for log in logs if log for entry in log.content]
     assert [x.token for x in told] == [x.token for x in content]
 
 
@@ -114,8 +115,7 @@ def test_figures_of_flash_are_in_the_usage(demo):
     assert flash["first_token_s"] > 0 and flash["tokens_per_s"] > 0
     assert 0 <= flash["hit_rate"] <= 1
     assert flash["peak_bytes"] > 0 and flash["bytes_read"] > 0
-    with open(mlx_flash.DEMO_MODEL / "flash.json") as manifest:
-        assert flash["budget_bytes"] < json.load(manifest)["model_bytes"]
+    assert 5e6 < flash["budget_bytes"] < 7e6
 
 
 def test_a_seed_repeats_an_answer(demo):
