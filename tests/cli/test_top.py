@@ -61,8 +61,10 @@ def test_the_state_for_scripts(url):
     assert json.loads(shown.stdout)["answer"]["tokens"] == 6
 
 
-def test_an_address_without_http(url):
-    assert run(url.removeprefix("http://") + "/", "--once").exit_code == 0
+@pytest.mark.parametrize("ending", ["", "/", "/v1"])
+def test_addresses_as_people_have_them(url, ending):
+    assert run(url.removeprefix("http://") + ending, "--once").exit_code == 0
+    assert run(url + ending, "--once").exit_code == 0
 
 
 def test_lines_are_never_wider_than_the_terminal(url):
