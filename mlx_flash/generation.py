@@ -1,6 +1,7 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,12 +18,14 @@ from .kv_cache import rotating_cache
 from .layers.kinds import BLOCK
 from .layers.neuron import SWEEP_TOKENS
 from .memory.stats import Stats
-from .prompts import Message, encode_messages, encode_prompt
+from .prompts import Message, check_positions, encode_messages, encode_prompt
 from .run import DraftStats, Run
 from .speculation import Drafts, stream_drafted
 from .stop_texts import StopTexts
 
 NUM_DRAFT_TOKENS = 3  # mlx-lm's number
+# Functions of mlx-lm in which an error is about quantising a KV cache.
+QUANTISING = {"maybe_quantize_kv_cache", "to_quantized", "scaled_dot_product_attention"}
 
 
 def stream_generate(
@@ -82,18 +85,21 @@ def stream_generate(
     if flash.positions is not None:
         cache = options.get("prompt_cache") or []
         used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
+        check_positions(used, flash.positions)
         room = flash.positions - used
-        if room < 1:
-            raise FlashError(
-                f"The prompt has {used:,} tokens, the model {flash.positions:,} "
-                "positions for prompt and answer together. Shorten the prompt."
-            )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     max_kv_size = options.pop("max_kv_size", None)
     if max_kv_size and not options.get("prompt_cache"):
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
+    predicted = any("predictor" in layer for layer in flash.layers)
+    if predicted:  # more tokens would be computed as a prompt is
+        num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+    assert flash.pool is not None
+    flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)
     flash.limits.make_room()
+    if note := options.get("prompt_progress_callback"):
+        options["prompt_progress_callback"] = _by_chunks(flash, note)
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
     if history and options.get("logits_processors"):
@@ -105,8 +111,7 @@ def stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
-        if any("predictor" in layer for layer in flash.layers):
-            num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+        options.pop("prompt_progress_callback", None)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,
@@ -129,14 +134,33 @@ def stream_generate(
             if ends.found:
                 return
     except (ValueError, NotImplementedError) as error:
-        if options.get("kv_bits") is None:
+        if options.get("kv_bits") is None or not _of_quantising(error):
             raise
         raise FlashError(
             f"This model's KV cache cannot be quantised so: {reason_of(error)}. Try "
             "another --kv-group-size, or leave out --kv-bits."
         ) from error
     finally:
+        flash.told_of_prompt = lambda tokens: None
         steps.close()
+
+
+def _by_chunks(
+    flash: Flash, note: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """`note`, which is told of every chunk: mlx-lm tells of 2,048 tokens at a time."""
+
+    def told(done: int, total: int) -> None:
+        note(done, total)
+        flash.told_of_prompt = lambda tokens: note(min(done + tokens, total), total)
+
+    return told
+
+
+def _of_quantising(error: BaseException) -> bool:
+    """Whether mlx-lm was quantising a KV cache, or using a quantised one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name in QUANTISING for frame in frames)
 
 
 def _drafter(

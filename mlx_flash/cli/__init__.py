@@ -14,9 +14,11 @@ from ..errors import FlashError
 from ..storage.open_files import check_limit
 from . import (
     bench,
+    chat,
     convert,
     generate,
     inspect,
+    models,
     plan,
     probe,
     replay,
@@ -73,11 +75,14 @@ def main():
 
 for command in (
     generate.generate,
+    chat.chat,
     convert.convert,
     serve.serve,
     top.top,
     inspect.info,
     inspect.verify,
+    models.list_models,
+    models.remove_model,
     trace.trace,
     replay.replay,
     plan.plan,
@@ -88,3 +93,4 @@ for command in (
     # Said again for whoever runs a command without the group.
     command.context_settings.update(HELP)
     main.add_command(command)
+main.add_command(chat.chat, "run")

@@ -24,9 +24,12 @@ BENCHMARKS = {
     "overlap": "Reading while MLX computes, and reading early.",
     "paper": "The paper's tables beside what the cost model makes of them.",
     "peers": "mlx-flash beside mlx-lm, llama.cpp and accelerate.",
+    "peers-dense": "mlx-flash beside mlx-lm and neurostream, a dense model.",
+    "peers-moe": "mlx-flash beside mlx-lm, mlx-vlm, boyle and BigRig.",
     "perplexity": "What prediction costs in quality on TEXT.",
     "placement": "Orders of a model's neurons on flash, played with TEXT.",
     "plan-check": "The cost model of `mlx-flash plan` beside runs here.",
+    "prompts": "What a prompt reads and holds, through each entry point.",
     "report": "This machine in one table to paste: a probe and three models.",
     "reader": "Reader and slot cache on OPT-6.7B's bundles, beside fio.",
     "sweep": "Tokens/s, bytes per token and hit rate over memory budgets.",
@@ -40,6 +43,8 @@ MODULES = {
     "compare": "compare_reports",
     "families": "families.table",
     "peers": "peers.compare",
+    "peers-dense": "peers.dense",
+    "peers-moe": "peers.experts",
     "report": "machine_report",
 }
 DRAWN = {"moe", "overlap", "peers", "plan-check", "sweep", "table2", "table3"}

@@ -18,13 +18,13 @@ from .settings import Settings
 
 def make_app(service: Service, settings: Settings, monitor: Monitor) -> Starlette:
     """The application that answers with `service`, whose model `monitor` sees."""
+    metered = monitor.meter.of
 
     async def health(http: Request) -> Response:
         well = service.is_healthy
         body = {"status": "ok" if well else "unavailable"}
         return JSONResponse(body, 200 if well else 503)
 
-    routes = [Route("/health", health), *page.routes(), *flash.routes(service, monitor)]
     # Ollama's is the last: it takes all that begins with /api/.
     apis = {
         "openai": openai,
@@ -32,10 +32,18 @@ def make_app(service: Service, settings: Settings, monitor: Monitor) -> Starlett
         "anthropic": anthropic,
         "ollama": ollama,
     }
-    for name, api in apis.items():
-        routes += api.routes(monitor.meter.of(service, name))
+    routes = [
+        route
+        for name, api in apis.items()
+        for route in api.routes(metered(service, name))
+    ]
     return Starlette(
-        routes=routes,
+        routes=[
+            Route("/health", health),
+            *page.routes(),
+            *flash.routes(service, monitor),
+            *routes,
+        ],
         middleware=[Middleware(Guards, settings=settings)],
         exception_handlers=HANDLERS,
     )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import logging
 import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,7 +53,13 @@ class Guards:
             return
         app = Response(status_code=204) if preflight else self._app
         allowed = origin if origin and self._is_allowed(origin) else None
-        await app(scope, _limited(receive), _timed(send, allowed))
+        try:
+            await app(scope, _limited(receive), _timed(send, allowed))
+        except (ClientDisconnect, RuntimeError) as error:
+            # Starlette's RuntimeError says that an answer was begun already.
+            if not isinstance(error.__cause__ or error, ClientDisconnect):
+                raise
+            logging.info("A client took nothing for %g s.", SEND_S)
 
     def _is_allowed(self, origin: str) -> bool:
         allowed = self._settings.allowed_origins
@@ -141,8 +149,11 @@ def _timed(send: Send, origin: str | None) -> Send:
                 "Content-Type, Authorization, X-Api-Key"
             )
             headers.add_vary_header("Origin")
-        async with asyncio.timeout(SEND_S):
-            await send(message)
+        try:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
 
     return timed
 

@@ -103,7 +103,6 @@ class _Metered:
         return self._service.is_healthy
 
     async def count_tokens(self, request: Request) -> int:
-        """As `Service.count_tokens`."""
         return await self._service.count_tokens(request)
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:

@@ -70,7 +70,7 @@ class Worker:
         # Tokenizers change while they encode: one text at a time.
         self._encoder = ThreadPoolExecutor(1, "mlx-flash encoder")
         self._encodings: set[Future[Any]] = set()
-        model.flash.pool.give_way = conversations.drop
+        model.flash.pool.caches.add_holder(conversations.drop)
         self._thread = Thread(target=self._run, name="mlx-flash worker", daemon=True)
         self._thread.start()
 
@@ -187,7 +187,6 @@ class Worker:
                 self._answer(job)
         # Its stream ends with this thread: nothing may be under way on it.
         mx.synchronize(generation_stream)
-        self.model.flash.pool.give_way = None
         self.conversations.drop()
 
     def _answer(self, job: Job) -> None:

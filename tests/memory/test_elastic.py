@@ -96,7 +96,14 @@ def test_another_budget_gives_the_same_answer(model):
     assert model.flash.budget.slots == usual.slots
 
 
-def test_less_memory_is_less_memory(model):
+def test_less_memory_is_less_memory(flash_folder):
+    """Of a context so short that slots are what the memory is for."""
+    loaded = mlx_flash.load_model(flash_folder, "125KB", predictor=False, context=8)
+    with loaded as (model, _):
+        check_less_memory(model)
+
+
+def check_less_memory(model):
     least = model.flash.pool.least_bytes
     cache = make_prompt_cache(model)
     logits(model, [5], cache)
