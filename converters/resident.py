@@ -12,6 +12,8 @@ import numpy as np
 from ..arrays import parameters
 from ..checkpoints.hub import CONFIG_FILES
 from ..errors import FlashError
+from ..models.registry import get_model_classes
+from ..models.rope import with_older_names
 from ..storage.digests import sample_sha256
 from ..storage.layout import dtype_name
 from ..storage.manifest import Weights
@@ -56,12 +58,18 @@ def write_weights(path: Path, arrays: dict[str, mx.array]) -> Weights:
 
 
 def copy_config(source: Source, folder: Path, changes: dict) -> None:
-    """Copy configuration and tokenizer; config.json gets `changes`."""
+    """Copy configuration and tokenizer; config.json gets `changes`.
+
+    It also gets the older names of what transformers 5 writes otherwise, so that mlx-lm
+    reads it as we do.
+    """
     for pattern in CONFIG_FILES:
         for file in source.folder.glob(pattern):
             if file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-    config = json.loads((source.folder / "config.json").read_text()) | changes
+    config = json.loads((source.folder / "config.json").read_text())
+    _, args_class = get_model_classes(config)
+    config = with_older_names(config, args_class) | changes
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

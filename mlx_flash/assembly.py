@@ -5,7 +5,8 @@ read from its shards as they lie there. The unit kind finds the FFN modules, and
 those that take their places.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .checkpoints.config import make_model, read_config
 from .checkpoints.in_place import describe_in_place
 from .checkpoints.stock import load_stock
 from .errors import FlashError, reason_of
+from .layers.attention import in_pieces
 from .layers.base import FlashFFN
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
@@ -88,6 +90,17 @@ def empty_model(manifest: Manifest, config: dict, folder: Path) -> nn.Module:
     return model
 
 
+def shapes_of(model: nn.Module, config: dict, on_flash: Collection[str]) -> Shapes:
+    """What the size of a model in memory depends on; its attention goes in pieces.
+
+    Args:
+        on_flash: The paths of the FFNs that go to flash.
+    """
+    pieces = in_pieces(model)
+    shapes = find_shapes(model, config, on_flash)
+    return replace(shapes, scores_in_pieces=pieces)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the files of a checkpoint, with or without experts."""
     return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
@@ -100,6 +113,7 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     model = empty_model(manifest, config, folder)
     shapes = _shapes(model, manifest, config, folder)
     model = empty_model(manifest, config, folder)
+    in_pieces(model)
     layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
     extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
@@ -118,7 +132,7 @@ def _in_place(folder: Path) -> Assembled:
 
 def _shapes(model: nn.Module, manifest: Manifest, config: dict, folder: Path) -> Shapes:
     try:
-        return find_shapes(model, config, [x.module for x in manifest.layers])
+        return shapes_of(model, config, [x.module for x in manifest.layers])
     except Exception as error:  # MLX's and mlx-lm's, of sizes that contradict
         raise FlashError(
             f"{folder / 'config.json'} describes a model that cannot run: "

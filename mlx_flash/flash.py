@@ -1,6 +1,7 @@
 """What a loaded model has besides what every model has: `model.flash`."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from .assembly import Assembled
@@ -15,8 +16,10 @@ from .memory.mlx_limits import LimitShare
 from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
+from .memory_size import say_memory
 from .run import Run
 from .run_report import RunReport
+from .storage.in_use import hold, let_go
 from .storage.manifest import Manifest
 from .storage.reader import Reader
 
@@ -26,6 +29,7 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
@@ -34,6 +38,7 @@ class Flash:
         stats: Counters since it was loaded.
         draft: The model that drafts for this one, if one was named.
         run: The last generation, for `report`.
+        adapter: The digest of an adapter's weights, if one was applied.
         cached_share: Of the files on flash, what reads could find in memory when the
             model was loaded: 0 is cold, None unknown.
     """
@@ -55,8 +60,10 @@ class Flash:
         self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None
+        self.adapter: str | None = None
         self.cached_share: float | None = None
         self.closed = False
+        self.told_of_prompt: Callable[[int], None] = lambda tokens: None
         self._reader = reader
         self._fence = Fence()
         self.pool: Pool | None = None  # there once the layers have slots
@@ -65,15 +72,27 @@ class Flash:
         self.draft = draft
         self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
         self._draft_limits = LimitShare(self.draft_bytes, 0)
+        self._in_use = weakref.finalize(self, let_go, hold(folder))
         weakref.finalize(self, self._draft_limits.release).atexit = False
         weakref.finalize(self, self.limits.release).atexit = False
+
+    def __repr__(self) -> str:
+        facts, slots = self.manifest, self.budget.slots
+        whole = sum(n == x.units for n, x in zip(slots, facts.layers, strict=True))
+        given = self.budget.total_bytes + self.draft_bytes
+        return (
+            f"<Flash {self.folder.name}: {facts.model_type} of "
+            f"{say_memory(facts.model_bytes)}, budget {say_memory(given)}, "
+            f"{len(self.layers)} layers of {self.kind.name}s from flash, {whole} of "
+            f"them held whole{', closed' if self.closed else ''}>"
+        )
 
     @property
     def budget(self) -> Budget:
         """How its memory is divided, as a rule."""
         return self._budget if self.pool is None else self.pool.budget
 
-    def resize(self, memory: int | str) -> None:
+    def resize(self, memory: int | float | str) -> None:
         """Hold more or less memory from now on, without loading anew.
 
         Args:
@@ -104,6 +123,12 @@ class Flash:
         return [] if self.pool is None else self.pool.resized
 
     @property
+    def refused(self) -> list[tuple[float, int, int]]:
+        """(time.perf_counter(), budget wanted, budget kept) where it could not shrink
+        as far as it should have."""
+        return [] if self.pool is None else self.pool.refused
+
+    @property
     def draft_bytes(self) -> int:
         """What a draft takes of the memory, which `budget` does not have."""
         return self.draft.nbytes if self.draft else 0
@@ -131,6 +156,7 @@ class Flash:
             if self.pool is not None:
                 self.pool.close()
             self._reader.close()
+            self._in_use()
             self.limits.release()
             self._draft_limits.release()
 

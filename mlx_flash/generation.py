@@ -1,16 +1,16 @@
 """Generate with mlx-lm's own loop, and note what the run costs."""
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 
-from .checkpoints.config import read_config
 from .drafting import Drafter, ModelDraft, NgramDraft
 from .errors import FlashError, reason_of
 from .flash import Flash
@@ -18,18 +18,25 @@ from .kv_cache import rotating_cache
 from .layers.kinds import BLOCK
 from .layers.neuron import SWEEP_TOKENS
 from .memory.stats import Stats
+from .prompts import Message, check_positions, encode_messages, encode_prompt
 from .run import DraftStats, Run
 from .speculation import Drafts, stream_drafted
+from .stop_texts import StopTexts
 
 NUM_DRAFT_TOKENS = 3  # mlx-lm's number
+# Functions of mlx-lm in which an error is about quantising a KV cache.
+QUANTISING = {"maybe_quantize_kv_cache", "to_quantized", "scaled_dot_product_attention"}
 
 
 def stream_generate(
     model: nn.Module,
     tokenizer,
-    prompt,
+    prompt=None,
     max_tokens: int = 256,
     *,
+    messages: Sequence[Message] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    stop: Sequence[str] = (),
     draft_model: nn.Module | Drafter | None = None,
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     draft_ngrams: int = 0,
@@ -44,8 +51,13 @@ def stream_generate(
     Args:
         model: From `mlx_flash.load`.
         tokenizer: From the same call.
-        prompt: Text, or token ids.
+        prompt: Text to continue, or token ids.
         max_tokens: At most so many new tokens; -1 for as many as positions allow.
+        messages: A conversation in the place of a prompt, which the tokenizer's chat
+            template writes: [{"role": "user", "content": "Hello"}]. If the last one is
+            the assistant's, the answer goes on with it.
+        template_options: For the chat template, such as {"enable_thinking": False}.
+        stop: Texts that end the answer, and are not part of it.
         draft_model: A model that drafts, beside the budget, or any object that does
             what `drafting.Drafter` says. A model that was named to `mlx_flash.load`
             counts in the budget, and drafts without being named here.
@@ -53,7 +65,8 @@ def stream_generate(
             takes 2 at most: more would be computed as a prompt is.
         draft_ngrams: Draft what followed the last so many tokens where they stood
             before; 0 does not.
-        history: Tokens that `prompt_cache` holds already, for who drafts to know.
+        history: Tokens that `prompt_cache` holds already, for who drafts to know, and
+            for penalties on what was said before.
         options: As mlx-lm's `generate_step` takes them (`sampler`, `prompt_cache`, …).
 
     Raises:
@@ -63,32 +76,42 @@ def stream_generate(
     """
     flash = model.flash
     flash.check_open()
+    if (prompt is None) == (messages is None):
+        raise FlashError("Give either a prompt or messages.")
+    if messages is not None:
+        prompt = encode_messages(tokenizer, messages, template_options)
     prompt = encode_prompt(tokenizer, prompt)
     _check_tokens(prompt, flash.vocabulary)
     if flash.positions is not None:
         cache = options.get("prompt_cache") or []
         used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
+        check_positions(used, flash.positions)
         room = flash.positions - used
-        if room < 1:
-            raise FlashError(
-                f"The prompt has {used:,} tokens, the model {flash.positions:,} "
-                "positions for prompt and answer together. Shorten the prompt."
-            )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     max_kv_size = options.pop("max_kv_size", None)
     if max_kv_size and not options.get("prompt_cache"):
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
+    predicted = any("predictor" in layer for layer in flash.layers)
+    if predicted:  # more tokens would be computed as a prompt is
+        num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+    assert flash.pool is not None
+    flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)
     flash.limits.make_room()
+    if note := options.get("prompt_progress_callback"):
+        options["prompt_progress_callback"] = _by_chunks(flash, note)
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
+    if history and options.get("logits_processors"):
+        options["logits_processors"] = _remembering(
+            options["logits_processors"], history
+        )
     if drafter is None:
         steps = mlx_stream_generate(
             model, tokenizer, prompt, max_tokens=max_tokens, **options
         )
     else:
-        if any("predictor" in layer for layer in flash.layers):
-            num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
+        options.pop("prompt_progress_callback", None)
         run.drafts = DraftStats()
         drafts = Drafts(
             drafter,
@@ -99,18 +122,45 @@ def stream_generate(
             compare=flash.kind is not BLOCK,
         )
         steps = stream_drafted(model, tokenizer, prompt, max_tokens, drafts, **options)
+    ends = StopTexts([stop] if isinstance(stop, str) else stop)
     try:
         for response in steps:
             _check_numbers(response)
+            text = ends.take(response.text, last=response.finish_reason is not None)
+            reason = "stop" if ends.found else response.finish_reason
+            response = replace(response, text=text, finish_reason=reason)
             run.note(response, flash.stats)
             yield response
+            if ends.found:
+                return
     except (ValueError, NotImplementedError) as error:
-        if options.get("kv_bits") is None:
+        if options.get("kv_bits") is None or not _of_quantising(error):
             raise
         raise FlashError(
             f"This model's KV cache cannot be quantised so: {reason_of(error)}. Try "
             "another --kv-group-size, or leave out --kv-bits."
         ) from error
+    finally:
+        flash.told_of_prompt = lambda tokens: None
+        steps.close()
+
+
+def _by_chunks(
+    flash: Flash, note: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """`note`, which is told of every chunk: mlx-lm tells of 2,048 tokens at a time."""
+
+    def told(done: int, total: int) -> None:
+        note(done, total)
+        flash.told_of_prompt = lambda tokens: note(min(done + tokens, total), total)
+
+    return told
+
+
+def _of_quantising(error: BaseException) -> bool:
+    """Whether mlx-lm was quantising a KV cache, or using a quantised one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name in QUANTISING for frame in frames)
 
 
 def _drafter(
@@ -146,6 +196,20 @@ def _noting(
     return draw
 
 
+def _remembering(
+    processors: Sequence[Callable], history: Sequence[int]
+) -> list[Callable]:
+    """The same processors, which also see what the KV cache held from the beginning."""
+    before = mx.array(list(history))
+
+    def of(processor: Callable) -> Callable:
+        return lambda tokens, logits: processor(
+            mx.concatenate([before, tokens.astype(before.dtype)]), logits
+        )
+
+    return [of(processor) for processor in processors]
+
+
 def _check_tokens(tokens: list[int], vocabulary: int) -> None:
     """MLX takes any token for a row of the embedding and reads what lies there."""
     for token in tokens:
@@ -173,44 +237,53 @@ def _check_numbers(response: GenerationResponse) -> None:
         )
 
 
-def generate(model: nn.Module, tokenizer, prompt, verbose=False, **options) -> str:
-    """The whole text of `stream_generate`; `verbose` prints it as it comes.
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompt=None,
+    verbose: bool = False,
+    *,
+    messages: Sequence[Message] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+    **options,
+) -> str:
+    """The whole text of `stream_generate`.
+
+    >>> mlx_flash.generate(model, tokenizer, "Once upon a time", max_tokens=20)
+    >>> mlx_flash.generate(
+    ...     model, tokenizer, messages=[{"role": "user", "content": "Hello"}]
+    ... )
 
     Args:
-        options: As for `stream_generate`.
+        model: From `mlx_flash.load`.
+        tokenizer: From the same call.
+        prompt: Text to continue, or token ids.
+        verbose: Print the text as it comes, and the figures of the run.
+        messages: A conversation in the place of a prompt.
+        template_options: For the chat template, such as {"enable_thinking": False}.
+        max_tokens: At most so many new tokens; -1 for as many as positions allow.
+        stop: Texts that end the answer, and are not part of it.
+        options: As for `stream_generate`: `sampler`, `prompt_cache`, …
+
+    Raises:
+        FlashError: As `stream_generate`.
     """
     text = ""
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        messages=messages,
+        template_options=template_options,
+        stop=stop,
+        **options,
+    ):
         text += response.text
         if verbose:
             print(response.text, end="", flush=True)
     if verbose:
         print("", model.flash.report(), sep="\n")
     return text
-
-
-def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt given as text or as ids.
-
-    Raises:
-        FlashError: If it is empty.
-    """
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise FlashError("The prompt is empty. Give the text to continue.")
-        bos = tokenizer.bos_token
-        special = bos is None or not prompt.startswith(bos)
-        prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    tokens = [int(token) for token in np.asarray(prompt).ravel()]
-    if not tokens:
-        raise FlashError("The prompt is empty. Give the text to continue.")
-    return tokens
-
-
-def context_for(folder: Path, prompt_tokens: int, max_tokens: int) -> int | None:
-    """Tokens of KV cache that a prompt and its answer need; None: the usual reserve."""
-    if max_tokens < 0:
-        return None
-    positions = read_config(folder).get("max_position_embeddings")
-    context = prompt_tokens + max_tokens
-    return min(context, positions) if positions else context

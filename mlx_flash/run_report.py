@@ -38,6 +38,9 @@ class Reported(Protocol):
     @property
     def resized(self) -> list[tuple[float, int]]: ...
 
+    @property
+    def refused(self) -> list[tuple[float, int, int]]: ...
+
 
 def _no_parts() -> dict[str, float | None]:
     return dict.fromkeys(("io", "cache", "compute", "total"))
@@ -60,7 +63,9 @@ class RunReport:
     prompt and the first new token are apart from them. What could not be measured (a
     run of one token has no time per token) is None. Freed buffers that MLX keeps count
     as memory, as far as they were seen after a token. `resizes` has the seconds since
-    the run began, and the new budget, of each time that memory gave way or came back.
+    the run began, and the new budget, of each time that memory gave way or came back;
+    `resizes_refused` has the seconds, the budget that others needed and the one that
+    the conversations left possible.
 
     `prompt_s` has the same parts of reading the prompt, in seconds. The first token is
     given out later: mlx-lm begins with the second one before.
@@ -88,6 +93,7 @@ class RunReport:
     page_cache: bool
     cached_share: float | None
     resizes: list[tuple[float, int]] = field(default_factory=list)
+    resizes_refused: list[tuple[float, int, int]] = field(default_factory=list)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prompt_tokens_per_s: float | None = None
@@ -137,6 +143,11 @@ class RunReport:
         report.resizes = [
             (when - run.begin_time, nbytes)
             for when, nbytes in flash.resized
+            if when >= run.begin_time
+        ]
+        report.resizes_refused = [
+            (when - run.begin_time, wanted, kept)
+            for when, wanted, kept in flash.refused
             if when >= run.begin_time
         ]
         report.prompt_tokens = last.prompt_tokens
@@ -215,6 +226,12 @@ class RunReport:
             lines.append(
                 f"elastic     the budget changed {len(self.resizes)} times, down to "
                 f"{least / 1e6:.1f} MB"
+            )
+        if self.resizes_refused:
+            _, wanted, kept = min(self.resizes_refused, key=lambda refusal: refusal[1])
+            lines.append(
+                f"            It should have been {wanted / 1e6:.1f} MB; the "
+                f"conversations left no less than {kept / 1e6:.1f} MB"
             )
         if self.predictor_recall:
             lines.append(

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -50,6 +51,21 @@ def running(command, port, log, **environment):
             server.kill()
 
 
+@contextmanager
+def served(listener):
+    """A thread in which a server of this process answers."""
+    ready = threading.Event()
+    listener.ready = ready.set
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    try:
+        assert ready.wait(STARTED_S)
+        yield
+    finally:
+        listener.stop()
+        thread.join()
+
+
 def ask(port, path, body=None, headers=None, timeout=60):
     """(status, answer as JSON, headers); `body` is bytes or what JSON is made of."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
@@ -83,8 +99,8 @@ def send_raw(port, data):
 def post_bytes(body, path="/v1/completions"):
     """The bytes of a request."""
     raw = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n"
-    return head.encode() + b"\r\n" + raw
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
 
 
 def received(connection):

@@ -16,12 +16,8 @@ from mlx_lm.models.cache import (
 import mlx_flash
 from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
-from mlx_flash.generation import (
-    context_for,
-    encode_prompt,
-    generate,
-    stream_generate,
-)
+from mlx_flash.generation import generate, stream_generate
+from mlx_flash.prompts import context_for, encode_prompt
 
 PROMPT = [5, 17, 3, 80, 41, 9]
 TEXT = "w5 w17 w3 w80 w41 w9"

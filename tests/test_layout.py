@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mlx_flash"
 # From the bottom up; modules of one row may import each other, but in no circle.
 ROWS = (
-    ("errors", "_version", "memory_size", "arrays"),
+    ("errors", "_version", "memory_size", "arrays", "tables", "progress"),
     ("storage",),
     ("profile",),
     ("memory",),
@@ -16,14 +16,25 @@ ROWS = (
     ("models", "layers"),
     ("checkpoints",),
     ("assembly",),
-    ("run", "run_report", "draft_model", "chunks"),
+    ("run", "run_report", "resident", "draft_model", "adapters", "chunks"),
     ("flash",),
-    ("loading",),
-    ("generation", "speculation", "drafting", "kv_cache", "prompt_cache"),
-    ("inspection", "server", "tracing"),
+    ("loading", "load_options"),
+    (
+        "generation",
+        "prompts",
+        "stop_texts",
+        "thinking",
+        "conversation",
+        "speculation",
+        "drafting",
+        "kv_cache",
+        "prompt_cache",
+    ),
+    ("inspection", "same_output", "server", "tracing"),
     ("planning", "converters"),
+    ("library",),
     ("bench",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 APART = {"planning": "converters", "converters": "planning"}

@@ -263,7 +263,7 @@ def test_a_cache_that_rotates_is_refused(blocks):
 
 
 def test_half_the_memory_and_good_drafts_save_reads(blocks):
-    with mlx_flash.load(blocks[1], "400KB", context=64) as (model, tokenizer):
+    with mlx_flash.load(blocks[1], "360KB", context=64) as (model, tokenizer):
         tokenizer.eos_token_ids = set()
         assert not any(layer.slots.holds_all for layer in model.flash.layers)
         plain = run(model, tokenizer)

@@ -58,21 +58,24 @@ def checkpoint(folder: Path, layers: int) -> Path:
     return folder
 
 
-def packed_weights(name: str, shape: tuple[int, ...]) -> dict[str, mx.array]:
-    """A weight's arrays, packed in 4 bits where mlx-lm would quantise it."""
+def packed_weights(
+    name: str, shape: tuple[int, ...], bits: int = 4
+) -> dict[str, mx.array]:
+    """A weight's arrays, packed in so many bits where mlx-lm would quantise it."""
     path = name.removesuffix(".weight")
     if len(shape) == 1:
         return {name: mx.ones(shape)}
     groups = (*shape[:-1], shape[-1] // 64)
-    packed = (*shape[:-1], shape[-1] * 4 // 32)
-    # 4-bit values around 7.5, with a spread like that of 1/sqrt(inputs)
-    scale = 0.2 * shape[-1] ** -0.5
+    packed = (*shape[:-1], shape[-1] * bits // 32)
+    # Values around the middle (7.5 of 4 bits), with a spread like 1/sqrt(inputs)
+    scale = 3.2 * 2**-bits * shape[-1] ** -0.5
+    middle = (2**bits - 1) / 2
     scale *= next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
     return {
         # Keys are random words, too.
         name: mx.random.split(key_of(name), math.prod(packed) // 2).reshape(packed),
         f"{path}.scales": mx.full(groups, scale),
-        f"{path}.biases": mx.full(groups, -7.5 * scale),
+        f"{path}.biases": mx.full(groups, -middle * scale),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FlashError
+from ..planning.machine import machine
 from ..traces.replay import OPTIMUM
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..traces.trace import Trace
     from .report import Report, Row
 
+CURVES = ("sweep", "memory")  # reports whose rows are budgets
 TIMES = {"io_ms": "I/O", "cache_ms": "cache", "compute_ms": "compute"}
 
 
@@ -35,10 +37,13 @@ def check_plot(path: Path) -> None:
 
 def draw(report: Report, path: Path) -> None:
     """Draw curves where the rows are budgets, else a bar for each row."""
-    rows = [row for row in report.rows if row.total_ms is not None]
+    rows = [row for row in report.rows if not row.more.get("error")]
     if not rows:
         raise FlashError(f"{path} was not drawn: no row could be measured.")
-    _save(_curves(rows) if report.benchmark == "sweep" else _bars(rows), path)
+    axes = _curves(rows) if report.benchmark in CURVES else _bars(rows)
+    subject = report.facts.get("model") or report.benchmark
+    _title(axes, f"{subject} on {machine()[0]}")
+    _save(axes, path)
 
 
 def plot_reads(profile: Profile, path: Path) -> None:
@@ -95,16 +100,26 @@ def _axes(width: float, height: float, count: int = 1) -> Sequence[Axes]:
     return figure.subplots(1, count, squeeze=False)[0]
 
 
+def _title(axes: Axes, text: str) -> None:
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # `_axes` made it
+    figure.suptitle(text, fontsize=9, wrap=True)
+
+
 def _save(axes: Axes, path: Path) -> None:
     try:
-        axes.figure.savefig(path, dpi=150)
+        figure = axes.get_figure(root=True)
+        assert figure is not None  # `_axes` made it
+        figure.savefig(path, dpi=150)
     except OSError as error:
         raise FlashError(f"{path} could not be written: {error.strerror}.") from error
 
 
 def _curves(rows: list[Row]) -> Axes:
     rows = sorted(rows, key=lambda row: row.more["budget_bytes"])
-    gb = [row.more["budget_bytes"] / 1e9 for row in rows]
+    small = rows[-1].more["budget_bytes"] < 1e9
+    scale_bytes, unit = (1e6, "MB") if small else (1e9, "GB")
+    budgets = [row.more["budget_bytes"] / scale_bytes for row in rows]
     drawn = {
         "tokens_per_s": (1, "tokens/s"),
         "bytes_per_token": (1e6, "MB read per token"),
@@ -112,11 +127,16 @@ def _curves(rows: list[Row]) -> Axes:
     }
     all_axes = _axes(9, 3.2, len(drawn))
     for axes, (key, (scale, label)) in zip(all_axes, drawn.items(), strict=True):
-        axes.plot(gb, [(row.get(key) or 0) / scale for row in rows], marker="o")
-        axes.set(xlabel="memory budget, GB", ylabel=label)
+        axes.plot(budgets, [_scaled(row, key, scale) for row in rows], marker="o")
+        axes.set(xlabel=f"memory budget, {unit}", ylabel=label)
         axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
         axes.grid(alpha=0.3)
     return axes
+
+
+def _scaled(row: Row, key: str, scale: float) -> float:
+    value = row.get(key)
+    return float("nan") if value is None else value / scale
 
 
 def _bars(rows: list[Row]) -> Axes:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import FlashError
 
@@ -32,12 +32,32 @@ def call_apart(
         FlashError: If the process fails, in its own last words.
     """
     names = function.__module__, function.__name__
+    return run_command(
+        [sys.executable, "-m", __name__, *names, json.dumps(job)], watch=watch
+    )
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    watch: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> dict:
+    """The JSON in the last line that a command prints; it ends with us in every case.
+
+    Args:
+        watch: Called while it runs; what it raises ends the process.
+        environment: Beside ours.
+
+    Raises:
+        FlashError: If the command fails, in its own last words.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, *names, json.dumps(job)],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | QUIET,
+        env=os.environ | QUIET | dict(environment or {}),
     )
     try:
         while True:

@@ -77,7 +77,11 @@ def run(
         f"prompt of {prompt_tokens} random ones; {cache_state(direct)}. ± is the "
         "deviation over tokens. Peak is what MLX allocated."
     ]
-    facts = {"model_bytes": model_bytes, "cache_state": cache_state(direct)}
+    facts = {
+        "model": model.name,
+        "model_bytes": model_bytes,
+        "cache_state": cache_state(direct),
+    }
     return Report("sweep", rows, COLUMNS, notes, facts)
 
 

@@ -1,16 +1,21 @@
 """The tokenizer of a folder, which may be another model's, or somebody's program."""
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import FlashError, printable
 from .config import read_config
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+def load_tokenizer(
+    folder: Path, trust_remote_code: bool = False, chat_template: str | None = None
+):
     """The folder's tokenizer in mlx-lm's wrapper.
 
     Args:
         trust_remote_code: Whether it may be code that the folder brings.
+        chat_template: In the place of the folder's own. By it mlx-lm knows how the
+            model writes calls of tools.
 
     Raises:
         FlashError: If there is none or it cannot be read.
@@ -23,7 +28,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
             raise ValueError("no tokenizer* or vocab* file")
         # If this were not said, transformers would ask at the terminal.
-        extra = {"trust_remote_code": trust_remote_code}
+        extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if chat_template is not None:
+            extra["chat_template"] = chat_template
         return load_wrapped(folder, extra, eos_token_ids=config.get("eos_token_id"))
     except (KeyboardInterrupt, SystemExit):
         raise

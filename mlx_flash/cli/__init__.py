@@ -12,9 +12,25 @@ import click
 from .._version import __version__
 from ..errors import FlashError
 from ..storage.open_files import check_limit
-from . import bench, convert, generate, inspect, plan, probe, replay, serve, trace
+from . import (
+    bench,
+    chat,
+    convert,
+    generate,
+    inspect,
+    models,
+    plan,
+    probe,
+    replay,
+    serve,
+    top,
+    trace,
+    tune,
+)
 from .common import INTERRUPTED
+from .hints import hint
 
+TYPED = "mlx_flash.typed"  # where a context has the command line as it was
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -29,9 +45,17 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    def parse_args(self, ctx, args):
+        ctx.meta[TYPED] = list(args)
+        return super().parse_args(ctx, args)
+
     def _invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if found := hint(error, ctx.meta[TYPED]):
+                raise click.UsageError(found, error.ctx) from error
+            raise
         except ValueError:
             check_limit()  # which says in one line what mlx-lm failed at
             raise
@@ -51,16 +75,22 @@ def main():
 
 for command in (
     generate.generate,
+    chat.chat,
     convert.convert,
     serve.serve,
+    top.top,
     inspect.info,
     inspect.verify,
+    models.list_models,
+    models.remove_model,
     trace.trace,
     replay.replay,
     plan.plan,
     probe.probe,
+    tune.tune,
     bench.bench,
 ):
     # Said again for whoever runs a command without the group.
     command.context_settings.update(HELP)
     main.add_command(command)
+main.add_command(chat.chat, "run")

@@ -17,15 +17,20 @@ from .common import plot_option
 
 # Said here too, so that listing the commands does not load MLX.
 BENCHMARKS = {
+    "compare": "Two reports of a benchmark side by side.",
     "families": "Compare every family from flash with the same model in memory.",
     "memory": "What processes that convert and generate hold.",
     "moe": "A mixture of experts larger than its memory.",
     "overlap": "Reading while MLX computes, and reading early.",
     "paper": "The paper's tables beside what the cost model makes of them.",
     "peers": "mlx-flash beside mlx-lm, llama.cpp and accelerate.",
+    "peers-dense": "mlx-flash beside mlx-lm and neurostream, a dense model.",
+    "peers-moe": "mlx-flash beside mlx-lm, mlx-vlm, boyle and BigRig.",
     "perplexity": "What prediction costs in quality on TEXT.",
     "placement": "Orders of a model's neurons on flash, played with TEXT.",
     "plan-check": "The cost model of `mlx-flash plan` beside runs here.",
+    "prompts": "What a prompt reads and holds, through each entry point.",
+    "report": "This machine in one table to paste: a probe and three models.",
     "reader": "Reader and slot cache on OPT-6.7B's bundles, beside fio.",
     "sweep": "Tokens/s, bytes per token and hit rate over memory budgets.",
     "table2": "The I/O of a token, with each part of the paper's method.",
@@ -34,7 +39,14 @@ BENCHMARKS = {
     "whole": "What the engine costs where everything fits in memory.",
 }
 # Of those whose module is not called like the command
-MODULES = {"families": "families.table", "peers": "peers.compare"}
+MODULES = {
+    "compare": "compare_reports",
+    "families": "families.table",
+    "peers": "peers.compare",
+    "peers-dense": "peers.dense",
+    "peers-moe": "peers.experts",
+    "report": "machine_report",
+}
 DRAWN = {"moe", "overlap", "peers", "plan-check", "sweep", "table2", "table3"}
 FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 

@@ -1,175 +1,129 @@
-"""`mlx-flash generate`: continue a prompt, and say what it cost."""
+"""`mlx-flash generate`: answer a prompt, and say what it cost."""
 
 import json
 import os
 import sys
+from functools import partial
+from typing import Any
 
 import click
 
 from ..errors import FlashError
-from .common import (
-    INTERRUPTED,
-    check_option,
-    chosen_model,
-    elastic_option,
-    json_option,
-    page_cache_option,
-    run_options,
-    sampling_options,
-)
-from .generate_options import draft_options, kv_options
+from .cache_options import CacheOptions, cache_options
+from .common import INTERRUPTED, chosen_model, json_option, load_with, run_options
+from .load_options import LoadingOptions, loading_options
+from .sampling_options import SamplingOptions, sampling_options
+from .template_options import TemplateOptions, template_options
+
+MAX_TOKENS = 100
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt",
+    "-p",
+    "named",
+    metavar="TEXT",
+    help="The prompt, instead of the argument; - reads stdin.",
+)
 @run_options
-@click.option("--max-tokens", "-m", default=100, show_default=True, help="New tokens.")
-@sampling_options(temp=0.0, seed=None)
+@template_options
 @click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Nucleus sampling.",
+    "--prefill-response",
+    metavar="TEXT",
+    help="How the answer begins; it is not printed.",
 )
 @click.option(
-    "--policy",
-    type=click.Choice(["lru", "lrfu", "window"]),
-    default=None,
-    help="What stays in memory: what was used last, what was used often and lately, "
-    "or a window.  [default: lrfu for neurons, lru for others]",
-)
-@click.option(
-    "--window",
-    type=click.IntRange(1),
-    default=None,
-    metavar="K",
-    help="Keep what the last K tokens used; implies --policy window.",
-)
-@click.option(
-    "--trace",
-    type=click.Path(),
-    metavar="FILE.npz",
-    help="Divide memory over layers by a recorded run.  [default: evenly, or whole "
-    "layers where that saves waiting]",
-)
-@click.option("--no-predictor", is_flag=True, help="Compute every neuron: exact, slow.")
-@click.option(
-    "--look-ahead", is_flag=True, help="Read early what the next layer will need."
-)
-@draft_options
-@kv_options
-@page_cache_option
-@elastic_option
-@check_option
-@click.option(
-    "--trust-remote-code",
+    "--ignore-chat-template",
     is_flag=True,
-    help="Run the code that the folder's tokenizer brings, if it brings any.",
+    help="Continue the prompt as it is, also if the model could answer it.",
 )
+@cache_options(MAX_TOKENS)
+@sampling_options
+@loading_options
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="Print the text alone.")
 def generate(
-    prompt,
-    model,
-    memory,
-    max_tokens,
-    temp,
-    top_p,
-    seed,
-    policy,
-    window,
-    no_predictor,
-    draft_model,
-    draft_ngrams,
-    num_draft_tokens,
-    kv_bits,
-    kv_group_size,
-    quantized_kv_start,
-    max_kv_size,
-    prompt_cache,
-    trust_remote_code,
-    as_json,
-    quiet,
-    **options,
-):
-    """Continue PROMPT (- reads stdin), bringing FFN weights from flash as needed.
+    prompt: str | None,
+    named: str | None,
+    model: str | None,
+    memory: str | None,
+    template: TemplateOptions,
+    prefill_response: str | None,
+    ignore_chat_template: bool,
+    caching: CacheOptions,
+    sampling: SamplingOptions,
+    loading: LoadingOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Answer PROMPT (- reads stdin), bringing FFN weights from flash as needed.
+
+    A model with a chat template answers; another one continues the text.
 
     \b
     Examples:
       mlx-flash generate "Once upon a time"
-      mlx-flash generate "The recipe" --model opt-6.7b-flash --memory 7GB
-      cat note.txt | mlx-flash generate - --model opt-6.7b-flash --json
-      mlx-flash generate "Dear all," --model llama-flash --draft-model llama-1b
+      mlx-flash generate "Three uses for old slate" --model qwen3-flash --memory 7GB
+      cat note.txt | mlx-flash generate - --model qwen3-flash --json
+      mlx-flash generate "Dear all," --model llama-flash --ignore-chat-template
     """
-    prompt = _read_prompt(prompt)
-    if max_tokens < 1 and max_tokens != -1:
-        raise click.BadParameter(
-            "give at least 1, or -1 for no limit", param_hint="--max-tokens"
-        )
-    if window and policy in ("lru", "lrfu"):
-        raise click.UsageError("--window goes with --policy window.")
-    if draft_model and draft_ngrams:
-        raise click.UsageError("Either --draft-model or --draft-ngrams drafts.")
-    if max_kv_size and (kv_bits or prompt_cache):
+    text = _read_prompt(_chosen_prompt(prompt, named))
+    caching.check(loading.draft_model)
+    arguments = loading.arguments()
+    asked = [template.system_prompt, prefill_response, template.chat_template_config]
+    templated = any(value is not None for value in asked)
+    if ignore_chat_template and templated:
         raise click.UsageError(
-            "--max-kv-size goes with neither --kv-bits nor --prompt-cache."
+            "--ignore-chat-template leaves no place for --system-prompt, "
+            "--prefill-response and --chat-template-config."
         )
-    import mlx.core as mx
     import transformers
-    from mlx_lm.sample_utils import make_sampler
 
-    from .. import generation
     from ..loading import load_model, load_tokenizer
-    from .saved_prompt import check_name, open_prompt_file
+    from ..progress import Bar
+    from ..prompts import encode_prompt
+    from .saved_prompt import open_prompt_file
 
-    if prompt_cache:
-        check_name(prompt_cache)
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
+    free = model is None and memory is None
     folder, memory = chosen_model(model, memory)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    tokens = generation.encode_prompt(tokenizer, prompt)
-    loaded = load_model(
-        folder,
-        memory,
-        predictor=not no_predictor,
-        policy=policy or ("window" if window else "auto"),
-        window=window or 4,
-        context=_context(folder, len(tokens), max_tokens, max_kv_size),
-        draft_model=draft_model,
-        **options,
-    )
-    settings = {}
-    if kv_bits:
-        settings = {
-            "kv_bits": int(kv_bits),
-            "kv_group_size": int(kv_group_size),
-            "quantized_kv_start": quantized_kv_start,
-        }
-    if seed is not None:
-        mx.random.seed(seed)
-    steps = {
-        "max_tokens": max_tokens,
-        "sampler": make_sampler(temp, top_p if top_p < 1 else 0.0),
-        "draft_ngrams": draft_ngrams or 0,
-        "num_draft_tokens": num_draft_tokens,
-        "max_kv_size": max_kv_size,
-        **settings,
-    }
+    tokenizer = load_tokenizer(folder, loading.trust_remote_code)
+    sampling.prepare(tokenizer)
+    if tokenizer.has_chat_template and not ignore_chat_template:
+        tokens = _encode(tokenizer, text, template, prefill_response)
+    elif templated:
+        raise FlashError(
+            f"{folder} has no chat template, so --system-prompt, --prefill-response "
+            "and --chat-template-config have no place. Write all into the prompt, or "
+            "take an instruct model."
+        )
+    else:
+        tokens = encode_prompt(tokenizer, text)
+    shown = None if quiet or as_json else True
+    arguments |= {"context": _context(folder, len(tokens), caching), "progress": shown}
+    loaded = load_with(partial(load_model, folder, **arguments), memory, free)
     cached = 0
     with loaded as (network, _):
+        steps = caching.arguments() | {"max_kv_size": caching.max_kv_size}
+        steps |= sampling.arguments(tokenizer, network.flash.vocabulary)
         saved = None
-        if prompt_cache:
-            saved = open_prompt_file(prompt_cache, network, tokens, **settings)
+        if caching.prompt_cache:
+            saved = open_prompt_file(
+                caching.prompt_cache, network, tokens, **caching.quantised
+            )
             cached = saved.used
             steps |= {"prompt_cache": saved.cache, "history": tokens[:cached]}
-        code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
+        with Bar("reading the prompt", shown=None, unit="token") as bar:
+            steps["prompt_progress_callback"] = bar.reach
+            code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
         run = network.flash.run
         if saved and not code:
             saved.save(run.tokens)
         report = network.flash.report()
     if as_json:
-        text = {
+        result = {
             "text": run.text,
             "tokens": run.tokens,
             "prompt_tokens": len(tokens),
@@ -178,30 +132,64 @@ def generate(
             "finish_reason": "interrupted" if code else run.last.finish_reason,
             "stats": report.to_dict(),
         }
-        click.echo(json.dumps(text))
-    elif not quiet:
-        click.echo(report, err=True)
+        click.echo(json.dumps(result))
+    else:
+        if not code and not run.text:
+            click.echo(_why_empty(tokenizer, run.tokens), err=True)
+        if not quiet:
+            click.echo(report, err=True)
     sys.exit(code)
+
+
+def _chosen_prompt(prompt: str | None, named: str | None) -> str:
+    if prompt is not None and named is not None:
+        raise click.UsageError("Give the prompt once: as an argument or as --prompt.")
+    given = named if prompt is None else prompt
+    if given is None:
+        raise click.UsageError(
+            'Missing the prompt. Try: mlx-flash generate "Once upon a time"'
+        )
+    return given
 
 
 def _read_prompt(prompt: str) -> str:
     data = os.fsencode(prompt)
     if prompt == "-":
-        data = sys.stdin.buffer.read().strip()
+        data = sys.stdin.buffer.read()
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise FlashError(
             f"The prompt is not text in UTF-8 (byte {data[error.start]:#x} at "
             f"{error.start}). Convert it first, with iconv for example."
         ) from error
+    if not text.strip():
+        from ..prompts import EMPTY
+
+        raise FlashError(EMPTY)
+    return text
 
 
-def _context(folder, prompt_tokens, max_tokens, max_kv_size) -> int | None:
-    from ..generation import context_for
+def _encode(
+    tokenizer: Any, text: str, template: TemplateOptions, prefill: str | None
+) -> list[int]:
+    """The prompt as a conversation of one question, as the chat template writes it."""
+    from ..prompts import encode_messages
 
-    context = context_for(folder, prompt_tokens, max_tokens)
-    return min(context or max_kv_size, max_kv_size) if max_kv_size else context
+    messages = [{"role": "user", "content": text}]
+    if template.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": template.system_prompt})
+    if prefill is not None:
+        messages.append({"role": "assistant", "content": prefill})
+    return encode_messages(tokenizer, messages, template.chat_template_config)
+
+
+def _context(folder, prompt_tokens: int, caching: CacheOptions) -> int | None:
+    from ..prompts import context_for
+
+    context = context_for(folder, prompt_tokens, caching.max_tokens)
+    most = caching.max_kv_size
+    return min(context or most, most) if most else context
 
 
 def _stream(model, tokenizer, tokens, options, silent) -> int:
@@ -217,3 +205,14 @@ def _stream(model, tokenizer, tokens, options, silent) -> int:
     if not silent:
         click.echo()
     return code
+
+
+def _why_empty(tokenizer: Any, tokens: list[int]) -> str:
+    """Why nothing was printed: the user would look for a mistake elsewhere."""
+    if tokens and tokens[0] in tokenizer.eos_token_ids:
+        end = tokenizer.decode(tokens[:1])
+        return (
+            f"The answer is empty: its first token, {end}, ends it. Ask otherwise, or "
+            "try --ignore-chat-template."
+        )
+    return "The answer is empty: it begins with a --stop text or has no visible text."

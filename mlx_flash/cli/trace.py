@@ -68,8 +68,8 @@ def _record(prompt, words, model, memory, max_tokens, temp, seed, options):
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from ..generation import context_for, encode_prompt
     from ..loading import load_model, load_tokenizer
+    from ..prompts import context_for, encode_prompt
     from ..tracing import PIECE_TOKENS, record_prompt, record_text
 
     folder, memory = chosen_model(model, memory)

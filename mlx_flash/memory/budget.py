@@ -45,7 +45,7 @@ class Budget:
 
 
 def make_budget(
-    memory: int | str,
+    memory: int | float | str,
     footprint: Footprint,
     folder: Path,
     divide: Divide | None = None,
@@ -115,11 +115,14 @@ def _fit_for(total: int, footprint: Footprint, divide: Divide | None) -> Budget 
         whole_call = min(footprint.context, MAX_PREFILL)  # as mlx-lm cuts prompts
         waiting = whole_call if whole_call > tokens else 0
         workspace = footprint.workspace_bytes(tokens, batch, waiting)
-        slots = share_slots(room - workspace, footprint, divide)
-        if slots is not None:
+        if share_slots(room - workspace, footprint) is not None:
+            # Only a long prompt has logits wait: it will take slots for them.
+            workspace = footprint.workspace_bytes(tokens, batch)
+            slots = share_slots(room - workspace, footprint, divide)
             break
     else:
         return None
+    assert slots is not None  # with less workspace there are no fewer
     manifest = footprint.manifest
     slot_bytes = bytes_of_slots(slots, footprint)
     return Budget(
@@ -169,7 +172,7 @@ def share_slots(
     return slots
 
 
-def total_bytes(memory: int | str, footprint: Footprint) -> int:
+def total_bytes(memory: int | float | str, footprint: Footprint) -> int:
     """An amount of memory as `make_budget` takes it, in bytes."""
     wanted = parse_memory(memory)
     if wanted is None:

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from . import pressure
 
-# Bytes that there should be, or None to ask → whether the last ones were taken over.
-Want = Callable[[int | None], bool]
+# Bytes that there should be, or None to ask → those that there are, None if what was
+# asked for before has not been looked at yet.
+Want = Callable[[int | None], int | None]
 
 LOOK_S = 0.5
 # Shares of the machine's memory: below the first one memory is short, and so much is
@@ -69,8 +70,8 @@ class Watch:
     Args:
         elastic: Decides.
         want: A weak reference to what is told of a budget that there should be, and
-            says whether the one before was taken over: before that nothing shows in
-            what the machine has to spare.
+            says which one there is. While it is looked at nothing shows in what the
+            machine has to spare, and conversations may keep it from shrinking as far.
     """
 
     def __init__(self, elastic: Elastic, want: Callable[[], Want | None]):
@@ -90,10 +91,10 @@ class Watch:
             want = self._want()
             if want is None:
                 return
-            if want(None):
+            if (kept := want(None)) is not None:
                 used = mx.get_active_memory() + mx.get_cache_memory()
                 facts = pressure.available_bytes(), pressure.is_short(), used
-                before = self._elastic.total_bytes
-                if (total := self._elastic.look(*facts)) != before:
+                self._elastic.total_bytes = kept
+                if (total := self._elastic.look(*facts)) != kept:
                     want(total)
             del want  # it would keep the model's slots

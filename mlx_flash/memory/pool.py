@@ -1,46 +1,31 @@
-"""All slots of a model, and how they give way to what is needed at the moment.
+"""All slots of a model, which give way to what is needed at the moment.
 
-Slots are a cache: they may be fewer for a while. A long prompt is read in chunks, and
-every chunk has every unit read that memory does not hold; so a longer chunk is worth
-some slots. A conversation that outgrows the reserve for its KV cache takes them, too.
+Slots are a cache: they may be fewer for a while, for a long prompt or a long
+conversation (`division`), or because other programs need memory (`elastic`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 
 from ..errors import FlashError
 from ..memory_size import say_memory
 from . import pressure
-from .budget import (
-    Budget,
-    bytes_of_slots,
-    least_bytes,
-    make_budget,
-    share_slots,
-    total_bytes,
-)
+from .budget import Budget, bytes_of_slots, least_bytes, make_budget, total_bytes
+from .caches import Caches
 from .divide import Divide
-from .footprint import KV_STEP, MAX_PREFILL, Footprint
+from .division import Divider, Division, as_divided
+from .footprint import LOGITS, Footprint
 from .mlx_limits import LimitShare
 from .slots import CLOSED, UnitSlots
 
-KV_AHEAD = 256  # tokens
-
-
-@dataclass(frozen=True)
-class Division:
-    """Slots of each layer beside chunks of so many tokens and so much KV cache."""
-
-    slots: tuple[int, ...]
-    tokens: int
-    kv_bytes: int
+CLOSER = 0.01  # of the budget: how near a shrunken one comes to the least that fits
 
 
 class Pool:
@@ -49,7 +34,10 @@ class Pool:
     Attributes:
         budget: How memory is divided as a rule.
         division: How it is divided now.
+        caches: All KV caches that live.
         resized: (time.perf_counter() of it, the new budget's bytes), in order.
+        refused: (time.perf_counter() of it, the budget that was wanted, the one that
+            was kept), where conversations left no room to shrink as far.
     """
 
     def __init__(
@@ -65,17 +53,17 @@ class Pool:
         self.budget = budget
         self._limits = limits
         self._folder = folder
-        units = [layer.units for layer in footprint.manifest.layers]
-        share = max(n / m for n, m in zip(budget.slots, units, strict=True))
-        self._footprint = replace(footprint, context=budget.context, share=share)
+        self._footprint = as_divided(footprint, budget)
         self._layers: Sequence[UnitSlots] | None = layers
         self._lock = lock
         self._divide = divide
-        # Everything that ever had keys and values of this model and still lives.
-        self._caches: WeakSet[Any] = WeakSet()
+        self.caches = Caches()
         self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
+        self._rest = self.division  # where nothing has to give way
+        self._given_bytes = budget.total_bytes  # by whoever uses the model
         self._wanted_bytes: int | None = None
         self.resized: list[tuple[float, int]] = []
+        self.refused: list[tuple[float, int, int]] = []
 
     @property
     def logits_pay(self) -> bool:
@@ -84,26 +72,43 @@ class Pool:
 
     @property
     def least_bytes(self) -> int:
-        """The smallest budget that works."""
-        return least_bytes(self._footprint)
+        """About the smallest budget that works from now on."""
+        return self._least_between(
+            least_bytes(self._footprint) - 1, self.budget.total_bytes, 0
+        )
 
-    def bytes_of(self, memory: int | str) -> int:
+    def bytes_of(self, memory: int | float | str) -> int:
         """An amount of memory as `load` takes it, in bytes."""
         return total_bytes(memory, self._footprint)
 
-    def want(self, total_bytes: int | None) -> bool:
+    def want(self, total_bytes: int | None) -> int | None:
         """Have another budget from the next call on; any thread may ask for it.
 
         Args:
             total_bytes: The budget; None leaves it as it is.
 
         Returns:
-            Whether what was wanted before is there.
+            The budget that there is, in bytes. None if what was wanted before has not
+            been looked at yet.
         """
-        done = self._wanted_bytes is None
+        pending = self._wanted_bytes is not None
         if total_bytes is not None:
             self._wanted_bytes = total_bytes
-        return done
+        return None if pending else self.budget.total_bytes
+
+    def take_over(self) -> None:
+        """Have the budget that `want` was told, or the nearest to it that fits.
+
+        Every call of the model begins so; who waits for the next one does it, too.
+        """
+        with self._lock:
+            if self._layers is not None:
+                self._take_over(lambda: self.caches.held_bytes)
+
+    def _take_over(self, kv_bytes: Callable[[], int]) -> None:
+        wanted, self._wanted_bytes = self._wanted_bytes, None
+        if wanted is not None:
+            self._have_near(wanted, self.budget.total_bytes, kv_bytes)
 
     def resize(self, total_bytes: int) -> None:
         """Have another budget from now on. Contents that fit stay.
@@ -115,20 +120,91 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
-            before, footprint = self.budget, self._footprint
-            budget = make_budget(total_bytes, footprint, self._folder, self._divide)
-            # FFNs go on multiplying as many tokens at once as before.
-            self.budget = replace(budget, batch_tokens=before.batch_tokens)
-            held = sum(_nbytes(entry) for entry in self._caches)
+            self._have(total_bytes, self.caches.held_bytes)
+            self._given_bytes = total_bytes
+
+    def hold_logits(self, tokens: int) -> None:
+        """Have slots give way to the logits of so many tokens of a call, from now on.
+
+        Raises:
+            FlashError: If there is no room for them.
+        """
+        with self._lock:
+            # Besides those that a call gives, log probabilities and what they are of.
+            footprint = replace(self._footprint, logits=tokens + LOGITS - 1)
+            if footprint == self._footprint:
+                return
+            rest = Divider(self.budget, footprint, self._divide).best(1, 0)
+            if rest is None:
+                raise FlashError(
+                    f"The logits of {tokens} tokens need "
+                    f"{footprint.logits_bytes / 1e6:,.1f} MB, which a budget of "
+                    f"{say_memory(self.budget.total_bytes)} does not have. Draft fewer "
+                    "tokens, or give more --memory."
+                )
+            self._footprint, self._rest = footprint, rest
+            # What is beyond that is given when the model is called.
+            self.division = replace(self.division, tokens=0)
+
+    def _planned(
+        self, total_bytes: int, kv_bytes: int
+    ) -> tuple[Budget, Division, Division]:
+        """A budget, its division at rest, and beside so much KV cache.
+
+        Raises:
+            NotEnoughMemory: If the least number of slots does not fit.
+            FlashError: If the KV cache does not fit.
+        """
+        footprint = self._footprint
+        budget = make_budget(total_bytes, footprint, self._folder, self._divide)
+        # FFNs go on multiplying as many tokens at once as before.
+        budget = replace(budget, batch_tokens=self.budget.batch_tokens)
+        divider = Divider(budget, footprint, self._divide)
+        return budget, self._best(divider, 1, 0), self._best(divider, 1, kv_bytes)
+
+    def _have(self, total_bytes: int, kv_bytes: int) -> None:
+        """Have another budget, with room for so much KV cache; as `_planned` raises."""
+        budget, rest, division = self._planned(total_bytes, kv_bytes)
+        beside = self._limits.total_bytes - self.budget.total_bytes  # a draft model
+        self._limits.change(total_bytes + beside, budget.cache_bytes)
+        self.budget, self._rest = budget, rest
+        self._change(division)
+        self.resized.append((time.perf_counter(), total_bytes))
+
+    def _have_near(self, wanted: int, most: int, kv_bytes: Callable[[], int]) -> None:
+        """Have the budget that is wanted, or the nearest to it that fits.
+
+        Args:
+            wanted, most: Bytes.
+            kv_bytes: Says what KV caches will take.
+
+        Raises:
+            FlashError: If not even `most` is enough.
+        """
+        while True:
             try:
-                division = self._best_division(1, held)
+                return self._have(wanted, kv_bytes())
             except FlashError:
-                self.budget = before
-                raise
-            beside = self._limits.total_bytes - before.total_bytes  # a draft model
-            self._limits.change(total_bytes + beside, self.budget.cache_bytes)
-            self._change(division)
-            self.resized.append((time.perf_counter(), total_bytes))
+                if not self.caches.let_go():
+                    break
+        enough = self._least_between(wanted, most, kv_bytes())
+        if enough != self.budget.total_bytes:
+            self._have(enough, kv_bytes())
+        refusal = wanted, enough
+        if not self.refused or self.refused[-1][1:] != refusal:
+            self.refused.append((time.perf_counter(), *refusal))
+
+    def _least_between(self, too_little: int, enough: int, kv_bytes: int) -> int:
+        """About the smallest budget that has room for so much KV cache."""
+        while enough - too_little > CLOSER * enough:
+            middle = (too_little + enough) // 2
+            try:
+                self._planned(middle, kv_bytes)
+            except FlashError:
+                too_little = middle
+            else:
+                enough = middle
+        return enough
 
     def prepare(self, sequences: int, tokens: int, cache: Sequence[Any]) -> int:
         """Make room for a call of the model, and say how long its chunks may be.
@@ -147,91 +223,45 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
-            if self._wanted_bytes is not None:
-                wanted, self._wanted_bytes = self._wanted_bytes, None
-                try:
-                    self.resize(wanted)
-                except FlashError:
-                    pass  # what is there is needed: it stays
-            step = max(KV_STEP // sequences, 8)
-            for entry in cache:
-                if getattr(entry, "step", 0) > step:
-                    entry.step = step  # mlx-lm's 256 tokens may be a lot of memory
-            self._caches.update(cache)
-            kv_bytes = self._kv_bytes(sequences, tokens, step, cache)
-            tokens *= sequences
-            now, usual = self.division, self.budget
-            fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
-            gave = now.tokens > usual.prefill_tokens or now.kv_bytes > usual.kv_bytes
-            enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
-            if not fits or (gave and enough):
-                self._change(self._best_division(tokens, kv_bytes))
+            shapes = self._footprint.shapes
+            grown = sequences, tokens, cache, shapes.kv_bytes_per_token
+            needed = partial(self.caches.bytes_after, *grown)
+            self._take_over(needed)
+            try:
+                self._prepare(sequences * tokens, needed())
+            except FlashError:  # it may have given too much to others
+                self._have_near(self.budget.total_bytes, self._given_bytes, needed)
+                self._prepare(sequences * tokens, needed())
             return self.division.tokens
+
+    def _prepare(self, tokens: int, kv_bytes: int) -> None:
+        """Divide anew where that is of use; FlashError where there is no way."""
+        now, usual = self.division, self.budget
+        fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
+        enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
+        if not fits or (now.slots != self._rest.slots and enough):
+            divider = Divider(usual, self._footprint, self._divide)
+            self._change(self._best(divider, tokens, kv_bytes))
 
     def close(self) -> None:
         """Let go of the slots, and refuse further calls."""
         with self._lock:
             self._layers = None
 
-    def _kv_bytes(
-        self, sequences: int, tokens: int, step: int, cache: Sequence[Any]
-    ) -> int:
-        """What all caches hold, and what a call will add to some of them."""
-        held = sum(_nbytes(entry) for entry in self._caches)
-        if not any(_is_full(entry, tokens) for entry in cache):
-            return held
-        grown = sequences * -(-tokens // step) * step
-        return int(held + grown * self._footprint.shapes.kv_bytes_per_token)
-
-    def _best_division(self, tokens: int, kv_bytes: int) -> Division:
-        """The division with which a prompt of so many tokens reads the fewest bytes.
+    def _best(self, divider: Divider, tokens: int, kv_bytes: int) -> Division:
+        """The best division.
 
         Raises:
             FlashError: If there is none.
         """
-        reserve = self.budget.kv_bytes
-        # Some more than is needed now, so that not every step has slots give way.
-        ahead = int(KV_AHEAD * self._footprint.shapes.kv_bytes_per_token)
-        for kv in (kv_bytes + ahead, kv_bytes) if kv_bytes > reserve else (reserve,):
-            chunks = -(-tokens // self.budget.prefill_tokens)
-            sizes = [
-                max(-(-tokens // count), self.budget.prefill_tokens)
-                for count in range(-(-tokens // MAX_PREFILL), chunks + 1)
-            ]
-            possible = [x for size in sizes if (x := self._divided(size, kv, tokens))]
-            if possible:
-                return min(possible, key=lambda x: self._bytes_read(tokens, x))
-        raise FlashError(
-            f"The conversations need {kv_bytes / 1e6:,.1f} MB of KV cache, which a "
-            f"budget of {say_memory(self.budget.total_bytes)} does not have beside the "
-            "weights. Begin a new conversation, or give more --memory."
-        )
-
-    def _bytes_read(self, tokens: int, division: Division) -> int:
-        """What a prompt has read, and once more what slots lose by it."""
-        ffn_bytes = self._footprint.manifest.ffn_bytes
-        missing = ffn_bytes - self._bytes(division.slots)
-        usual = ffn_bytes - self._bytes(self.budget.slots)
-        return -(-tokens // division.tokens) * missing + max(missing - usual, 0)
-
-    def _divided(self, tokens: int, kv_bytes: int, of: int) -> Division | None:
-        """The division for chunks of so many tokens `of` a call."""
-        budget, footprint = self.budget, self._footprint
-        waiting = of if of > tokens else 0
-        batch = budget.batch_tokens
-        workspace = footprint.workspace_bytes(tokens, batch, waiting)
-        workspace += footprint.growth_bytes(kv_bytes - footprint.kv_bytes)
-        fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
-        room = budget.total_bytes - fixed - workspace
-        slots = share_slots(room, footprint, self._divide)
-        if slots is None:
-            return None
-        usual = zip(slots, budget.slots, strict=True)
-        return Division(tuple(min(pair) for pair in usual), tokens, kv_bytes)
-
-    def _bytes(self, slots: Sequence[int]) -> int:
-        layers = self._footprint.manifest.layers
-        return sum(n * x.unit_bytes for n, x in zip(slots, layers, strict=True))
+        division = divider.best(tokens, kv_bytes)
+        if division is None:
+            raise FlashError(
+                f"The conversations need {kv_bytes / 1e6:,.1f} MB of KV cache, which a "
+                f"budget of {say_memory(divider.budget.total_bytes)} does not have "
+                "beside the weights. Begin a new conversation, or give more --memory."
+            )
+        return division
 
     def _change(self, division: Division) -> None:
         """Have the slots of `division`: layers that shrink first, then the others.
@@ -239,6 +269,8 @@ class Pool:
         If something stops it, the next call of the model tries again.
         """
         assert self._layers is not None
+        if division == self.division:
+            return
         budget, footprint = self.budget, self._footprint
         kv_bytes = max(division.kv_bytes, self.division.kv_bytes)
         weights = footprint.fixed_bytes - footprint.kv_bytes
@@ -254,22 +286,3 @@ class Pool:
             self._layers[i].resize(slots[i], max(spare, 0))
         mx.clear_cache()
         self.division = division
-
-
-def _nbytes(entry: Any) -> int:
-    """What one of mlx-lm's caches holds; some kinds do not tell."""
-    try:
-        return entry.nbytes
-    except (AttributeError, NotImplementedError):
-        return 0
-
-
-def _is_full(entry: Any, tokens: int) -> bool:
-    """Whether a cache has to grow for so many more tokens of each sequence."""
-    keys = getattr(entry, "keys", None)
-    if not isinstance(keys, mx.array):
-        return True
-    if keys.shape[-2] == getattr(entry, "max_size", None):
-        return False  # it rotates
-    used = entry._idx if hasattr(entry, "_idx") else entry.offset
-    return used + tokens > keys.shape[-2]

@@ -15,6 +15,7 @@ from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
+from .asked import Asked
 from .early import Early
 from .fence import Fence, begin, evaluate
 from .held import Held, allocate_held, move_held
@@ -38,6 +39,7 @@ class UnitSlots:
 
     Attributes:
         listener: Told of every step, or None.
+        asked: How often each unit was asked for. A layer held whole asks for none.
         files: What is read, which must not change.
     """
 
@@ -53,6 +55,7 @@ class UnitSlots:
         apart: float = 0.0,
     ):
         self.listener: Listener | None = None
+        self.asked = Asked(layer.units)
         self.stats = stats
         self._layer = layer
         self._held = allocate_held(
@@ -173,6 +176,7 @@ class UnitSlots:
                 raise FlashError(CLOSED)
             if self.listener is not None:
                 self.listener(units, tokens, keep)
+            self.asked.count(units)
             self._begin_step()
             self._finish_early(units)
             waves = self.cache.waves(units, tokens, keep)

@@ -7,8 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import initialize_rope
+
+from ..layers import attention
 
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu, "relu2": nn.relu2}
 # Scalings that do not depend on the length: each row of a batch can have its own.
@@ -71,7 +73,7 @@ def attend(
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
     B, _, L, head_dim = queries.shape
-    out = scaled_dot_product_attention(
+    out = attention.attend(
         queries, keys, values, cache=cache, scale=head_dim**-0.5, mask=mask
     )
     return out.transpose(0, 2, 1, 3).reshape(B, L, -1)

@@ -93,6 +93,8 @@ def _layer_norm(args: ModelArgs) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
+    scores_in_pieces = True  # see layers/attention.py
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         D = args.hidden_size

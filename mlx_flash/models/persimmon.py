@@ -54,6 +54,8 @@ def _layer_norm(args: ModelArgs, dims: int | None = None) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
+    scores_in_pieces = True  # see layers/attention.py
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         D = args.hidden_size

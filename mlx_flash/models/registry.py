@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from ..errors import FlashError
+from .rope import reading_older_names
 
 OWN = ("opt", "falcon", "persimmon")
 
@@ -16,6 +17,11 @@ def get_model_classes(config: dict) -> tuple[type[Any], type[Any]]:
     Raises:
         FlashError: If no such model is known, naming ours.
     """
+    model_class, args_class = _classes(config)
+    return model_class, reading_older_names(args_class)
+
+
+def _classes(config: dict) -> tuple[type[Any], type[Any]]:
     from .relu_llama import is_relu_llama
 
     model_type = config.get("model_type")

@@ -10,6 +10,7 @@ holds: so much of the reading's time is hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from ..profile import Profile, Rate
@@ -150,12 +151,22 @@ def token_cost(profile: Profile, work: Work) -> Cost:
     return total
 
 
-def prompt_cost(profile: Profile, work: Work, tokens: int, chunk: int) -> Cost:
+def prompt_cost(
+    profile: Profile,
+    work: Work,
+    tokens: int,
+    chunk: int,
+    held: Sequence[int] | None = None,
+) -> Cost:
     """What a prompt costs that is computed `chunk` tokens at a time.
 
     Neurons and blocks are swept as a whole; of experts, what the chunk's tokens need if
     each chooses at random.
+
+    Args:
+        held: Of each layer, how many slots are filled before; None for all.
     """
+    filled = [layer.slots for layer in work.layers] if held is None else held
     total = Cost()
     while tokens > 0:
         now = min(tokens, chunk)
@@ -163,21 +174,22 @@ def prompt_cost(profile: Profile, work: Work, tokens: int, chunk: int) -> Cost:
         for weights in work.resident:
             compute_s += _many_s(profile, weights, weights.values * now, weights.nbytes)
         total += Cost(compute_s=compute_s)
-        for layer in work.layers:
-            total += _chunk_cost(profile, layer, now)
+        for layer, slots in zip(work.layers, filled, strict=True):
+            total += _chunk_cost(profile, layer, now, slots)
+        filled = [layer.slots for layer in work.layers]
         tokens -= now
     return total
 
 
-def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int) -> Cost:
-    """One layer's part of a chunk of a prompt."""
+def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int, held: int) -> Cost:
+    """One layer's part of a chunk of a prompt, with so many slots filled before."""
     weights = layer.weights
     by_choice = weights.kernel == "experts"
     needed, pairs = float(layer.units), float(layer.units * tokens)
     if by_choice:
         needed *= 1 - (1 - layer.selected / layer.units) ** tokens
         pairs = layer.selected * tokens
-    missing = needed * (1 - layer.slots / layer.units)
+    missing = needed * (1 - held / layer.units)
     read = _read(profile, replace(layer, random=by_choice), missing)
     if weights.kernel == "gathered":
         weights = replace(weights, kernel="matmul")

@@ -10,14 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..assembly import empty_model
+from ..assembly import empty_model, shapes_of
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
 from ..checkpoints.units import find_units
 from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
-from ..memory.footprint import Shapes, find_shapes
+from ..memory.footprint import Shapes
 from ..models.registry import get_model_classes
 from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest
 
@@ -54,7 +54,7 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     if (folder / MANIFEST).exists():
         manifest = parse_manifest(folder)
         # Some models keep what they compute in their first run: these are thrown away.
-        shapes = find_shapes(
+        shapes = shapes_of(
             empty_model(manifest, config, folder),
             config,
             [layer.module for layer in manifest.layers],
@@ -92,15 +92,13 @@ def _of_checkpoint(
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
-    # Experts that are tensors of their own have to be brought together first.
-    apart = any(".experts.0." in tensor for tensor in names)
-    in_place = kind is EXPERT and not apart
+    in_place = kind is EXPERT and not weight_format.apart(names)
     return Outline(
         kind="checkpoint",
         model=model,
         config=config,
         manifest=manifest,
-        shapes=find_shapes(build(), config, modules),
+        shapes=shapes_of(build(), config, modules),
         download_bytes=sum(remote_sizes.values()),
         disk_bytes=0 if in_place else manifest.model_bytes + manifest.predictor_bytes,
         in_place=in_place,

@@ -14,11 +14,13 @@ from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
+from ..memory.division import Divider, as_divided
 from ..memory.footprint import Footprint
 from ..memory.whole import LOCALITY, divide_by, kind_rewards
 from ..profile import Profile
-from .cost import Cost, Work, load_s, prompt_cost, token_bytes, token_cost
+from .cost import Cost, Work, load_s, token_bytes, token_cost
 from .outline import Outline, outline
+from .prompt import first_prompt
 from .requirements import (
     BY_CHANCE,
     MEASURED,
@@ -91,7 +93,7 @@ class Plan:
 
 def make_plan(
     name: str | Path,
-    memory: int | str = "auto",
+    memory: int | float | str = "auto",
     profile: Profile | None = None,
     *,
     revision: str | None = None,
@@ -132,8 +134,8 @@ def make_plan(
     if profile:
         costs = [token_cost(profile, work) for work in works]
         loading = load_s(profile, works[-1])
-        chunk = budget.prefill_tokens
-        prompt = prompt_cost(profile, works[-1], prompt_tokens, chunk)
+        divider = Divider(budget, as_divided(footprint, budget), divide)
+        prompt = first_prompt(found, divider, profile, selections[-1], prompt_tokens)
         first = loading + prompt.total_s
     pairs = list(zip(budget.slots, manifest.layers, strict=True))
     held = sum(n * layer.unit_bytes for n, layer in pairs) / manifest.ffn_bytes

@@ -1,22 +1,21 @@
-"""Judge the body of a request before anything else sees it.
+"""The fields of OpenAI's bodies, judged before anything else sees them.
 
-mlx-lm's server trusts its clients: a wrong type or a token id that does not exist ends
-its generation thread, or the process. What `check_body` returns has only fields that
-mlx-lm knows, each of the type and in the range that it needs.
+A wrong type or a token id that does not exist would end mlx-lm's generation, or the
+process. What is asked and cannot be had is refused, not passed over.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import reprlib
-from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FlashError
+from . import fields
+from .fields import Limits, Refused
+from .request import Request, Sampling
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+MOST_ALTERNATIVES = 11  # of a token; mlx-lm's number
 LEAST_TEMPERATURE = 1e-3  # float16 overflows below: 0 instead, which is the limit
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
@@ -28,148 +27,150 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "xtc_probability": (0, 1),
     "xtc_threshold": (0, 0.5),
 }
-FLAGS = ("stream", "logprobs")
 LOADING = ("adapters", "draft_model")  # what would make mlx-lm load something
+# What OpenAI's server can do and this one cannot, with what may be said all the same.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "modalities": (["text"],),
+}
 
 
-class Refused(FlashError):
-    """A request that gets an error for an answer.
-
-    Attributes:
-        status: Of HTTP.
-    """
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the loaded model allows.
-
-    Attributes:
-        name: What it is called.
-        names: What a request may call it.
-        vocabulary: Its number of token ids.
-        tokens: Of a prompt and its answer together.
-    """
-
-    name: str
-    names: frozenset[str]
-    vocabulary: int
-    tokens: int
-
-
-def check_body(raw: bytes, chat: bool, limits: Limits) -> dict[str, Any]:
-    """The fields of a request, those that mlx-lm knows and no others.
+def read_request(body: dict[str, Any], chat: bool, limits: Limits) -> Request:
+    """What a body of OpenAI's chat or completions API asks.
 
     Args:
-        raw: As it came.
+        body: Its JSON object, without the fields that are null.
         chat: Whether it asks for a chat completion, with messages and not a prompt.
         limits: Of the loaded model.
 
     Raises:
         Refused: With one sentence on the first field that is wrong.
     """
-    body = {name: v for name, v in _parse(raw).items() if v is not None}
-    _check_model(body, limits)
-    checked: dict[str, Any] = {"model": body.get("model", "default_model")}
-    for name, (low, high) in NUMBERS.items():
-        if name in body:
-            checked[name] = _number(name, body[name], low, high)
-    if checked.get("temperature", 1) < LEAST_TEMPERATURE:
-        checked["temperature"] = 0.0
-    for name, low, high in _wholes(limits):
-        if name in body:
-            checked[name] = _whole(name, body[name], low, high)
-    for name in FLAGS:
-        if name in body:
-            checked[name] = _flag(name, body[name])
-    if "stream_options" in body:
-        options = _object("stream_options", body["stream_options"])
-        usage = options.get("include_usage", False)
-        usage = _flag("stream_options.include_usage", usage)
-        checked["stream_options"] = {"include_usage": usage}
-    if "logit_bias" in body:
-        checked["logit_bias"] = _logit_bias(body["logit_bias"], limits)
-    if "stop" in body:
-        checked["stop"] = _stop(body["stop"])
-    return checked | (_chat(body) if chat else {"prompt": _prompt(body, limits)})
+    check_model(body, limits)
+    for name, possible in FIXED.items():
+        if name in body and body[name] not in possible:
+            raise Refused(
+                f"{name} cannot be {fields.say(body[name])} here, only "
+                f"{' or '.join(fields.say(value) for value in possible)}."
+            )
+    common: dict[str, Any] = {
+        "max_tokens": _max_tokens(body, limits),
+        "stop": read_stop(body.get("stop", [])),
+        "top_logprobs": _top_logprobs(body, chat, limits),
+        "sampling": read_sampling(body, limits),
+    }
+    if chat:
+        return Request(**_chat(body), **common)
+    return Request(prompt=_prompt(body, limits), **common)
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        body = json.loads(raw.decode(), parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"The body is not JSON in UTF-8: {error}.") from None
-    return _object("The body", body)
-
-
-def _check_model(body: dict[str, Any], limits: Limits) -> None:
+def check_model(body: dict[str, Any], limits: Limits) -> None:
+    """Raise unless a body names the loaded model, or none."""
     for name in LOADING:
         if name in body:
             raise Refused(f"{name} cannot be chosen in a request: leave it out.")
     model = body.get("model", "default_model")
     if not isinstance(model, str) or model not in limits.names:
         raise Refused(
-            f"There is no model {_say(model)} here; GET /v1/models says what is.", 404
+            f"There is no model {fields.say(model)} here; GET /v1/models says what is.",
+            404,
         )
 
 
-def _wholes(limits: Limits) -> list[tuple[str, int, int]]:
-    contexts = ("repetition", "presence", "frequency")
-    return [
-        ("max_tokens", 1, limits.tokens),
-        ("max_completion_tokens", 1, limits.tokens),
-        ("top_k", 0, limits.vocabulary - 1),
-        ("top_logprobs", -1, min(11, limits.vocabulary - 1)),
-        ("seed", 0, 2**63),
-        *((f"{name}_context_size", 0, 2**31) for name in contexts),
-    ]
+def read_sampling(body: dict[str, Any], limits: Limits) -> Sampling:
+    """How a body wants tokens to be chosen, by the names of mlx-lm's server."""
+    found: dict[str, Any] = {}
+    for name, (low, high) in NUMBERS.items():
+        if name in body:
+            found[name] = fields.number(name, body[name], low, high)
+    if found.get("temperature", 1) < LEAST_TEMPERATURE:
+        found["temperature"] = 0.0
+    contexts = (f"{x}_context_size" for x in ("repetition", "presence", "frequency"))
+    wholes = [("top_k", limits.vocabulary - 1), ("seed", 2**63)]
+    for name, high in [*wholes, *((name, 2**31) for name in contexts)]:
+        if name in body:
+            found[name] = fields.whole(name, body[name], 0, high)
+    if "logit_bias" in body:
+        found["logit_bias"] = _logit_bias(body["logit_bias"], limits)
+    return Sampling(**found)
+
+
+def read_stop(stop: Any) -> tuple[str, ...]:
+    """The texts that end an answer, from one or several."""
+    stops = stop if isinstance(stop, list) else [stop]
+    if len(stops) > MAX_STOPS:
+        raise Refused(f"stop has {len(stops)} texts; {MAX_STOPS} are possible.")
+    for text in stops:
+        if not 0 < len(fields.text("stop", text)) <= MAX_STOP_CHARACTERS:
+            raise Refused(f"A stop text must have 1 to {MAX_STOP_CHARACTERS} letters.")
+    return tuple(stops)
+
+
+def _max_tokens(body: dict[str, Any], limits: Limits) -> int | None:
+    found = None
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body:
+            found = fields.whole(name, body[name], 1, limits.tokens)
+    return found
+
+
+def _top_logprobs(body: dict[str, Any], chat: bool, limits: Limits) -> int | None:
+    """How many alternatives are told with each token; None for no log probabilities."""
+    most = min(MOST_ALTERNATIVES, limits.vocabulary - 1)
+    wanted = body.get("logprobs", False)
+    top = fields.whole("top_logprobs", body.get("top_logprobs", -1), -1, most)
+    if not chat and type(wanted) is int:  # as OpenAI's completions have it
+        return fields.whole("logprobs", wanted, 0, most)
+    return max(top, 0) if fields.flag("logprobs", wanted) or top > 0 else None
 
 
 def _chat(body: dict[str, Any]) -> dict[str, Any]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused("messages must be a list with at least one message.")
-    checked: dict[str, Any] = {
+    found: dict[str, Any] = {
         "messages": [_message(i, m) for i, m in enumerate(messages)]
     }
-    if "tools" in body:
-        tools = body["tools"]
-        if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-            raise Refused(f"tools must be a list of objects, found {_say(tools)}.")
-        checked["tools"] = tools
+    tools = body.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise Refused(f"tools must be a list of objects, found {fields.say(tools)}.")
+    if body.get("tool_choice") != "none":
+        found["tools"] = tools or None
     if "role_mapping" in body:
-        mapping = _object("role_mapping", body["role_mapping"])
-        checked["role_mapping"] = {k: _text(k, v) for k, v in mapping.items()}
-    if "chat_template_kwargs" in body:
-        options = _object("chat_template_kwargs", body["chat_template_kwargs"])
-        checked["chat_template_kwargs"] = _template_options(options)
-    return checked
+        mapping = fields.json_object("role_mapping", body["role_mapping"])
+        found["role_mapping"] = {k: fields.text(k, v) for k, v in mapping.items()}
+    options = fields.json_object(
+        "chat_template_kwargs", body.get("chat_template_kwargs", {})
+    )
+    if "reasoning_effort" in body:  # some templates know it
+        effort = fields.text("reasoning_effort", body["reasoning_effort"])
+        options = {"reasoning_effort": effort} | options
+    found["template_options"] = _template_options(options)
+    return found
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
     """A message with its content as one text."""
     where = f"messages[{i}]"
-    message = dict(_object(where, message))
+    message = dict(fields.json_object(where, message))
     if message.get("role") not in ROLES:
         raise Refused(
             f"{where}.role must be one of {', '.join(ROLES)}, "
-            f"found {_say(message.get('role'))}."
+            f"found {fields.say(message.get('role'))}."
         )
     parts = message.get("content") or ""
     if not isinstance(parts, list):
         parts = [{"type": "text", "text": parts}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise Refused(f"{where}.content must be text, found {_say(part)}.")
+            raise Refused(f"{where}.content must be text, found {fields.say(part)}.")
     message["content"] = "".join(
-        _text(f"{where}.content", part.get("text")) for part in parts
+        fields.text(f"{where}.content", part.get("text")) for part in parts
     )
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
@@ -185,7 +186,8 @@ def _template_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name in taken or type(value) not in (bool, int, float, str):
             raise Refused(
-                f"chat_template_kwargs.{name} cannot be {_say(value)} in a request."
+                f"chat_template_kwargs.{name} cannot be {fields.say(value)} in a "
+                "request."
             )
     return options
 
@@ -195,68 +197,21 @@ def _prompt(body: dict[str, Any], limits: Limits) -> str | list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
         prompt = prompt[0]
     if isinstance(prompt, list) and prompt:
-        return [_whole("A token id", t, 0, limits.vocabulary - 1) for t in prompt]
+        return [fields.whole("A token id", t, 0, limits.vocabulary - 1) for t in prompt]
     if not isinstance(prompt, str) or not prompt.strip():
         raise Refused(
             "prompt must be one text, or the token ids of one, and not empty; "
-            f"found {_say(prompt)}."
+            f"found {fields.say(prompt)}."
         )
     return prompt
 
 
-def _logit_bias(bias: Any, limits: Limits) -> dict[str, float]:
+def _logit_bias(bias: Any, limits: Limits) -> dict[int, float]:
     checked = {}
-    for key, value in _object("logit_bias", bias).items():
+    for key, value in fields.json_object("logit_bias", bias).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else -1
-        _whole(f"logit_bias of token {_say(key)}", token, 0, limits.vocabulary - 1)
-        checked[str(token)] = _number("logit_bias", value, -100, 100)
+        fields.whole(
+            f"logit_bias of token {fields.say(key)}", token, 0, limits.vocabulary - 1
+        )
+        checked[token] = fields.number("logit_bias", value, -100, 100)
     return checked
-
-
-def _stop(stop: Any) -> list[str]:
-    stops = stop if isinstance(stop, list) else [stop]
-    if len(stops) > MAX_STOPS:
-        raise Refused(f"stop has {len(stops)} texts; {MAX_STOPS} are possible.")
-    for text in stops:
-        if not 0 < len(_text("stop", text)) <= MAX_STOP_CHARACTERS:
-            raise Refused(f"A stop text must have 1 to {MAX_STOP_CHARACTERS} letters.")
-    return stops
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    # NaN is in no range.
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise Refused(
-            f"{name} must be a number from {low:g} to {high:g}, found {_say(value)}."
-        )
-    return float(value)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise Refused(
-            f"{name} must be a whole number from {low} to {high}, found {_say(value)}."
-        )
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise Refused(f"{name} must be true or false, found {_say(value)}.")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise Refused(f"{name} must be text, found {_say(value)}.")
-    return value
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Refused(f"{name} must be a JSON object, found {_say(value)}.")
-    return value
-
-
-def _say(value: Any) -> str:
-    return reprlib.repr(value)

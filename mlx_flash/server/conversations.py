@@ -46,13 +46,23 @@ class Conversations:
         room_bytes: For all of them and the one that is being answered.
     """
 
-    def __init__(self, model: nn.Module, folder: PrefixFolder | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: PrefixFolder | None = None,
+        most: int | None = None,
+        most_bytes: int | None = None,
+    ):
         """
         Args:
             model: From `mlx_flash.load`.
             folder: Where prefixes outlive the process, if anywhere.
+            most: So many are kept, at most.
+            most_bytes: Of the caches that wait.
         """
         self.room_bytes = model.flash.budget.kv_bytes
+        self._most = most
+        self._most_bytes = most_bytes
         self._model = model
         self._shapes = model.flash.shapes
         self._folder = folder
@@ -94,6 +104,7 @@ class Conversations:
             n_bytes = cache_bytes(cache)
             self._make_room(n_bytes)
             self._kept.append(Kept(tokens[:read], cache, n_bytes))
+            self._drop_surplus()
 
     def save(self) -> None:
         """Write what was kept last to the folder, if it is worth it."""
@@ -156,6 +167,14 @@ class Conversations:
         while self._kept and used + needed_bytes > self.room_bytes:
             used -= self._kept.pop(0).n_bytes
         mx.clear_cache()  # of the buffers that they had
+
+    def _drop_surplus(self) -> None:
+        """Let go of caches beyond the limits that were given."""
+        if self._most is not None:
+            del self._kept[: max(len(self._kept) - self._most, 0)]
+        if self._most_bytes is not None:
+            while sum(entry.n_bytes for entry in self._kept) > self._most_bytes:
+                self._kept.pop(0)
 
     def _bytes_of(self, tokens: int) -> int:
         """What a cache takes that reads so many tokens and begins to answer.

@@ -1,110 +1,163 @@
-"""The listening socket, and a bounded number of connections."""
+"""uvicorn, on a socket that is bound before the model is loaded."""
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import asyncio
+import json
+import signal
 import socket
-import sys
-from http.server import ThreadingHTTPServer
-from threading import BoundedSemaphore
+from types import FrameType
 from typing import Any
 
-from mlx_lm.server import get_system_fingerprint
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import FlashError
-from .handler import Handler
+from .failures import error_body, refusal
+from .fields import Refused
 from .worker import Worker
 
 MAX_CONNECTIONS = 64
-M_ARENA_MAX, ARENAS = -8, 2  # of glibc's mallopt
-BUSY = b"""HTTP/1.0 503 Service Unavailable\r
-Content-Type: application/json\r
-Retry-After: 1\r
-\r
-{"error": {"message": "Too many connections; try again in a moment.", \
-"type": "server_error", "param": null, "code": null}}"""
+REQUEST_S = 20.0  # for the head of a request, and for what follows a refused one
+GRACE_S = 1.5  # for answers to end when the server does
 
 
-class Listener(ThreadingHTTPServer):
-    """Bound from the beginning, listening from `listen` on.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, and that does not listen yet.
+
+    Raises:
+        FlashError: If that is not possible.
+    """
+    try:
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except BaseException:
+            made.close()
+            raise
+        return made
+    except (OSError, OverflowError) as error:
+        raise _unusable(host, port, error) from error
+
+
+class Listener(uvicorn.Server):
+    """Answers requests at a bound socket while `run` runs.
 
     Attributes:
-        worker: Who answers, from `listen` on.
+        worker: Who answers.
+        url: Of the OpenAI API.
+        port: Where it listens.
+        ready: Called when it does.
     """
 
-    request_queue_size = MAX_CONNECTIONS  # clients that come at once; 5 by default
-
-    def __init__(self, host: str, port: int):
-        try:
-            found = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    def __init__(self, app: ASGIApp, bound: socket.socket, worker: Worker):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                server_header=False,
+                # uvicorn's type says int; asyncio takes any number.
+                timeout_graceful_shutdown=GRACE_S,  # type: ignore[arg-type]
             )
-            self.address_family, _, _, _, address = found[0]
-            super().__init__(address[:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
-            self.server_bind()
-        except (OSError, OverflowError) as error:
-            raise _unusable(host, port, error) from error
-        self._free = BoundedSemaphore(MAX_CONNECTIONS)
-
-    @property
-    def url(self) -> str:
-        host, port = self.server_address[:2]
-        name = f"[{host!s}]" if ":" in str(host) else host
-        return f"http://{name!s}:{port}/v1"
-
-    def listen(self, worker: Worker) -> None:
-        """Take connections; `serve_forever` answers them."""
-        _limit_arenas()
-        self.worker = worker
-        self._fingerprint = get_system_fingerprint()
-        try:
-            self.server_activate()
-        except OSError as error:
-            host, port = worker.cli_args.host, self.server_address[1]
-            raise _unusable(host, int(port), error) from error
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        Handler(
-            self.worker,
-            request,
-            client_address,
-            self,
-            system_fingerprint=self._fingerprint,
         )
+        self.worker = worker
+        self._bound = bound
+        host, self.port = bound.getsockname()[:2]
+        self._host = host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        self.ready = lambda: None
+        self._interrupted = False
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            request.settimeout(0)
-            try:
-                request.send(BUSY)
-            except OSError:  # it left
-                pass
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+    def serve_forever(self) -> None:
+        """Answer until Ctrl-C or `stop`.
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        Raises:
+            FlashError: If somebody else listens there by now.
+            KeyboardInterrupt: After Ctrl-C, when all connections were closed.
+        """
+        self.run(sockets=[self._bound])
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Have `serve_forever` return; any thread may call it."""
+        self.worker.end_answers()
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+            await super().startup(sockets)
+        except OSError as error:
+            raise _unusable(self._host, self.port, error) from error
+        self.ready()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # else a client that left
-            logging.exception("A connection failed.")
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._interrupted = sig == signal.SIGINT
+        self.worker.end_answers()
+        super().handle_exit(sig, frame)
 
 
-def _limit_arenas() -> None:
-    """Have threads of connections share malloc's memory.
+class Connection(H11Protocol):
+    """uvicorn's, with an end to requests that never come, and errors as JSON."""
 
-    glibc gives each of them an arena, up to eight a core, and each keeps what a long
-    prompt needed once: 164 instead of 129 MB after a thousand requests.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            mallopt(M_ARENA_MAX, ARENAS)
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.app = refusal(
+                Refused("Too many connections; try again in a moment.", 503)
+            )
+        self._begin_to_wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._begin_to_wait()
+        super().on_response_complete()
+
+    def eof_received(self) -> None:
+        if self.cycle is None or self.cycle.more_body:
+            self.send_400_response("The request ended before it was complete.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong with the request, unless an answer was begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            raw = json.dumps(error_body(msg, 400)).encode()
+            headers = {"content-type": "application/json", "connection": "close"}
+            headers["content-length"] = str(len(raw))
+            events: list[Any] = [
+                h11.Response(status_code=400, headers=list(headers.items())),
+                h11.Data(data=raw),
+                h11.EndOfMessage(),
+            ]
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _begin_to_wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(REQUEST_S, self._end_waiting)
+
+    def _end_waiting(self) -> None:
+        """Close, unless a request came: `guards` waits for the body of that."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 def _unusable(host: str, port: int, error: Exception) -> FlashError:

@@ -2,26 +2,41 @@
 
 
 class StopText:
-    """Finds where an answer has to end.
-
-    mlx-lm looks for the tokens of a stop text, and the model may write it with others.
-    Its handler takes the text itself out, and drops the text of the last token: so the
-    answer ends with the token after the one that completes a stop text.
+    """Finds the text that has to end an answer, however it lies in tokens.
 
     Attributes:
-        found: Whether the text so far has one.
+        found: The stop text that was found, None so far.
     """
 
-    def __init__(self, words: list[str]):
-        self.found = False
+    def __init__(self, words: tuple[str, ...]):
+        self.found: str | None = None
         self._words = words
-        self._keep = max(map(len, words), default=1) - 1
-        self._tail = ""
+        self._held = ""
 
     def cut(self, piece: str) -> str:
-        """The next piece of the answer, up to the end of a stop text in it."""
-        text = self._tail + piece
-        ends = [text.find(word) + len(word) for word in self._words if word in text]
-        self.found = bool(ends)
-        self._tail = text[max(len(text) - self._keep, 0) :]
-        return piece[: len(piece) - len(text) + min(ends)] if ends else piece
+        """What can be told of the answer now that `piece` came.
+
+        The beginning of a possible stop text is held back; nothing follows a stop text.
+        """
+        text = self._held + piece
+        self._held = ""
+        ends = [(text.find(w), -len(w), w) for w in self._words if w in text]
+        if ends:
+            start, _, self.found = min(ends)
+            return text[:start]
+        keep = max((_overlap(text, word) for word in self._words), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` may begin `word`."""
+    for n in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:n]):
+            return n
+    return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import mlx_flash
-from mlx_flash.server import open_server
+from mlx_flash.server import Settings, open_server
 from mlx_flash.server.prefix_folder import Saving
 
 LOOK_S = 0.002
@@ -27,11 +27,10 @@ def watch(most: dict[str, int], end: threading.Event) -> None:
 
 
 def main(port, model=mlx_flash.DEMO_MODEL, memory="50%", context=None, folder=None):
-    # As `serve` has it; the log would fill the disk.
-    options = ["--port", port, "--log-level", "CRITICAL"]
+    settings = Settings(port=int(port))
     saving = Saving(Path(folder), 10**9) if folder else None
     wanted = {"context": int(context)} if context else {}
-    with open_server(str(model), memory, options, saving, **wanted) as listener:
+    with open_server(str(model), memory, settings, saving, **wanted) as listener:
         flash = listener.worker.model.flash
         most, end = {"bytes": 0}, threading.Event()
         threading.Thread(target=watch, args=(most, end)).start()

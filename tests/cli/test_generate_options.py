@@ -109,6 +109,18 @@ def test_a_cache_that_cannot_be_quantised_so(flash):
     assert "cannot be quantised" in result.stderr.splitlines()[-1]
 
 
+def test_other_errors_are_not_taken_for_one_of_the_cache(flash):
+    def sampler(logprobs):
+        raise ValueError("no such sampler")
+
+    with mlx_flash.load(flash, "1GB", context=64) as (model, tokenizer):
+        steps = mlx_flash.stream_generate(
+            model, tokenizer, TEXT, 4, kv_bits=8, kv_group_size=32, sampler=sampler
+        )
+        with pytest.raises(ValueError, match="no such sampler"):
+            list(steps)
+
+
 def test_a_bounded_cache(flash):
     plain = answer(flash, n=60)
     wide = answer(flash, "--max-kv-size", 200, n=60)

@@ -74,7 +74,7 @@ def make(name, memory, context=2048):
 def least(name, context=2048):
     """The amount the refusal names, as it is written there."""
     with pytest.raises(FlashError) as error:
-        make(name, 1, context)
+        make(name, "1KB", context)
     assert str(FOLDER) in str(error.value)
     assert f"{context:,} tokens" in str(error.value)
     return re.search(r"--memory (\S+) ", str(error.value))[1]
@@ -101,7 +101,7 @@ def test_the_least_that_is_named_works_and_less_does_not(name):
 def test_the_least_works_for_a_model_of_any_size(dims, units, layers, vocab, context):
     model = opt_like(dims, units, layers, vocab)
     with pytest.raises(FlashError) as error:
-        make_budget(1, footprint(model, context), FOLDER)
+        make_budget("1B", footprint(model, context), FOLDER)
     amount = re.search(r"--memory (\S+) ", str(error.value))[1]
     budget = make_budget(amount, footprint(model, context), FOLDER)
     assert min(budget.slots) >= max(units // 64, 1)
@@ -191,9 +191,17 @@ def test_prompt_chunks_grow_with_the_budget():
         ("7 gb", 7 * 10**9),
         ("1.5g", 15 * 10**8),
         ("512MB", 512 * 10**6),
-        ("100", 100),
-        (100, 100),
+        ("7GiB", 7 * 2**30),
+        ("1.5Gi", 3 * 2**29),
+        ("512 kib", 2**19),
+        ("100B", 100),
+        ("5000", 5000),
+        (10**17 + 1, 10**17 + 1),
+        (8e9, 8 * 10**9),
         ("50%", 0.5),
+        (0.8, 0.8),
+        ("0.8", 0.8),
+        (1.0, 1.0),
         ("auto", None),
         (" AUTO ", None),
     ],
@@ -204,14 +212,25 @@ def test_amounts_as_people_write_them(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "much", "-1GB", "0", 0, -5, True, None, "0%", "1e9", "7GiB", "GB", "7 G B"],
+    ["", "much", "-1GB", "0", 0, -5, True, None, "0%", "1e9", "7iB", "GB", "7 G B"],
 )
 def test_what_is_no_amount_is_refused_with_an_example(text):
     with pytest.raises(FlashError, match="Try 7GB"):
         parse_memory(text)
 
 
-@given(st.one_of(st.text(), st.integers(), st.from_regex(r"\d+(\.\d+)?[KMGT%]?")))
+@pytest.mark.parametrize("amount", [7, "7", 1, "1", "7.5", 1.5, 999])
+def test_a_small_number_is_asked_for_its_unit(amount):
+    number = f"{float(amount):g}"
+    with pytest.raises(FlashError, match=f"without a unit. Try {number}GB, {number}MB"):
+        parse_memory(amount)
+
+
+@given(
+    st.one_of(
+        st.text(), st.integers(), st.floats(), st.from_regex(r"\d+(\.\d+)?[KMGT%]?")
+    )
+)
 @example(10**400)
 @example("9" * 400 + "GB")
 @example("9" * 400 + "%")

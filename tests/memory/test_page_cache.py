@@ -1,22 +1,32 @@
 """Reads go through the page cache where memory beyond the budget can hold enough."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from machine_profile import PROFILE
 
 from mlx_flash.cli import main
 from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_model
 from mlx_flash.memory import page_cache
-from mlx_flash.memory.page_cache import use_page_cache
+from mlx_flash.memory.page_cache import better_through, use_page_cache
+from mlx_flash.profile import BufferedPoint, default_path, save_profile
 from mlx_flash.storage import direct_io
 from mlx_flash.storage.manifest import Layer, Part
 
 GB = 10**9
 PART = Part("rows", "float32", (250,), 0, 1000)
 LAYERS = [Layer("mlp", "ffn", "", 0, 10**7, 1000, (PART,), "", None)] * 2  # 20 GB
+
+
+@pytest.fixture(autouse=True)
+def no_profile(monkeypatch, tmp_path):
+    """Not the one of whoever runs the tests."""
+    monkeypatch.setenv("MLX_FLASH_PROFILE", str(tmp_path / "profile.json"))
 
 
 @pytest.fixture
@@ -56,6 +66,38 @@ def test_a_model_held_whole_is_read_once(free):
     assert not auto(slots=(10**7, 10**7), budget=22 * GB)
 
 
+# PROFILE reads 1.6 GB/s of blocks of 64 KiB, around the page cache, and more of longer
+# ones; 0.4 GB/s of 4 KiB.
+@pytest.mark.parametrize(
+    "cold, warm, wanted",
+    [
+        (1.0e9, 1.5e9, False),
+        (1.0e9, 5.0e9, None),
+        (1.7e9, 5.0e9, None),
+        (1.8e9, 5.0e9, True),
+    ],
+)
+def test_what_was_measured_comes_first(free, cold, warm, wanted):
+    """Slower even warm: never. Faster even cold: always. Else memory decides."""
+    short = BufferedPoint(4096, 16, 3e8, 3.5e8)
+    measured = dataclasses.replace(
+        PROFILE,
+        device=f"a test, MLX on {mx.default_device().type.name}",
+        buffered=(short, BufferedPoint(65536, 16, cold, warm)),
+    )
+    assert better_through(measured, 100_000) is wanted
+    assert better_through(measured, 1000) is False
+    assert better_through(PROFILE, 100_000) is None
+    save_profile(measured, default_path())
+    long = [dataclasses.replace(layer, unit_bytes=65536, units=10) for layer in LAYERS]
+    for room in (0, 64 * GB):
+        free(room)
+        found = use_page_cache("auto", long, (5, 5), GB, 0.5)
+        assert found is (room > 0 if wanted is None else wanted)
+        assert use_page_cache("on", long, (5, 5), GB, 0.5)
+        assert not use_page_cache("auto", long, (10, 10), GB, 0.5), "nothing is read"
+
+
 def test_settings(free):
     free(0)
     for setting, wanted in (("on", True), (True, True), ("off", False), (False, False)):
@@ -67,7 +109,8 @@ def test_settings(free):
 @pytest.mark.parametrize("available, through", [(64 * GB, True), (50_000, False)])
 def test_loading_chooses_by_itself(flash_folder, free, available, through):
     free(available)
-    with load_model(flash_folder, "140KB") as (model, _):
+    with load_model(flash_folder, "120KB", predictor=False, context=8) as (model, _):
+        assert not any(layer.slots.holds_all for layer in model.flash.layers)
         if not through and not model.flash.direct_io:
             pytest.skip("no direct I/O on this file system")
         assert model.flash.direct_io is not through
