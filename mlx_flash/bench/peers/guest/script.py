@@ -51,7 +51,9 @@ class Script:
         """As mlx-lm and mlx-vlm call a sampler, with log probabilities [1, V]."""
         import mlx.core as mx
 
-        return mx.array([self.take(mx.argmax(logprobs, axis=-1).item())])
+        best = mx.argmax(logprobs, axis=-1).item()
+        assert isinstance(best, int)
+        return mx.array([self.take(best)])
 
 
 def cpu_s() -> float:
