@@ -40,7 +40,7 @@ def mlx_lm(job: Job, script: Script) -> Callable[[], dict]:
     """mlx-lm with the whole model in memory."""
     from mlx_lm.utils import load
 
-    model, tokenizer = load(job["path"])
+    model, tokenizer, *_ = load(job["path"])
     return lambda: _mlx_lm_loop(model, tokenizer, script)
 
 
