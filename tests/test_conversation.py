@@ -336,7 +336,7 @@ def test_messages_in_the_place_of_a_prompt(loaded):
     prompt = expected_prompt(("user", "w20"))
     assert numbers(text) == anew(loaded, prompt, n=6)
     words = text.split()
-    assert len(set(words)) == 6
+    assert words[2] not in words[:2]
     stopped = mlx_flash.generate(
         model, tokenizer, messages=messages, max_tokens=6, stop=[words[2]]
     )
