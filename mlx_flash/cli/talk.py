@@ -77,15 +77,15 @@ class Chat:
         """One turn. It ends a line of stdout in every case, and says what it was."""
         talk, screen = self._talk, self._screen
         with screen.waiting() as waiting:
-            talk.progress = waiting.update
+            talk.progress = waiting.reach
             begun = False
             try:
                 for piece in talk.ask(text):
-                    waiting.end()
+                    waiting.close()
                     begun = True
                     screen.piece(piece.text, piece.thinking)
             except FlashError as error:
-                waiting.end()
+                waiting.close()
                 if begun:
                     screen.end()
                 what = "is kept" if talk.kept else "was not taken into the conversation"

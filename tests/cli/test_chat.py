@@ -128,7 +128,8 @@ def test_a_turn_that_does_not_fit_says_what_to_do(tmp_path):
     folder = make_chat_model(tmp_path, max_position_embeddings=32)
     long = " ".join(["w20"] * 40)
     result = run("chat", folder, "--memory", "1MB", input=f"{long}\nw20\n", code=1)
-    error = result.stderr.splitlines()[0]
+    loading, error, *_ = result.stderr.splitlines()
+    assert loading.startswith("loading")
     assert "32 positions" in error and "/reset begins anew" in error
     assert "was not taken into the conversation" in error
     assert result.stdout.split()
