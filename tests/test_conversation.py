@@ -282,11 +282,13 @@ def test_more_than_the_memory(folder):
 # On disk
 
 
-def test_a_saved_conversation_goes_on(loaded, tmp_path):
-    file = tmp_path / "talk.json"
+def test_a_saved_conversation_goes_on(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = "~/talk.json"
     talk = Conversation(*loaded, "w50", max_tokens=8)
     say(talk, QUESTIONS[0])
     talk.save(file)
+    assert (tmp_path / "talk.json").exists()
     expected = say(talk, QUESTIONS[1])
     other = Conversation(*loaded, max_tokens=8)
     other.load(file)

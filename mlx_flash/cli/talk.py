@@ -138,6 +138,8 @@ class Chat:
         self._screen.note("A new conversation.")
 
     def _system(self, text: str) -> None:
+        if text and not self._talk.has_template:
+            raise FlashError("This model has no chat template: nobody would read that.")
         if text:
             self._talk.system = text
         told = self._talk.system

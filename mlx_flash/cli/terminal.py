@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import FlashError
 from ..progress import Bar
 from ..storage.files import cache_folder
 
@@ -69,7 +70,7 @@ def read_messages(screen: Screen, commands: Sequence[str]) -> Iterator[str]:
         yield from _typed(screen, commands)
         return
     lines: list[str] = []
-    for line in sys.stdin:
+    for line in _piped():
         lines.append(line.rstrip("\r\n"))
         if lines[-1].endswith(MORE):
             lines[-1] = lines[-1].removesuffix(MORE)
@@ -78,6 +79,17 @@ def read_messages(screen: Screen, commands: Sequence[str]) -> Iterator[str]:
         lines.clear()
     if lines:
         yield "\n".join(lines)
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise FlashError(
+                "The input is not text in UTF-8. Convert it first, with iconv for "
+                "example."
+            ) from error
 
 
 def _typed(screen: Screen, commands: Sequence[str]) -> Iterator[str]:

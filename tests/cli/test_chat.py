@@ -149,6 +149,19 @@ def test_a_prompt_cache_goes_on(folder, tmp_path):
     assert "Not used: " in result.stderr and result.stdout == first
 
 
+def test_input_that_is_no_text(folder):
+    options = *MEMORY, "-q", "-m", 4
+    result = run("chat", folder, *options, input=b"w20\ncaf\xe9\n", code=1)
+    assert result.stdout.strip()
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: The input is not text in UTF-8.")
+
+
+def test_nobody_reads_a_system_prompt_without_a_template():
+    result = run("chat", "-q", "-m", 4, input="/system Be brief.\nOnce\n", code=1)
+    assert "has no chat template" in result.stderr and result.stdout.strip()
+
+
 def test_what_was_thought_is_told_apart_and_ends(folder, monkeypatch):
     shown = []
     monkeypatch.setattr(
