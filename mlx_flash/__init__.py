@@ -6,10 +6,18 @@ with `generate` and `stream_generate` from here, which also measure what a run c
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .errors import FlashError, NotEnoughMemory
 from .storage.open_files import check_limit
+
+if TYPE_CHECKING:  # what editors and type checkers see of the names below
+    from .conversation import Conversation
+    from .converters.convert import convert
+    from .generation import generate, stream_generate
+    from .load_options import LoadOptions
+    from .loading import load, load_model
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -18,13 +26,30 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 _LAZY = {
     "load": "library.by_name",
     "load_model": "library.by_name",
-    "LoadOptions": "loading",
+    "LoadOptions": "load_options",
     "generate": "generation",
     "stream_generate": "generation",
+    "Conversation": "conversation",
     "convert": "converters.convert",
 }
 
-__all__ = ["DEMO_MODEL", "FlashError", "NotEnoughMemory", "__version__", *_LAZY]
+__all__ = [
+    "DEMO_MODEL",
+    "Conversation",
+    "FlashError",
+    "LoadOptions",
+    "NotEnoughMemory",
+    "__version__",
+    "convert",
+    "generate",
+    "load",
+    "load_model",
+    "stream_generate",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

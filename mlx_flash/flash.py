@@ -16,6 +16,7 @@ from .memory.mlx_limits import LimitShare
 from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
+from .memory_size import say_memory
 from .run import Run
 from .run_report import RunReport
 from .storage.in_use import hold, let_go
@@ -37,6 +38,7 @@ class Flash:
         stats: Counters since it was loaded.
         draft: The model that drafts for this one, if one was named.
         run: The last generation, for `report`.
+        adapter: The digest of an adapter's weights, if one was applied.
         cached_share: Of the files on flash, what reads could find in memory when the
             model was loaded: 0 is cold, None unknown.
     """
@@ -58,6 +60,7 @@ class Flash:
         self.vocabulary = parts.shapes.vocabulary
         self.stats = Stats()
         self.run: Run | None = None
+        self.adapter: str | None = None
         self.cached_share: float | None = None
         self.closed = False
         self.told_of_prompt: Callable[[int], None] = lambda tokens: None
@@ -72,6 +75,17 @@ class Flash:
         self._in_use = weakref.finalize(self, let_go, hold(folder))
         weakref.finalize(self, self._draft_limits.release).atexit = False
         weakref.finalize(self, self.limits.release).atexit = False
+
+    def __repr__(self) -> str:
+        facts, slots = self.manifest, self.budget.slots
+        whole = sum(n == x.units for n, x in zip(slots, facts.layers, strict=True))
+        given = self.budget.total_bytes + self.draft_bytes
+        return (
+            f"<Flash {self.folder.name}: {facts.model_type} of "
+            f"{say_memory(facts.model_bytes)}, budget {say_memory(given)}, "
+            f"{len(self.layers)} layers of {self.kind.name}s from flash, {whole} of "
+            f"them held whole{', closed' if self.closed else ''}>"
+        )
 
     @property
     def budget(self) -> Budget:

@@ -6,12 +6,13 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import mlx.core as mx
 
+from .adapters import apply_adapter
 from .assembly import Assembled, assemble, can_stream
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
@@ -21,6 +22,7 @@ from .draft_model import DraftModel, open_draft
 from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
+from .load_options import LoadKeywords, LoadOptions
 from .memory.budget import LEAST_CONTEXT, Budget, make_budget, total_bytes
 from .memory.divide import Divide
 from .memory.footprint import Footprint
@@ -45,65 +47,18 @@ READ_THREADS = 32  # the queue depth at which Apple's and other SSDs give most
 GAP_BYTES = PAGE_BYTES
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model is loaded.
-
-    Attributes:
-        predictor: False computes every neuron of every token: exact, and slow.
-        policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
-            "window" (the paper's: what the last tokens used), or an object of such a
-            class. "auto" is what suits the unit kind.
-        window: Tokens the window policy keeps (the paper: 4).
-        context: Tokens for which the budget reserves KV cache (default: 2048 or the
-            model's positions, fewer where memory is short).
-        overlap: Read what a layer lacks while MLX multiplies what is there.
-        look_ahead: Read also what the next layer will probably need, judged by this
-            layer's input.
-        page_cache: Let the operating system cache what is read: "on" or True, "off" or
-            False, or "auto": where memory beyond the budget can hold enough.
-        native: True insists on the C reader, False takes the Python one.
-        elastic: Hold less memory while other programs need it, and take it back when
-            they do not. None does so where memory is "auto".
-        trace: A file of `mlx-flash trace`: layers get slots by the hits that they
-            would have had on it. Without, each gets the same share, but for layers
-            that are held whole where waiting for the GPU costs more (`memory.whole`).
-        check: What is held against the digests that were noted of the model's files:
-            "sample" takes configuration, tokenizer and some pieces of each file of
-            weights, "full" every byte, "none" nothing.
-        draft_model: A checkpoint, by folder or hub name, that is kept in memory and
-            drafts tokens for `mlx_flash.stream_generate`. What it takes is taken from
-            `memory`.
-        progress: Show how far loading is: True also where there is no terminal, in one
-            line; None on a terminal alone.
-    """
-
-    predictor: bool = True
-    policy: str | Lru = "auto"
-    window: int = 4
-    context: int | None = None
-    overlap: bool = True
-    look_ahead: bool = False
-    page_cache: bool | str = "auto"
-    native: bool | None = None
-    elastic: bool | None = None
-    trace: str | Path | None = None
-    check: str = "sample"
-    draft_model: str | Path | None = None
-    progress: bool | None = None
-
-
 def load(
     path: str | Path,
     memory: int | float | str = "auto",
     trust_remote_code: bool = False,
-    **options: Any,
+    **options: Unpack[LoadKeywords],
 ) -> Loaded:
     """Load a model that runs as it lies, and its tokenizer.
 
     Args:
-        path, memory, options: As for `load_model`.
+        path, memory: As for `load_model`.
         trust_remote_code: Whether the tokenizer may be code that the folder brings.
+        options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
     Returns:
         (model, tokenizer), a tuple that is also a context manager.
@@ -124,14 +79,16 @@ def load(
 
 
 def load_model(
-    path: str | Path, memory: int | float | str = "auto", **options: Any
+    path: str | Path,
+    memory: int | float | str = "auto",
+    **options: Unpack[LoadKeywords],
 ) -> Loaded:
     """Load a flash folder without its tokenizer.
 
     Args:
         path: A flash folder, a checkpoint with experts, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
-        options: As `LoadOptions` describes them.
+        options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
     Returns:
         (model, config); `model.flash` is a `Flash`.
@@ -148,6 +105,10 @@ def load_model(
     check_files(folder, wanted.check)
     policy = _policy(wanted, parts.kind)
     footprint, divide = _needs(parts, policy, wanted)
+    adapter = None
+    if wanted.adapter_path is not None:
+        adapter = apply_adapter(wanted.adapter_path, parts)
+        footprint = replace(footprint, adapter_bytes=adapter.nbytes)
     least_context = None if wanted.context else LEAST_CONTEXT
     draft = None
     if wanted.draft_model is not None:
@@ -171,6 +132,7 @@ def load_model(
         max_gap_bytes=GAP_BYTES,
     )
     flash = Flash(parts, folder, budget, reader, draft)
+    flash.adapter = adapter.sha256 if adapter else None
     files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()

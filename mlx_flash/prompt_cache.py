@@ -78,6 +78,8 @@ def model_identity(flash: Flash, **settings: Any) -> str:
         "mlx_lm": mlx_lm.__version__,
         "settings": settings,
     }
+    if flash.adapter is not None:
+        facts["adapter"] = flash.adapter
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

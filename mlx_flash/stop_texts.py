@@ -10,10 +10,12 @@ class StopTexts:
 
     Attributes:
         found: The stop text that ended the answer, None as long as there is none.
+        rest: What came after it in the same piece.
     """
 
     def __init__(self, words: Sequence[str]):
         self.found: str | None = None
+        self.rest = ""
         self._words = [word for word in words if word]
         self._held = ""
 
@@ -25,7 +27,7 @@ class StopTexts:
         ends = [(text.find(word), word) for word in self._words if word in text]
         if ends:
             at, self.found = min(ends)
-            self._held = ""
+            self._held, self.rest = "", text[at + len(self.found) :]
             return text[:at]
         keep = 0 if last else self._begun(text)
         self._held = text[len(text) - keep :]

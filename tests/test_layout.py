@@ -16,13 +16,15 @@ ROWS = (
     ("models", "layers"),
     ("checkpoints",),
     ("assembly",),
-    ("run", "run_report", "resident", "draft_model", "chunks"),
+    ("run", "run_report", "resident", "draft_model", "adapters", "chunks"),
     ("flash",),
-    ("loading",),
+    ("loading", "load_options"),
     (
         "generation",
         "prompts",
         "stop_texts",
+        "thinking",
+        "conversation",
         "speculation",
         "drafting",
         "kv_cache",
@@ -32,7 +34,7 @@ ROWS = (
     ("planning", "converters"),
     ("library",),
     ("bench",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 APART = {"planning": "converters", "converters": "planning"}

@@ -14,6 +14,7 @@ from ..errors import FlashError
 from ..storage.open_files import check_limit
 from . import (
     bench,
+    chat,
     convert,
     generate,
     inspect,
@@ -74,6 +75,7 @@ def main():
 
 for command in (
     generate.generate,
+    chat.chat,
     convert.convert,
     serve.serve,
     top.top,
@@ -91,3 +93,4 @@ for command in (
     # Said again for whoever runs a command without the group.
     command.context_settings.update(HELP)
     main.add_command(command)
+main.add_command(chat.chat, "run")

@@ -21,6 +21,7 @@ class LoadingOptions:
     no_predictor: bool
     look_ahead: bool
     draft_model: str | None
+    adapter_path: str | None
     page_cache: str
     elastic: bool | None
     check: str
@@ -41,6 +42,7 @@ class LoadingOptions:
             "trace": self.trace,
             "look_ahead": self.look_ahead,
             "draft_model": self.draft_model,
+            "adapter_path": self.adapter_path,
             "page_cache": self.page_cache,
             "elastic": self.elastic,
             "check": self.check,
@@ -83,6 +85,13 @@ loading_options = gathered(
             metavar="NAME",
             help="A small checkpoint, by folder or hub name, that drafts. It stays in "
             "memory and counts in --memory.",
+        ),
+        click.option(
+            "--adapter-path",
+            type=click.Path(file_okay=False),
+            metavar="FOLDER",
+            help="An adapter that mlx_lm.lora trained. It stays in memory and counts "
+            "in --memory.",
         ),
         page_cache_option,
         elastic_option,

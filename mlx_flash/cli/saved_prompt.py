@@ -1,5 +1,7 @@
 """--prompt-cache FILE: begin with what an earlier run has read, and save it again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import click
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
+from ..conversation import Conversation
 from ..errors import FlashError
 from ..prompt_cache import (
     common_tokens,
@@ -78,3 +81,31 @@ def open_prompt_file(
         except FlashError as error:
             click.echo(f"Not used: {error}", err=True)
     return PromptFile(path, identity, make_prompt_cache(model), tokens)
+
+
+@contextmanager
+def kept_on_disk(
+    talk: Conversation, model: nn.Module, path: Path | None, **settings: Any
+) -> Iterator[None]:
+    """Begin a conversation with the cache of a file, and write its own in the end.
+
+    Args:
+        path: None does neither.
+        settings: Of the KV cache, with which another run's cannot be mixed.
+    """
+    if path is None:
+        yield
+        return
+    identity = model_identity(model.flash, **settings)
+    if path.exists():
+        try:
+            saved = read_saved_prompt(path)
+            talk.restore(load_prompt_cache(saved, model, identity), saved.tokens)
+        except FlashError as error:
+            click.echo(f"Not used: {error}", err=True)
+    yield
+    if talk.cache is not None and talk.tokens:
+        try:
+            save_prompt_cache(path, talk.cache, talk.tokens, identity)
+        except FlashError as error:
+            click.echo(f"Not saved: {error}", err=True)

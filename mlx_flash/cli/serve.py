@@ -16,8 +16,8 @@ from .common import (
 )
 from .serve_options import (
     answer_options,
-    drafting_and_cache_options,
     listening_options,
+    model_and_cache_options,
     options_of_others,
 )
 
@@ -39,7 +39,7 @@ PROMPT_CACHE_GB = 8.0
 @check_option
 @listening_options
 @answer_options
-@drafting_and_cache_options
+@model_and_cache_options
 @options_of_others
 def serve(
     model,
@@ -48,6 +48,7 @@ def serve(
     page_cache,
     elastic,
     check,
+    adapter_path,
     draft_model,
     trust_remote_code,
     log_level,
@@ -89,6 +90,7 @@ def serve(
         page_cache=page_cache,
         elastic=elastic,
         check=check,
+        adapter_path=adapter_path,
         draft_model=draft_model,
         trust_remote_code=trust_remote_code,
     )

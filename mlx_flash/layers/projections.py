@@ -61,8 +61,13 @@ def known_projections(ffn: nn.Module) -> tuple[tuple[str, ...], str]:
 
 def count_neurons(out: nn.Module) -> int:
     """N, which the projection out of the neurons has as its width."""
-    width = out.weight.shape[-1]
-    return width * 32 // out.bits if packing(out) else width
+    return input_width(out)
+
+
+def input_width(linear: nn.Module) -> int:
+    """How many values a linear layer takes, packed or not."""
+    width = linear.weight.shape[-1]
+    return width * 32 // linear.bits if packing(linear) else width
 
 
 def rows_per_neuron(ffn: nn.Module, name: str, out: str) -> int | None:

@@ -13,10 +13,12 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapted import AdaptedInto, AdaptedOutOf
 from .base import FlashFFN, NoSuchWeight, each, hide, join, with_children
 from .projections import (
     HALVES,
     count_neurons,
+    input_width,
     known_projections,
     packing,
     rows_per_neuron,
@@ -43,8 +45,14 @@ class Into(NoSuchWeight, nn.Module):
     def __init__(self, linear: nn.Module, rows: int, halves: bool):
         super().__init__()
         self.packing, self.rows, self.halves = packing(linear), rows, halves
+        self.width = input_width(linear)
+        self.outputs = len(linear.weight)
         if "bias" in linear:
             self.bias = linear.bias
+
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """mlx-lm asks a module of its own kind to adapt itself by this name."""
+        return AdaptedInto(self, r, scale)
 
     def __call__(
         self,
@@ -69,14 +77,17 @@ class Into(NoSuchWeight, nn.Module):
         if self.halves:
             n, T = len(arrays["weight"]), len(x)
             y = y.reshape(T, n, 2, -1).swapaxes(1, 2).reshape(T, -1)
-        return y + self._bias(neurons) if "bias" in self else y
+        return y + self.of(neurons, self.bias) if "bias" in self else y
 
-    def _bias(self, neurons: mx.array | None) -> mx.array:
+    def of(self, neurons: mx.array | None, values: mx.array) -> mx.array:
+        """Of values [..., N'] that belong to its outputs, those of some neurons."""
         if neurons is None:
-            return self.bias
+            return values
+        lead = values.shape[:-1]
         if self.halves:
-            return self.bias.reshape(2, -1)[:, neurons].reshape(-1)
-        return self.bias.reshape(-1, self.rows)[neurons].reshape(-1)
+            return values.reshape(*lead, 2, -1)[..., neurons].reshape(*lead, -1)
+        rows = values.reshape(*lead, -1, self.rows)
+        return rows[..., neurons, :].reshape(*lead, -1)
 
 
 class OutOf(NoSuchWeight, nn.Module):
@@ -91,13 +102,20 @@ class OutOf(NoSuchWeight, nn.Module):
     def __init__(self, linear: nn.Module, columns: bool = False):
         super().__init__()
         self.packing, self.columns = packing(linear), columns
+        self.width = input_width(linear)
+        self.outputs = len(linear.weight)
         if "bias" in linear:
             self.bias = linear.bias  # added once by the FFN, not once a wave
+
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """As `Into` has it."""
+        return AdaptedOutOf(self, r, scale)
 
     def __call__(
         self,
         h: mx.array,
         arrays: Arrays,
+        neurons: mx.array | None,
         through: Through | None,
         ids: mx.array | None = None,
     ) -> mx.array:
@@ -159,6 +177,8 @@ class SlotFFN(FlashFFN):
     def finish(self, totals: list[mx.array]) -> mx.array:
         """All tokens [T, D], with the bias of the last projection if it has one."""
         y, out = join(totals), self[self._names[-1]]
+        if isinstance(out, AdaptedOutOf):
+            out = out.linear
         return y + out.bias if "bias" in out else y
 
     def stream(self, batches: list[mx.array]) -> mx.array:
@@ -190,7 +210,9 @@ class SlotFFN(FlashFFN):
             arrays, ids = _arrays(parts, name, rows)
             bound[name] = partial(self[name], arrays=arrays, neurons=neurons, ids=ids)
         arrays, ids = _arrays(parts, out, rows)
-        bound[out] = partial(self[out], arrays=arrays, through=through, ids=ids)
+        bound[out] = partial(
+            self[out], arrays=arrays, neurons=neurons, through=through, ids=ids
+        )
         return with_children(self._ffn, bound)(x)
 
 

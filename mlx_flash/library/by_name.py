@@ -1,10 +1,11 @@
 """`mlx_flash.load` and `load_model`: of any name, converting where that is wanted."""
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from .. import loading
 from ..flash import Loaded
+from ..load_options import LoadKeywords
 from .opening import converted, runnable
 
 
@@ -13,7 +14,7 @@ def load(
     memory: int | float | str = "auto",
     trust_remote_code: bool = False,
     convert: bool = False,
-    **options: Any,
+    **options: Unpack[LoadKeywords],
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -28,7 +29,7 @@ def load(
         trust_remote_code: Whether the tokenizer may be code that the folder brings.
         convert: Whether a checkpoint that does not run as it lies is converted into
             mlx-flash's own folder, which takes as much disk again.
-        options: As `LoadOptions` describes them.
+        options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
     Returns:
         (model, tokenizer), a tuple that is also a context manager.
@@ -45,13 +46,13 @@ def load_model(
     path: str | Path,
     memory: int | float | str = "auto",
     convert: bool = False,
-    **options: Any,
+    **options: Unpack[LoadKeywords],
 ) -> Loaded:
     """Load a model without its tokenizer.
 
     Args:
         path, memory, convert: As for `load`.
-        options: As `LoadOptions` describes them.
+        options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
     Returns:
         (model, config); `model.flash` is a `Flash`.

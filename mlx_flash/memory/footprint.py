@@ -157,6 +157,7 @@ class Footprint:
         context: Tokens of KV cache.
         share: Of a layer's units, the most that have slots.
         logits: Of so many tokens there is room for logits, in float32.
+        adapter_bytes: Of weights that are resident beside the manifest's.
     """
 
     manifest: Manifest
@@ -165,6 +166,7 @@ class Footprint:
     context: int
     share: float = 1.0
     logits: int = LOGITS
+    adapter_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -176,7 +178,8 @@ class Footprint:
     def fixed_bytes(self) -> int:
         """What is there whatever memory is given: weights, predictors, KV cache."""
         manifest = self.manifest
-        return manifest.resident.bytes + manifest.predictor_bytes + self.kv_bytes
+        weights = manifest.resident.bytes + manifest.predictor_bytes
+        return weights + self.adapter_bytes + self.kv_bytes
 
     @property
     def logits_bytes(self) -> int:

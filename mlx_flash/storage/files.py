@@ -68,7 +68,8 @@ def sync(path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder and those that it lies in, with their names on disk."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    if made:
+        path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(made):
         sync(folder.parent)
 

@@ -5,6 +5,7 @@ then give what an undisturbed one gave, byte by byte. The campaign has no random
 its own: its seed is fixed.
 """
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -195,7 +196,7 @@ def test_power_loss(tmp_path, monkeypatch, kind):
     make, options = KINDS[kind]
     src = make(tmp_path / "model")
     partial, on_disk, checked = tmp_path / "flash.partial", {}, []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, control = os.fsync, os.replace, fcntl.fcntl
 
     def state(path):
         """What an fsync of it covers: a file's bytes, or the names in a folder."""
@@ -203,6 +204,15 @@ def test_power_loss(tmp_path, monkeypatch, kind):
 
     def watched_fsync(file):
         fsync(file)
+        note_synced(file)
+
+    def watched_fcntl(file, command, *more):
+        result = control(file, command, *more)
+        if command == getattr(fcntl, "F_FULLFSYNC", None):  # macOS
+            note_synced(file)
+        return result
+
+    def note_synced(file):
         inode = os.fstat(file).st_ino
         for path in (partial, *partial.rglob("*")):
             if path.exists() and path.stat().st_ino == inode:
@@ -223,6 +233,7 @@ def test_power_loss(tmp_path, monkeypatch, kind):
         replace(a, b)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(fcntl, "fcntl", watched_fcntl)
     monkeypatch.setattr(os, "replace", watched_replace)
     convert(src, tmp_path / "flash", **options)
     assert len(checked) >= 4  # it began, two layers, the end

@@ -124,12 +124,11 @@ def test_a_prompt_by_either_name(folder):
 
 def test_penalties_change_what_repeats(folder):
     plain = answer(folder, "w20", n=40)["tokens"]
-    assert len(set(plain)) < 40
-    for name, least in (("repetition", len(set(plain)) + 1), ("presence", 40)):
+    assert len(set(plain)) < len(plain) / 2
+    for name in ("repetition", "presence", "frequency"):
         options = f"--{name}-penalty", 50, f"--{name}-context-size", 60
-        assert len(set(answer(folder, "w20", *options, n=40)["tokens"])) >= least
-    options = "--frequency-penalty", 50, "--frequency-context-size", 60
-    assert len(set(answer(folder, "w20", *options, n=40)["tokens"])) == 40
+        tokens = answer(folder, "w20", *options, n=40)["tokens"]
+        assert len(set(tokens)) == len(tokens) > 20
 
 
 def test_penalties_see_what_the_prompt_cache_holds(folder, tmp_path):

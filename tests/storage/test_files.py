@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mlx_flash.errors import FlashError
+from mlx_flash.storage import files
 from mlx_flash.storage.digests import PIECE_BYTES, PIECES, file_sha256, sample_sha256
-from mlx_flash.storage.files import cache_folder, write_whole
+from mlx_flash.storage.files import cache_folder, make_folder, sync, write_whole
 from mlx_flash.storage.typed_json import from_json
 
 
@@ -78,3 +79,29 @@ def test_a_field_with_a_default_may_be_left_out():
         from_json(Entry, {"note": "b"}, path, "it")
     with pytest.raises(FlashError, match="it.note must be str"):
         from_json(Entry, {"name": "a", "note": None}, path, "it")
+
+
+def test_new_folders_have_their_names_on_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path))
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_on_macos_the_disk_empties_its_own_memory_too(tmp_path, monkeypatch, supported):
+    asked = []
+
+    def fcntl(fd, command):
+        asked.append(command)
+        if not supported:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", lambda fd: asked.append("fsync"))
+    sync(tmp_path)
+    assert asked == ([51] if supported else [51, "fsync"])
