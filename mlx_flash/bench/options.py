@@ -18,6 +18,7 @@ import click
 from ..errors import FlashError
 
 if TYPE_CHECKING:
+    from ..library.opening import Offer
     from .opt import Shape
 
 
@@ -36,6 +37,21 @@ class MemoryType(click.ParamType):
         return value
 
 
+class ModelType(click.ParamType):
+    """A model by any name that every command takes."""
+
+    name = "NAME"
+
+    def convert(self, value, param, ctx):
+        from ..library.opening import runnable
+
+        return runnable(value, _refuse)
+
+
+def _refuse(offer: Offer) -> bool:
+    raise FlashError(f"{offer} Do that first: mlx-flash convert {offer.name}")
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -50,11 +66,9 @@ Folder = Annotated[
     "Write models here and keep them.  [default: deleted at the end]",
 ]
 Model = Annotated[
-    Path | None, click.Path(path_type=Path), "Flash folder.  [default: a synthetic OPT]"
+    Path | None, ModelType(), "Any model's name.  [default: a synthetic OPT]"
 ]
-DemoModel = Annotated[
-    Path, click.Path(path_type=Path), {"show_default": "the demo model"}
-]
+DemoModel = Annotated[Path, ModelType(), {"show_default": "the demo model"}]
 DTYPE = click.Choice(["float16", "bfloat16", "float32"])
 OptDtype = Annotated[str, DTYPE, "Of its weights."]
 OptShape = Annotated[

@@ -25,6 +25,7 @@ from .._version import __version__
 from ..memory.stats import Stats
 from ..planning.machine import machine
 from ..progress import bars
+from ..tables import Table
 
 T = TypeVar("T")
 TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
@@ -181,20 +182,25 @@ class Report:
     notes: list[str]
     facts: dict = field(default_factory=dict)
 
-    def markdown(self) -> str:
-        """The table, with the notes above it."""
+    def table(self) -> Table:
+        """The rows, in the columns for which any has a value."""
         shown = [
             c for c in self.columns if any(r.get(c.key) is not None for r in self.rows)
         ]
-        lines = [f"| {self.benchmark} | " + " | ".join(c.heading for c in shown) + " |"]
-        lines.append("|---" + "|--:" * len(shown) + "|")
-        for row in self.rows:
-            cells = [column.cell(row) for column in shown]
-            lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-        errors = [
-            f"{r.name}: {r.more['error']}" for r in self.rows if r.more.get("error")
-        ]
-        return "\n".join([*self.notes, "", *lines, *([""] + errors if errors else [])])
+        headings = [self.benchmark, *(column.heading for column in shown)]
+        rows = [[row.name, *(c.cell(row) for c in shown)] for row in self.rows]
+        return Table(headings, rows)
+
+    def errors(self) -> list[str]:
+        """Why rows could not be measured."""
+        found = [(row.name, row.more.get("error")) for row in self.rows]
+        return [f"{name}: {error}" for name, error in found if error]
+
+    def markdown(self) -> str:
+        """The table, with the notes above it."""
+        errors = self.errors()
+        lines = [*self.notes, "", self.table().markdown()]
+        return "\n".join([*lines, *([""] + errors if errors else [])])
 
     def to_json(self) -> dict:
         return {

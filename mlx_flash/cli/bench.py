@@ -14,6 +14,7 @@ from typing import Any, get_origin
 import click
 
 from .common import plot_option
+from .tables import markdown_option, print_report
 
 # Said here too, so that listing the commands does not load MLX.
 BENCHMARKS = {
@@ -48,6 +49,7 @@ MODULES = {
     "report": "machine_report",
 }
 DRAWN = {"moe", "overlap", "peers", "plan-check", "sweep", "table2", "table3"}
+PASTED = {"report", "compare"}  # always in Markdown
 FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
@@ -85,14 +87,16 @@ def make_command(name: str, run: Callable) -> click.Command:
     """
     signature = inspect.signature(run, eval_str=True)
 
-    def command(as_json: Path | None, plot: Path | None = None, **options) -> None:
+    def command(
+        as_json: Path | None, markdown: bool, plot: Path | None = None, **options
+    ) -> None:
         from ..bench.plots import check_plot, draw
 
         if plot:
             check_plot(plot)  # before anything is measured
         report = run(**options)
         report.facts["options"] = options | report.facts.get("options", {})
-        click.echo(report.markdown())
+        print_report(report, markdown or name in PASTED)
         if as_json:
             report.write(as_json)
             click.echo(f"{as_json} has the report.", err=True)
@@ -108,6 +112,7 @@ def make_command(name: str, run: Callable) -> click.Command:
         made.callback = command
         json_option = ["--json", "as_json"]
         made.params.append(click.Option(json_option, type=FILE, help="Write a report."))
+        markdown_option(made)
         if name in DRAWN:
             plot_option("the rows")(made)
     return made

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from .common import json_option, plot_option
+from .tables import markdown_option, print_table
 
 
 @click.command()
@@ -16,8 +17,9 @@ from .common import json_option, plot_option
     help="Of the machine whose waits count, or m1-max-paper.  [default: this one]",
 )
 @json_option
+@markdown_option
 @plot_option("the hit rates")
-def replay(trace, profile, as_json, plot):
+def replay(trace, profile, as_json, markdown, plot):
     """Say what share of TRACE each cache policy would have found in memory.
 
     Budgets are shares of each layer's neurons or experts; `optimum` knows the future.
@@ -65,4 +67,4 @@ def replay(trace, profile, as_json, plot):
         }
         click.echo(json.dumps(facts))
     else:
-        click.echo(table(SHARES, rates, divided))
+        print_table(table(SHARES, rates, divided), markdown)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from .common import chosen_model, plot_option, yes_option
+from .tables import markdown_option, print_report
 
 PROMPT = "The three most important things to know about the sea are"
 
@@ -37,7 +38,8 @@ PROMPT = "The three most important things to know about the sea are"
 )
 @plot_option("speed, bytes and hit rate")
 @yes_option
-def tune(model, prompt, tokens, budgets, repeats, as_json, plot):
+@markdown_option
+def tune(model, prompt, tokens, budgets, repeats, as_json, markdown, plot):
     """Measure what memory buys MODEL here, and say which --memory to use.
 
     Without MODEL, of the demo model.
@@ -55,7 +57,7 @@ def tune(model, prompt, tokens, budgets, repeats, as_json, plot):
 
     folder, _ = chosen_model(model, None)
     report = run(folder, prompt, tokens, budgets, repeats)
-    click.echo(report.markdown())
+    print_report(report, markdown)
     named = f" --model {model}" if model else ""
     click.echo(f'\nmlx-flash generate "…"{named} --memory {report.facts["knee"]}')
     if as_json:

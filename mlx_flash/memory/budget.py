@@ -59,18 +59,18 @@ def make_budget(
         folder: The model's, for the error.
         divide: Gives slots to layers, as `divide.divide` after its curves, or as
             `whole.divide_by`. None gives every layer the same share.
-        least_context: Where the model does not fit, the context is halved, but not
-            below so many tokens. None leaves it as it is.
+        least_context: Where the model does not fit, the context is halved, down to so
+            many tokens. None leaves it as it is.
 
     Raises:
         NotEnoughMemory: If even the least number of slots does not fit.
     """
     total = total_bytes(memory, footprint)
     while (budget := _fit(total, footprint, divide)) is None:
-        half = footprint.context // 2
-        if least_context is None or half < least_context:
+        if least_context is None or footprint.context <= least_context:
             raise _too_little(total, footprint, folder)
-        footprint = replace(footprint, context=half)
+        fewer = max(footprint.context // 2, least_context)
+        footprint = replace(footprint, context=fewer)
     return budget
 
 

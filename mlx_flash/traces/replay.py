@@ -11,6 +11,7 @@ import numpy as np
 
 from ..memory.policies import Lrfu, Lru, Window
 from ..memory.slot_cache import SlotCache
+from ..tables import Table
 from .trace import Trace
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -67,19 +68,16 @@ def table(
     shares: Sequence[float],
     rates: dict[str, list[float]],
     divided: Sequence[tuple[float, int]],
-) -> str:
-    """The same as a Markdown table, with what `curves.divided_rates` gives."""
-    lines = [
-        "| in memory | "
-        + " | ".join(rates)
-        + " | divided by the trace | whole layers |",
-        "|---" * (len(rates) + 3) + "|",
-    ]
+) -> Table:
+    """The same as a table, with what `curves.divided_rates` gives."""
+    rows = []
     for i, share in enumerate(shares):
-        cells = " | ".join(f"{values[i]:.1%}" for values in rates.values())
+        cells = [f"{values[i]:.1%}" for values in rates.values()]
         rate, whole = divided[i]
-        lines.append(f"| {share:.0%} | {cells} | {rate:.1%} | {whole} |")
-    return "\n".join(lines)
+        rows.append([f"{share:.0%}", *cells, f"{rate:.1%}", str(whole)])
+    return Table(
+        ["in memory", *rates, "divided by the trace", "whole layers"], rows, left=0
+    )
 
 
 def _engine(steps: list[Step], cache: SlotCache) -> list[int]:

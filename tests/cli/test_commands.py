@@ -633,10 +633,12 @@ def test_convert_takes_every_option(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("Some words. " * 200)
     args = ["--calibration", text, "--calibration-tokens", 256, "--rank", 5]
-    args += ["--threshold", 0.25, "--dtype", "float16", "--recall", 0.9, "-q"]
-    args += ["--unit", "neuron"]
-    run("convert", src, "-o", tmp_path / "flash", *args)
-    run("convert", src, "-o", tmp_path / "flash", *args, "--overwrite")
+    args += ["--dtype", "float16", "-q", "--unit", "neuron"]
+    dst = ["-o", tmp_path / "flash"]
+    run("convert", src, *dst, *args, "--recall", 0.9)
+    by_recall = json.loads((tmp_path / "flash" / "flash.json").read_text())
+    assert all(0 < x["predictor"]["threshold"] < 1 for x in by_recall["layers"])
+    run("convert", src, *dst, *args, "--threshold", 0.25, "--overwrite")
     manifest = json.loads((tmp_path / "flash" / "flash.json").read_text())
     assert manifest["dtype"] == "float16"
     assert manifest["calibration"]["tokens"] == 256

@@ -1,6 +1,7 @@
 """Options of `mlx-flash serve` reach the server, and none of mlx-lm's is missing."""
 
 import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,12 +12,17 @@ import mlx_flash.server
 from mlx_flash.cli import main
 from mlx_flash.cli.serve import serve
 
+serving = sys.modules[serve.callback.__module__]
+
 DOCS = Path(__file__).parents[2] / "docs" / "server.md"
 
 
 def run(*arguments, **environment):
     """(exit code, stderr, what the server was started with)."""
-    with mock.patch.object(mlx_flash.server, "serve") as started:
+    with (
+        mock.patch.object(mlx_flash.server, "serve") as started,
+        mock.patch.object(serving, "model_folder", Path),
+    ):
         result = CliRunner().invoke(
             main, ["serve", "--model", "m", *arguments], env=environment
         )
