@@ -10,7 +10,9 @@ from .common import (
     check_option,
     elastic_option,
     memory_option,
+    model_folder,
     page_cache_option,
+    yes_option,
 )
 from .serve_options import (
     answer_options,
@@ -23,7 +25,13 @@ PROMPT_CACHE_GB = 8.0
 
 
 @click.command()
-@click.option("--model", required=True, metavar="FOLDER", help="Flash folder.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help="Flash folder, checkpoint, or a hub name of one.",
+)
+@yes_option
 @memory_option("auto")
 @click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
 @page_cache_option
@@ -77,6 +85,7 @@ def serve(
         memory,
         _settings(**options),
         saving,
+        folder_of_model=model_folder(model),
         context=context,
         page_cache=page_cache,
         elastic=elastic,

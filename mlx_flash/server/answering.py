@@ -87,6 +87,7 @@ class Answering:
         cache, n_read = self._conversations.begin(tokens, anew=_penalises(request))
         first_s: float | None = None
         finish: Any = None
+        n_reasoning = 0
         try:
             with contextlib.closing(self._steps(job, cache, n_read)) as steps:
                 for step in steps:
@@ -98,6 +99,7 @@ class Answering:
                     self._conversations.grow(cache)
                     finish = step.finish_reason
                     yield from pieces.add(step.text, self._token(step, request))
+                    n_reasoning += pieces.is_reasoning
                     if pieces.stop_text is not None:
                         finish = "stop"
                         break
@@ -109,7 +111,8 @@ class Answering:
         if pieces.has_calls and finish == "stop":
             finish = "tool_calls"
         n_new = len(tokens) - len(job.tokens)
-        usage = Usage(len(job.tokens), n_read, n_new, self._figures(first_s))
+        figures = self._figures(first_s)
+        usage = Usage(len(job.tokens), n_read, n_new, figures, n_reasoning)
         logging.info("Answered: %s", usage)
         yield Done(finish, usage, pieces.stop_text)
 

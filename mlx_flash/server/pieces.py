@@ -52,6 +52,11 @@ class Pieces:
             self._machine = make_text_state_machine(tokenizer).make_state(state)
 
     @property
+    def is_reasoning(self) -> bool:
+        """Whether the last piece was."""
+        return self._state == "reasoning"
+
+    @property
     def stop_text(self) -> str | None:
         """The stop text that was found; nothing may be added then."""
         return self._stop.found

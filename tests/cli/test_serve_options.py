@@ -16,7 +16,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "server.md"
 
 def run(*arguments, **environment):
     """(exit code, stderr, what the server was started with)."""
-    with mock.patch.object(mlx_flash.server, "serve") as started:
+    with (
+        mock.patch.object(mlx_flash.server, "serve") as started,
+        mock.patch("mlx_flash.cli.serve.model_folder", Path),
+    ):
         result = CliRunner().invoke(
             main, ["serve", "--model", "m", *arguments], env=environment
         )
@@ -80,6 +83,7 @@ def test_every_option_reaches_the_server(tmp_path):
     )
     assert memory == "7GB" and saving.most_bytes == 1_500_000_000
     assert call.kwargs == {
+        "folder_of_model": Path("m"),
         "context": 99,
         "page_cache": "off",
         "elastic": False,

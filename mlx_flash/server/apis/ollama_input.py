@@ -159,7 +159,8 @@ def _common(
             "schema."
         )
     options = json_object("options", body.get("options", {}))
-    top = whole("top_logprobs", body.get("top_logprobs", 0), 0, MAX_TOP_LOGPROBS)
+    most = min(MAX_TOP_LOGPROBS, limits.vocabulary - 1)
+    top = whole("top_logprobs", body.get("top_logprobs", 0), 0, most)
     wanted = flag("logprobs", body.get("logprobs", False))
     return model, {
         "max_tokens": _most(options, limits),

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette import requests
@@ -35,6 +36,14 @@ DONE = "[DONE]"
 def routes(service: Service) -> list[Route]:
     """The paths of this API, answered by `service`."""
     started = int(time.time())
+    # Both OpenAI's and Anthropic's clients ask at the same path.
+    anthropic_fields = {
+        "type": "model",
+        "display_name": service.limits.name,
+        "created_at": datetime.fromtimestamp(started, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": service.limits.tokens,
+    }
 
     async def chat(http: requests.Request) -> Response:
         return await _answer(http, service, ChatShape)
@@ -51,8 +60,12 @@ def routes(service: Service) -> list[Route]:
             "object": "model",
             "created": started,
             "owned_by": "mlx-flash",
+            **anthropic_fields,
         }
-        return JSONResponse(entry if name else {"object": "list", "data": [entry]})
+        if name:
+            return JSONResponse(entry)
+        paging = {"has_more": False, "first_id": entry["id"], "last_id": entry["id"]}
+        return JSONResponse({"object": "list", "data": [entry]} | paging)
 
     return [
         *(Route(path, chat, methods=["POST"]) for path in CHATS),
@@ -197,8 +210,13 @@ def _call(event: ToolCall) -> dict[str, Any]:
 def _usage(usage: Usage) -> dict[str, Any]:
     found = asdict(usage)
     cached = {"cached_tokens": found.pop("cached_tokens")}
+    reasoning = {"reasoning_tokens": found.pop("reasoning_tokens")}
     total = usage.prompt_tokens + usage.completion_tokens
-    return found | {"total_tokens": total, "prompt_tokens_details": cached}
+    return found | {
+        "total_tokens": total,
+        "prompt_tokens_details": cached,
+        "completion_tokens_details": reasoning,
+    }
 
 
 def _logprobs(tokens: list[Token]) -> dict[str, Any]:

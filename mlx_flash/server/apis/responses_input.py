@@ -57,6 +57,7 @@ def parse(body: dict[str, Any], limits: Limits, kept: KeptResponses) -> Asked:
         Refused: With one sentence on the first field that is wrong.
     """
     check_model(body, limits)
+    model = body.get("model", limits.name)
     for name, instead in ELSEWHERE.items():
         if body.get(name):
             raise Refused(f"{name} is not possible here: {instead}.")
@@ -75,7 +76,7 @@ def parse(body: dict[str, Any], limits: Limits, kept: KeptResponses) -> Asked:
         messages=_messages(instructions, items),
         tools=tools if chosen == "auto" else None,
         max_tokens=most,
-        top_logprobs=_top_logprobs(body),
+        top_logprobs=_top_logprobs(body, limits),
         template_options=_thinking(body),
         sampling=sampling(body, limits, SAMPLING),
     )
@@ -99,9 +100,7 @@ def parse(body: dict[str, Any], limits: Limits, kept: KeptResponses) -> Asked:
         "truncation": "disabled",
     }
     stream = flag("stream", body.get("stream", False))
-    return Asked(
-        body.get("model", limits.name), request, echo, items, stream, store, parallel
-    )
+    return Asked(model, request, echo, items, stream, store, parallel)
 
 
 def _items(body: dict[str, Any], kept: KeptResponses) -> list[Any]:
@@ -206,13 +205,14 @@ def _thinking(body: dict[str, Any]) -> dict[str, Any]:
     return {"enable_thinking": True, "reasoning_effort": effort}
 
 
-def _top_logprobs(body: dict[str, Any]) -> int | None:
+def _top_logprobs(body: dict[str, Any], limits: Limits) -> int | None:
     include = body.get("include", [])
     if not isinstance(include, list):
         raise Refused(f"include must be a list, found {say(include)}.")
     wanted = LOGPROBS in include
     if "top_logprobs" in body:
-        return whole("top_logprobs", body["top_logprobs"], 0, MAX_TOP_LOGPROBS)
+        most = min(MAX_TOP_LOGPROBS, limits.vocabulary - 1)
+        return whole("top_logprobs", body["top_logprobs"], 0, most)
     return 0 if wanted else None
 
 
