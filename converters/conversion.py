@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from tqdm import tqdm  # type: ignore[import-untyped]  # it comes without types
 
 from ..checkpoints.digests import side_digests
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
+from ..progress import bars
 from ..storage.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -45,8 +45,8 @@ class Job:
     options: ConvertOptions
 
     def bars(self, items: Iterable, text: str, **options) -> Iterable:
-        """Go through `items` with a progress bar; `options` are those of tqdm."""
-        return tqdm(items, text, disable=not self.options.progress, **options)
+        """Go through `items` and show how far; `options` are those of tqdm."""
+        return bars(items, text, self.options.progress, **options)
 
     def say(self, text: str) -> None:
         """Tell of a decision."""

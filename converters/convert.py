@@ -11,6 +11,7 @@ from ..inspection import verify
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
 from ..storage.digests import file_sha256
 from ..storage.files import sync
+from ..storage.identity import identity
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
@@ -18,7 +19,7 @@ from .conversion import Cutter, Job, write_folder
 from .lock import Lock
 from .neurons import NeuronCutter
 from .options import ConvertOptions
-from .source import Source, identity
+from .source import Source
 from .tensors import TensorCutter
 from .workfolder import WorkFolder
 
@@ -53,6 +54,11 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     asked = ConvertOptions(**options)
     work = WorkFolder(Path(dst).expanduser())
     path = Path(src).expanduser()
+    if asked.revision and path.exists():
+        raise FlashError(
+            f"--revision would be ignored: {src} is a folder here, and only a hub "
+            "repository has revisions. Leave it out."
+        )
     request = {
         "source": str(path.resolve()) if path.exists() else str(src),
         "revision": asked.revision,
@@ -84,6 +90,7 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
 def _fill(work: WorkFolder, source: Source, asked: ConvertOptions) -> None:
     """Write the flash folder in the work folder, all of it or what is missing."""
     kind, reason = choose(source, asked.unit)
+    asked.check_used(kind.name, source.name)
     if kind is NEURON and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
     job = Job(source, work, asked)

@@ -16,6 +16,9 @@ PACKINGS = {
     "nvfp4": (16, 4),
 }
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+# What predictors are fitted by: of no use where there are none
+FITTING = ("calibration", "calibration_tokens", "threshold", "recall", "fit_steps")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,29 @@ class ConvertOptions:
         _packing(self.bits, self.group_size, self.mode)
         _packing(self.resident_bits, None, "affine")
 
+    def check_used(self, unit: str, name: str) -> None:
+        """Refuse what would be ignored when `name` is converted to such units.
+
+        Raises:
+            FlashError: Naming the options, and why they have no meaning.
+        """
+        given = [x for x in FITTING if getattr(self, x) != getattr(type(self), x)]
+        if unit != "neuron":
+            given += ["rank"] if self.rank else []
+            why = f"{name} becomes {unit}s, which have none"
+        elif self.rank == 0:
+            why = "--rank 0 makes none"
+        elif self.threshold is not None and "recall" in given:
+            given, why = ["recall"], "--threshold sets them"
+        else:
+            return
+        if given:
+            options = " and ".join(f"--{x.replace('_', '-')}" for x in given)
+            raise FlashError(
+                f"{options} would be ignored: it is for predictors, and {why}. Leave "
+                "it out."
+            )
+
     @property
     def packing(self) -> dict | None:
         """What `mx.quantize` takes for the bundles; None for weights as they are."""
@@ -132,16 +158,36 @@ def _packing(bits: int | None, group_size: int | None, mode: str) -> dict | None
         raise FlashError(
             f"No quantisation mode {mode!r}. Choose {', '.join(PACKINGS)}."
         )
-    if bits is None and mode == "affine":
-        return None
     only_size, only_bits = PACKINGS[mode]
-    packing = {"group_size": group_size or only_size or 64, "bits": bits or only_bits}
-    sound = only_size in (None, packing["group_size"]) and (
-        packing["bits"] == only_bits if only_bits else packing["bits"] in AFFINE_BITS
-    )
-    if not sound or packing["group_size"] not in (16, 32, 64, 128):
+    if bits is None and only_bits is None:
+        if group_size is not None:
+            raise FlashError(
+                f"Groups of {group_size} are for quantised weights: give --bits too, "
+                "or leave out --group-size."
+            )
+        return None
+    wanted = {
+        "group_size": only_size or 64 if group_size is None else group_size,
+        "bits": only_bits if bits is None else bits,
+    }
+    if only_bits and wanted != {"group_size": only_size, "bits": only_bits}:
         raise FlashError(
-            f"MLX has no {mode} quantisation of {packing['bits']} bits in groups of "
-            f"{packing['group_size']}. Try --bits 4 --group-size 64."
+            f"{mode} has {only_bits} bits in groups of {only_size}, and nothing else. "
+            "Leave out --bits and --group-size, or choose --mode affine."
         )
-    return packing | {"mode": mode}
+    if not only_bits and wanted["bits"] not in AFFINE_BITS:
+        raise FlashError(
+            f"MLX has no affine quantisation of {wanted['bits']} bits. Choose "
+            f"{_either(AFFINE_BITS)}, or leave out the option for weights as they are."
+        )
+    if not only_bits and wanted["group_size"] not in AFFINE_GROUPS:
+        raise FlashError(
+            f"MLX has no affine quantisation in groups of {wanted['group_size']}. "
+            f"Choose {_either(AFFINE_GROUPS)}."
+        )
+    return wanted | {"mode": mode}
+
+
+def _either(values: tuple[int, ...]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}"

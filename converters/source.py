@@ -16,6 +16,7 @@ from ..checkpoints.hub import CONFIG_FILES, WEIGHT_FILES, find_model
 from ..checkpoints.weight_format import header_tensors, main_dtype, named_dtype
 from ..errors import FlashError
 from ..models.registry import get_model_classes
+from ..storage.identity import identity
 from ..storage.manifest import MANIFEST
 from ..storage.safetensors import read_header
 from . import torch_bin
@@ -112,12 +113,6 @@ class Source:
                 f"{file} is a link that leads out of the checkpoint. Put the file "
                 "itself there."
             )
-
-
-def identity(file: Path) -> list[int]:
-    """Size and times of change of a file; the last of them cannot be set back."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _weight_files(folder: Path) -> list[Path]:

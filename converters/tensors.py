@@ -46,7 +46,13 @@ class TensorCutter(Cutter):
         if job.options.packing:
             _quantize(self.modules, job.options.packing, job.source.name)
         if job.options.resident_packing:
+            before = packing_of(self._model)
             quantize_modules(self._model, self.modules, job.options.resident_packing)
+            if packing_of(self._model) == before:
+                raise FlashError(
+                    f"--resident-bits would be ignored: {job.source.name} has nothing "
+                    "that stays in memory and is not quantised already. Leave it out."
+                )
         nbytes = sum(array.nbytes for array in parameters(self._model).values())
         job.check_disk(nbytes, len(self.modules))
 

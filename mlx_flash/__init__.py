@@ -24,8 +24,8 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 # Imported on first use, so that the command line answers --help without loading mlx.
 # No module is called like one of these names: it would hide the function.
 _LAZY = {
-    "load": "loading",
-    "load_model": "loading",
+    "load": "library.by_name",
+    "load_model": "library.by_name",
     "LoadOptions": "load_options",
     "generate": "generation",
     "stream_generate": "generation",

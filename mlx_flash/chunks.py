@@ -38,6 +38,7 @@ def _cutting(whole: type[nn.Module]) -> type[nn.Module]:
             if start:
                 waiting = logits[-1:] if self.flash.pool.logits_pay else []
                 mx.eval([entry.state for entry in cache], waiting)
+                self.flash.told_of_prompt(start)
             piece = inputs[:, start : start + size]
             logits.append(whole.__call__(self, piece, cache=cache))
         return logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=1)

@@ -15,8 +15,9 @@ from .arrays import parameters
 from .checkpoints.hub import find_model
 from .checkpoints.stock import load_stock
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
-from .errors import FlashError, reason_of
+from .errors import FlashError
 from .memory.footprint import CACHED, KV_STEP, Shapes, find_shapes
+from .resident import read_weights
 from .storage.manifest import MANIFEST
 from .storage.safetensors import DTYPES
 
@@ -46,13 +47,7 @@ class DraftModel:
         Raises:
             FlashError: If they cannot be read.
         """
-        try:
-            mx.eval(self.model.parameters())
-        except RuntimeError as error:
-            raise FlashError(
-                f"The weights of {self.folder} cannot be read: {reason_of(error)}. "
-                "Check the disk, then download the model again."
-            ) from error
+        read_weights(self.model, self.folder)
 
 
 def open_draft(name: str | Path, folder: Path, context: int) -> DraftModel:

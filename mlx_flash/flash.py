@@ -1,6 +1,7 @@
 """What a loaded model has besides what every model has: `model.flash`."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from .assembly import Assembled
@@ -18,6 +19,7 @@ from .memory.stats import Stats
 from .memory_size import say_memory
 from .run import Run
 from .run_report import RunReport
+from .storage.in_use import hold, let_go
 from .storage.manifest import Manifest
 from .storage.reader import Reader
 
@@ -27,6 +29,7 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
         positions: How many the model has, None if it has no limit.
@@ -60,6 +63,7 @@ class Flash:
         self.adapter: str | None = None
         self.cached_share: float | None = None
         self.closed = False
+        self.told_of_prompt: Callable[[int], None] = lambda tokens: None
         self._reader = reader
         self._fence = Fence()
         self.pool: Pool | None = None  # there once the layers have slots
@@ -68,6 +72,7 @@ class Flash:
         self.draft = draft
         self.limits = LimitShare(budget.total_bytes, budget.cache_bytes)
         self._draft_limits = LimitShare(self.draft_bytes, 0)
+        self._in_use = weakref.finalize(self, let_go, hold(folder))
         weakref.finalize(self, self._draft_limits.release).atexit = False
         weakref.finalize(self, self.limits.release).atexit = False
 
@@ -87,7 +92,7 @@ class Flash:
         """How its memory is divided, as a rule."""
         return self._budget if self.pool is None else self.pool.budget
 
-    def resize(self, memory: int | str) -> None:
+    def resize(self, memory: int | float | str) -> None:
         """Hold more or less memory from now on, without loading anew.
 
         Args:
@@ -151,6 +156,7 @@ class Flash:
             if self.pool is not None:
                 self.pool.close()
             self._reader.close()
+            self._in_use()
             self.limits.release()
             self._draft_limits.release()
 

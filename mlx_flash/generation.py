@@ -18,7 +18,7 @@ from .kv_cache import rotating_cache
 from .layers.kinds import BLOCK
 from .layers.neuron import SWEEP_TOKENS
 from .memory.stats import Stats
-from .prompts import Message, encode_messages, encode_prompt
+from .prompts import Message, check_positions, encode_messages, encode_prompt
 from .run import DraftStats, Run
 from .speculation import Drafts, stream_drafted
 from .stop_texts import StopTexts
@@ -85,12 +85,8 @@ def stream_generate(
     if flash.positions is not None:
         cache = options.get("prompt_cache") or []
         used = len(prompt) + max((getattr(c, "offset", 0) for c in cache), default=0)
+        check_positions(used, flash.positions)
         room = flash.positions - used
-        if room < 1:
-            raise FlashError(
-                f"The prompt has {used:,} tokens, the model {flash.positions:,} "
-                "positions for prompt and answer together. Shorten the prompt."
-            )
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     max_kv_size = options.pop("max_kv_size", None)
     if max_kv_size and not options.get("prompt_cache"):
@@ -102,6 +98,8 @@ def stream_generate(
     assert flash.pool is not None
     flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)
     flash.limits.make_room()
+    if note := options.get("prompt_progress_callback"):
+        options["prompt_progress_callback"] = _by_chunks(flash, note)
     run = flash.run = Run(flash.stats.copy())
     options["sampler"] = _noting(run, flash.stats, options.get("sampler"))
     if history and options.get("logits_processors"):
@@ -143,7 +141,20 @@ def stream_generate(
             "another --kv-group-size, or leave out --kv-bits."
         ) from error
     finally:
+        flash.told_of_prompt = lambda tokens: None
         steps.close()
+
+
+def _by_chunks(
+    flash: Flash, note: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """`note`, which is told of every chunk: mlx-lm tells of 2,048 tokens at a time."""
+
+    def told(done: int, total: int) -> None:
+        note(done, total)
+        flash.told_of_prompt = lambda tokens: note(min(done + tokens, total), total)
+
+    return told
 
 
 def _of_quantising(error: BaseException) -> bool:
@@ -227,7 +238,16 @@ def _check_numbers(response: GenerationResponse) -> None:
 
 
 def generate(
-    model: nn.Module, tokenizer, prompt=None, verbose: bool = False, **options
+    model: nn.Module,
+    tokenizer,
+    prompt=None,
+    verbose: bool = False,
+    *,
+    messages: Sequence[Message] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+    **options,
 ) -> str:
     """The whole text of `stream_generate`.
 
@@ -241,13 +261,26 @@ def generate(
         tokenizer: From the same call.
         prompt: Text to continue, or token ids.
         verbose: Print the text as it comes, and the figures of the run.
-        options: As for `stream_generate`: `messages`, `max_tokens`, `sampler`, …
+        messages: A conversation in the place of a prompt.
+        template_options: For the chat template, such as {"enable_thinking": False}.
+        max_tokens: At most so many new tokens; -1 for as many as positions allow.
+        stop: Texts that end the answer, and are not part of it.
+        options: As for `stream_generate`: `sampler`, `prompt_cache`, …
 
     Raises:
         FlashError: As `stream_generate`.
     """
     text = ""
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        messages=messages,
+        template_options=template_options,
+        stop=stop,
+        **options,
+    ):
         text += response.text
         if verbose:
             print(response.text, end="", flush=True)

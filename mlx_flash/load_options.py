@@ -38,6 +38,8 @@ class LoadOptions:
             `memory`.
         adapter_path: A folder with an adapter that `mlx_lm.lora` trained. Its weights
             stay in memory and are taken from `memory`.
+        progress: Show how far loading is: True also where there is no terminal, in one
+            line; None on a terminal alone.
     """
 
     predictor: bool = True
@@ -53,6 +55,7 @@ class LoadOptions:
     check: str = "sample"
     draft_model: str | Path | None = None
     adapter_path: str | Path | None = None
+    progress: bool | None = None
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -71,3 +74,4 @@ class LoadKeywords(TypedDict, total=False):
     check: str
     draft_model: str | Path | None
     adapter_path: str | Path | None
+    progress: bool | None

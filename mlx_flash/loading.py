@@ -19,7 +19,7 @@ from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
 from .draft_model import DraftModel, open_draft
-from .errors import FlashError, NotEnoughMemory, reason_of
+from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
 from .load_options import LoadKeywords, LoadOptions
@@ -33,6 +33,8 @@ from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
 from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
 from .memory_size import LEAST_BARE, say_memory
+from .progress import Bar
+from .resident import read_weights
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -47,18 +49,14 @@ GAP_BYTES = PAGE_BYTES
 
 def load(
     path: str | Path,
-    memory: int | str = "auto",
+    memory: int | float | str = "auto",
     trust_remote_code: bool = False,
     **options: Unpack[LoadKeywords],
 ) -> Loaded:
-    """Load a flash folder and its tokenizer.
-
-    >>> with mlx_flash.load("opt-6.7b-flash", memory="7GB") as (model, tokenizer):
-    ...     print(mlx_lm.generate(model, tokenizer, "Once upon a time"))
+    """Load a model that runs as it lies, and its tokenizer.
 
     Args:
-        path: A folder that `mlx-flash convert` wrote, or a hub name of one.
-        memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
+        path, memory: As for `load_model`.
         trust_remote_code: Whether the tokenizer may be code that the folder brings.
         options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
@@ -81,12 +79,14 @@ def load(
 
 
 def load_model(
-    path: str | Path, memory: int | str = "auto", **options: Unpack[LoadKeywords]
+    path: str | Path,
+    memory: int | float | str = "auto",
+    **options: Unpack[LoadKeywords],
 ) -> Loaded:
     """Load a flash folder without its tokenizer.
 
     Args:
-        path: A folder that `mlx-flash convert` wrote, or a hub name of one.
+        path: A flash folder, a checkpoint with experts, or a hub name of one.
         memory: All that the model may hold: bytes, "7GB", "50%" of it, or "auto".
         options: `context=8192`, `policy="lru"` and so on: see `mlx_flash.LoadOptions`.
 
@@ -136,11 +136,12 @@ def load_model(
     files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()
-        _read_resident(parts, folder)
-        if draft is not None:
-            draft.read()
-        flash.cached_share = cached_before(files, not through)
-        slots = _attach_slots(flash, parts, policy, wanted.overlap)
+        with _bar(parts, budget, wanted.progress) as bar:
+            read_weights(parts.model, folder, bar)
+            if draft is not None:
+                draft.read()
+            flash.cached_share = cached_before(files, not through)
+            slots = _attach_slots(flash, parts, policy, wanted.overlap, bar)
     except BaseException:
         flash.close()
         raise
@@ -182,7 +183,7 @@ def _needs(
 
 
 def _budget(
-    memory: int | str,
+    memory: int | float | str,
     draft: DraftModel | None,
     footprint: Footprint,
     folder: Path,
@@ -209,18 +210,17 @@ def _budget(
         ) from error
 
 
-def _read_resident(parts: Assembled, folder: Path) -> None:
-    try:
-        mx.eval(parts.model.parameters())
-    except RuntimeError as error:
-        raise FlashError(
-            f"The weights of {folder} cannot be read: {reason_of(error)}. Check the "
-            "disk, then download or convert the model again."
-        ) from error
+def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
+    """For all bytes that loading reads."""
+    manifest = parts.manifest
+    pairs = zip(budget.slots, manifest.layers, strict=True)
+    whole = sum(layer.nbytes for n, layer in pairs if n == layer.units)
+    total = manifest.resident.bytes + manifest.predictor_bytes + whole
+    return Bar("loading", total, shown, unit="B", unit_scale=True)
 
 
 def _attach_slots(
-    flash: Flash, parts: Assembled, policy: Lru, overlap: bool
+    flash: Flash, parts: Assembled, policy: Lru, overlap: bool, bar: Bar
 ) -> list[UnitSlots]:
     """Give every layer its slots, and fill those of layers that are held whole."""
     attached = []
@@ -238,6 +238,7 @@ def _attach_slots(
         layer.attach(slots, flash.budget.batch_tokens)
         if slots.n_slots == slots.units:
             slots.read_all()
+            bar.advance(parts.manifest.layers[i].nbytes)
         attached.append(slots)
     return attached
 

@@ -98,9 +98,23 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def context_for(folder: Path, prompt_tokens: int, max_tokens: int) -> int | None:
-    """Tokens of KV cache that a prompt and its answer need; None: the usual reserve."""
+    """Tokens of KV cache that a prompt and its answer need; None: the usual reserve.
+
+    Raises:
+        FlashError: If the model in `folder` has too few positions for the prompt.
+    """
+    positions = read_config(folder).get("max_position_embeddings")
+    check_positions(prompt_tokens, positions)
     if max_tokens < 0:
         return None
-    positions = read_config(folder).get("max_position_embeddings")
     context = prompt_tokens + max_tokens
     return min(context, positions) if positions else context
+
+
+def check_positions(tokens: int, positions: int | None) -> None:
+    """Refuse a prompt that leaves no position for an answer."""
+    if positions is not None and tokens >= positions:
+        raise FlashError(
+            f"The prompt has {tokens:,} tokens, the model {positions:,} positions for "
+            "prompt and answer together. Shorten the prompt."
+        )

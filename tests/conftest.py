@@ -47,6 +47,14 @@ def no_figures_of_this_machine(monkeypatch):
     monkeypatch.setattr(whole, "measured_here", lambda device: None)
 
 
+@pytest.fixture(autouse=True)
+def no_models_of_this_user(monkeypatch, tmp_path_factory):
+    """Conversions by name go to a folder of the test's own."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    monkeypatch.setenv("MLX_FLASH_HOME", str(home))
+
+
 GOLDENS = Path(__file__).parent / "goldens" / "opt"
 SIZES = {"vocab_size": 97, "ffn_dim": 96}
 

@@ -514,7 +514,7 @@ def run_serve(folder, *options, port=None, **environment):
     "options, says",
     [
         (["--memory", "1MB"], "needs at least --memory"),
-        (["--adapter-path", "x"], "--adapter-path"),
+        (["--adapter-path", "no-such-adapter"], "no-such-adapter"),
         (["--draft-model", "no-such-draft"], "no-such-draft"),
         (["--pipeline"], "--pipeline"),
         (["--use-default-chat-template"], "--chat-template"),

@@ -69,7 +69,7 @@ def decode(
 def run_model(
     name: str,
     folder: str | Path,
-    memory: int | str,
+    memory: int | float | str,
     prompt_tokens: int,
     tokens: int,
     *,

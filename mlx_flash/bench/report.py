@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from .._version import __version__
 from ..memory.stats import Stats
 from ..planning.machine import machine
+from ..progress import bars
 
 T = TypeVar("T")
 TIMES = ("io_ms", "cache_ms", "compute_ms", "total_ms")
@@ -241,6 +241,4 @@ def environment() -> dict:
 
 def progress(items: Iterable[T], what: str, unit: str = "it") -> Iterable[T]:
     """A bar on stderr, where a person looks at it."""
-    return tqdm(
-        items, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty()
-    )
+    return bars(items, what, None, unit=unit)

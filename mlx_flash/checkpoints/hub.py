@@ -6,10 +6,13 @@ All functions raise a FlashError if the hub cannot be reached or refuses.
 import contextlib
 import errno
 import fnmatch
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ..errors import FlashError
 from ..storage.manifest import MANIFEST, PREDICTORS, RESIDENT
@@ -50,6 +53,8 @@ def find_model(
             f"{name} on the hub is not a flash folder (no {MANIFEST}). Make one: "
             f"mlx-flash convert {name} -o {name.split('/')[1]}-flash"
         )
+    if not has_weights(folder) and not sys.stderr.isatty():
+        print(f"downloading the weights of {name}", file=sys.stderr, flush=True)
     for pattern in WEIGHT_FILES:
         _download(name, commit, [pattern])
         if any(folder.glob(pattern)):
@@ -72,15 +77,26 @@ def find_config(name: str | Path, revision: str | None = None) -> Path:
     return _download(str(name), revision, CONFIG_FILES)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights, all of them where an index names them."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    return all((folder / str(name)).is_file() for name in named)
+
+
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it downloaded."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def weight_sizes(name: str, commit: str) -> dict[str, int]:
     """The bytes of a repository's weight files by name, as the hub lists them."""
-    from huggingface_hub import HfApi, constants
-
-    with _said(name, commit):
-        files = HfApi(endpoint=constants.ENDPOINT).list_repo_tree(
-            name, revision=commit, recursive=True
-        )
-        sizes = {f.path: f.size for f in files if hasattr(f, "size")}
+    sizes = {f.path: f.size for f in _listed(name, commit)}
     for patterns in [FLASH_FILES] if MANIFEST in sizes else [[p] for p in WEIGHT_FILES]:
         found = {
             path: size
@@ -90,6 +106,27 @@ def weight_sizes(name: str, commit: str) -> dict[str, int]:
         if found:
             break
     return found
+
+
+def file_ids(name: str, commit: str) -> dict[str, str]:
+    """The hub's digest of each file of a repository that a model is read from."""
+    patterns = [*CONFIG_FILES, *WEIGHT_FILES]
+    return {
+        f.path: f.lfs.sha256 if f.lfs else f.blob_id
+        for f in _listed(name, commit)
+        if any(fnmatch.fnmatch(f.path, pattern) for pattern in patterns)
+    }
+
+
+def _listed(name: str, commit: str) -> list[Any]:
+    """The files of a repository, as the hub lists them without sending them."""
+    from huggingface_hub import HfApi, constants
+
+    with _said(name, commit):
+        files = HfApi(endpoint=constants.ENDPOINT).list_repo_tree(
+            name, revision=commit, recursive=True
+        )
+        return [file for file in files if hasattr(file, "size")]
 
 
 def remote_tensors(name: str, file: str, commit: str) -> dict[str, tuple[str, int]]:
@@ -107,8 +144,27 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     """The hub's snapshot of a repository, with the files of these patterns in it."""
     from huggingface_hub import snapshot_download
 
-    with _said(name, revision):
+    with _said(name, revision), _no_bars_in_logs():
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+@contextlib.contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Without a terminal, the hub's library would fill a log with its bars."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextlib.contextmanager

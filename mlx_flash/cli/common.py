@@ -1,14 +1,22 @@
 """What several commands share: the demo model, and options of one meaning."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from .. import DEMO_MODEL
 from ..bench.options import MemoryType
+from ..errors import FlashError, NotEnoughMemory
 
+if TYPE_CHECKING:
+    from ..library.opening import Offer
+
+T = TypeVar("T")
 DEMO_MEMORY = "50%"
+YES = "mlx_flash.yes"  # in the context of a command
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
@@ -27,23 +35,82 @@ def memory_option(default: str | None, note: str = "") -> Callable:
 def run_options(command: Callable) -> Callable:
     """--model and --memory of a command that runs the demo model if none is named."""
     note = f"  [default: auto; demo model: {DEMO_MEMORY}]"
-    command = memory_option(None, note)(command)
+    command = memory_option(None, note)(yes_option(command))
     return click.option(
         "--model",
-        metavar="FOLDER",
-        help="Flash folder, checkpoint with experts, or a hub name of one.  "
-        "[default: demo model]",
+        metavar="NAME",
+        help="Flash folder, checkpoint, or a hub name of one.  [default: demo model]",
     )(command)
 
 
 def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     """The folder and the memory that `run_options` stand for."""
-    from ..assembly import can_stream
-    from ..checkpoints.hub import find_model
-
     if model is None:
         return DEMO_MODEL, memory or DEMO_MEMORY
-    return find_model(model, checkpoint=can_stream), memory or "auto"
+    return model_folder(model), memory or "auto"
+
+
+def load_with(load: Callable[[str | int], T], memory: str, free: bool) -> T:
+    """What `load` makes of `memory`, or of the least that works.
+
+    Args:
+        free: Whether nobody said which model and how much memory: so the demo model
+            gives answers of any length.
+    """
+    try:
+        return load(memory)
+    except NotEnoughMemory as error:
+        if not free:
+            raise
+        return load(error.least_bytes)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model by any name, converted first if it has to be.
+
+    Of a command that has `yes_option`.
+    """
+    from ..library.opening import runnable
+
+    return runnable(model, _agree)
+
+
+def _agree(offer: "Offer") -> bool:
+    """Ask at the terminal whether to convert; --yes answers."""
+    return agreed(str(offer), "Convert it now?", f"{offer} Add --yes to agree.")
+
+
+def agreed(announcement: str, question: str, refusal: str) -> bool:
+    """Say what will happen, and ask whether it may.
+
+    Args:
+        refusal: What to say where there is nobody to ask and no --yes.
+    """
+    if click.get_current_context().meta.get(YES):
+        click.echo(announcement, err=True)
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise FlashError(refusal)
+    return click.confirm(f"{announcement} {question}", err=True)
+
+
+def _note_yes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[YES] = value
+
+
+def yes(meaning: str) -> Callable:
+    """--yes, which `agreed` looks up: it is not among a command's parameters."""
+    return click.option(
+        "--yes",
+        "-y",
+        is_flag=True,
+        expose_value=False,
+        callback=_note_yes,
+        help=meaning,
+    )
+
+
+yes_option = yes("Convert the model, if it has to be, without asking.")
 
 
 check_option = click.option(
@@ -99,7 +166,7 @@ def plot_option(drawn: str) -> Callable:
     )
 
 
-demo_argument = click.argument("model", default=str(DEMO_MODEL), metavar="[FOLDER]")
+demo_argument = click.argument("model", default=str(DEMO_MODEL), metavar="[NAME]")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object."
 )

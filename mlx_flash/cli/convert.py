@@ -1,5 +1,6 @@
 """`mlx-flash convert`: make a flash folder of a checkpoint."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,7 +11,13 @@ from .common import revision_option
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--output", required=True, metavar="FOLDER", help="Where to write.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    help="Where to write.  [default: mlx-flash's own folder, where every command finds "
+    "it by the name of SOURCE]",
+)
 @revision_option
 @click.option(
     "--dtype",
@@ -82,13 +89,14 @@ def convert(source, output, quiet, **options):
       mlx-flash convert ./my-opt -o my-opt-flash --dtype float16
     """
     from ..converters.convert import convert as run
+    from ..library.opening import convert_to_shelf
 
+    run_to = partial(run, dst=output) if output else convert_to_shelf
     try:
-        run(source, output, progress=not quiet, **options)
+        run_to(source, progress=not quiet, **options)
     except KeyboardInterrupt:
         click.echo("Interrupted. The same command goes on where it stopped.", err=True)
         raise
     if not quiet:
-        click.echo(
-            f'{output} is ready: mlx-flash generate "…" --model {output}', err=True
-        )
+        name = output or source
+        click.echo(f'{name} is ready: mlx-flash generate "…" --model {name}', err=True)

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import click
 
 from ..errors import FlashError
 from .cache_options import CacheOptions, cache_options
-from .common import INTERRUPTED, chosen_model, json_option, run_options
+from .common import INTERRUPTED, chosen_model, json_option, load_with, run_options
 from .load_options import LoadingOptions, loading_options
 from .sampling_options import SamplingOptions, sampling_options
 from .template_options import TemplateOptions, template_options
@@ -81,10 +82,12 @@ def generate(
     import transformers
 
     from ..loading import load_model, load_tokenizer
+    from ..progress import Bar
     from ..prompts import encode_prompt
     from .saved_prompt import open_prompt_file
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
+    free = model is None and memory is None
     folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder, loading.trust_remote_code)
     sampling.prepare(tokenizer)
@@ -98,9 +101,9 @@ def generate(
         )
     else:
         tokens = encode_prompt(tokenizer, text)
-    loaded = load_model(
-        folder, memory, context=_context(folder, len(tokens), caching), **arguments
-    )
+    shown = None if quiet or as_json else True
+    arguments |= {"context": _context(folder, len(tokens), caching), "progress": shown}
+    loaded = load_with(partial(load_model, folder, **arguments), memory, free)
     cached = 0
     with loaded as (network, _):
         steps = caching.arguments() | {"max_kv_size": caching.max_kv_size}
@@ -112,7 +115,9 @@ def generate(
             )
             cached = saved.used
             steps |= {"prompt_cache": saved.cache, "history": tokens[:cached]}
-        code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
+        with Bar("reading the prompt", shown=None, unit="token") as bar:
+            steps["prompt_progress_callback"] = bar.reach
+            code = _stream(network, tokenizer, tokens[cached:], steps, as_json)
         run = network.flash.run
         if saved and not code:
             saved.save(run.tokens)

@@ -6,20 +6,29 @@ import click
 
 from ..bench.options import MemoryType
 from ..errors import printable
-from .common import chosen_model, demo_argument, json_option
+from .common import chosen_model, demo_argument, json_option, yes_option
+from .tables import markdown_option, print_table
 
 
 @click.command()
 @demo_argument
 @json_option
-def info(model, as_json):
+@markdown_option
+def info(model, as_json, markdown):
     """Say what of a model is resident and what is on flash, layer by layer.
 
-    Without FOLDER, of the demo model.
+    NAME is a flash folder, a checkpoint, or a hub name, of which no weights are
+    downloaded. Without NAME, of the demo model.
     """
-    from ..inspection import facts, table
+    from ..library.opening import converted
+    from ..planning.info import look_at
 
-    click.echo(json.dumps(facts(model)) if as_json else table(model))
+    found = look_at(converted(model) or model)
+    if as_json:
+        click.echo(json.dumps(found.facts()))
+        return
+    click.echo(found.text() + "\n")
+    print_table(found.layers(), markdown)
 
 
 @click.command()
@@ -41,12 +50,14 @@ def info(model, as_json):
 @click.option(
     "--max-tokens", "-m", default=32, type=click.IntRange(1), help="With --budget."
 )
+@yes_option
 def verify(model, record, budgets, prompt, max_tokens):
     """Compare every file of a model with the digest noted of it.
 
-    `convert` notes digests in the flash folder. Of a checkpoint with experts that is
-    read in place, --record notes them in this user's cache folder. Without FOLDER, of
-    the demo model.
+    NAME is a flash folder, a checkpoint, or a hub name. `convert` notes digests in the
+    flash folder. Of a checkpoint, --record notes them in this user's cache folder. Of
+    one that mlx-flash converted into its own folder, the conversion is compared.
+    Without NAME, of the demo model.
 
     \b
     Examples:
@@ -60,7 +71,9 @@ def verify(model, record, budgets, prompt, max_tokens):
         _verify_outputs(model, budgets, prompt, max_tokens)
         return
     from .. import inspection
+    from ..library.opening import converted
 
+    model = converted(model) or model
     if record:
         inspection.record(model, lambda name: click.echo(f"noted  {name}"))
         return

@@ -46,9 +46,12 @@ def plan(model, memory, profile, as_json, **options):
       mlx-flash plan mlx-community/Qwen3-30B-A3B-4bit --memory 8GB
       mlx-flash plan facebook/opt-6.7b --memory 50% --profile m1-max-paper
     """
+    from ..library.opening import converted
     from ..planning.plan import make_plan
     from ..planning.text import plan_text
     from ..profile import load_profile
 
+    if options["revision"] is None:
+        model = converted(model) or model
     result = make_plan(model, memory, load_profile(profile), **options)
     click.echo(json.dumps(result.to_dict()) if as_json else plan_text(result))

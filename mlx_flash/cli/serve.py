@@ -10,12 +10,14 @@ from .common import (
     check_option,
     elastic_option,
     memory_option,
+    model_folder,
     page_cache_option,
+    yes_option,
 )
 from .serve_options import (
     answer_options,
-    drafting_and_cache_options,
     listening_options,
+    model_and_cache_options,
     options_of_others,
 )
 
@@ -23,7 +25,13 @@ PROMPT_CACHE_GB = 8.0
 
 
 @click.command()
-@click.option("--model", required=True, metavar="FOLDER", help="Flash folder.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help="Flash folder, checkpoint, or a hub name of one.",
+)
+@yes_option
 @memory_option("auto")
 @click.option("--context", type=click.IntRange(1), help="Tokens of KV cache reserved.")
 @page_cache_option
@@ -31,7 +39,7 @@ PROMPT_CACHE_GB = 8.0
 @check_option
 @listening_options
 @answer_options
-@drafting_and_cache_options
+@model_and_cache_options
 @options_of_others
 def serve(
     model,
@@ -40,6 +48,7 @@ def serve(
     page_cache,
     elastic,
     check,
+    adapter_path,
     draft_model,
     trust_remote_code,
     log_level,
@@ -76,10 +85,12 @@ def serve(
         memory,
         _settings(**options),
         saving,
+        folder_of_model=model_folder(model),
         context=context,
         page_cache=page_cache,
         elastic=elastic,
         check=check,
+        adapter_path=adapter_path,
         draft_model=draft_model,
         trust_remote_code=trust_remote_code,
     )

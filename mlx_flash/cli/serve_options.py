@@ -126,10 +126,16 @@ def answer_options(command: Callable) -> Callable:
     )
 
 
-def drafting_and_cache_options(command: Callable) -> Callable:
-    """Drafts, and KV caches."""
+def model_and_cache_options(command: Callable) -> Callable:
+    """What is loaded beside the model, and KV caches."""
     return _add(
         command,
+        click.option(
+            "--adapter-path",
+            type=click.Path(file_okay=False),
+            metavar="FOLDER",
+            help="An adapter that mlx_lm.lora trained; it counts in --memory.",
+        ),
         click.option(
             "--draft-model",
             metavar="FOLDER",
@@ -202,11 +208,6 @@ def options_of_others(command: Callable) -> Callable:
     """What mlx-lm's server can do and this one cannot, with the reasons."""
     return _add(
         command,
-        _refused(
-            "--adapter-path",
-            "adapters would have to be added to weights on flash. Fuse it into the "
-            "model with mlx_lm.fuse, then convert that.",
-        ),
         _refused("--pipeline", "the model runs on one machine.", is_flag=True),
         _refused(
             "--use-default-chat-template",

@@ -21,7 +21,7 @@ RATE_S = 2.0
 PAST = 60  # pictures in a line over time
 BESIDE_ROWS = 16  # of a picture, beside its heat map
 PARTS = (
-    ("resident weights", "resident", "#35618f"),
+    ("resident", "resident", "#35618f"),
     ("predictors", "predictors", "#57aaa5"),
     ("slots", "slots", "#4f93d6"),
     ("KV cache", "kv_cache", "#a88ad0"),
@@ -48,8 +48,10 @@ class Past:
         then = before["answer"] or {}
         span = now - before["at_s"]
         tokens = answer.get("tokens", 0)
-        if then.get("begun_s") == answer.get("begun_s"):
+        same = then.get("begun_s") == answer.get("begun_s")
+        if same:
             tokens -= then.get("tokens", 0)
+        decoding = same and then.get("tokens") and tokens > 0  # no waits of a prompt
         a, b = before["counters"], state["counters"]
         asked = b["hits"] + b["misses"] - a["hits"] - a["misses"]
         read_s = b["read_s"] - a["read_s"]
@@ -57,7 +59,7 @@ class Past:
             "speed": tokens / span if span else 0.0,
             "hits": (b["hits"] - a["hits"]) / asked if asked else 0.0,
             "flash": (b["bytes_read"] - a["bytes_read"]) / read_s if read_s else 0.0,
-            "waits": (b["waits"] - a["waits"]) / tokens if tokens > 0 else 0.0,
+            "waits": (b["waits"] - a["waits"]) / tokens if decoding else 0.0,
         }
         for name, rate in rates.items():
             self.lines.setdefault(name, deque(maxlen=PAST)).append(rate)

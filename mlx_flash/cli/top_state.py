@@ -17,10 +17,13 @@ PATH = "/api/flash/state"
 def read_state(url: str, api_key: str | None = None) -> dict[str, Any]:
     """The state of the server at `url`, as `server.state.State` has it.
 
+    Args:
+        url: Of the server, or of its OpenAI API, which is what it prints.
+
     Raises:
         FlashError: If nobody answers, or somebody else.
     """
-    base = (url if "://" in url else f"http://{url}").rstrip("/")
+    base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         asked = Request(base + PATH, headers=headers)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import chosen_model, plot_option
+from .common import chosen_model, plot_option, yes_option
 
 PROMPT = "The three most important things to know about the sea are"
 
@@ -36,6 +36,7 @@ PROMPT = "The three most important things to know about the sea are"
     help="Write a report.",
 )
 @plot_option("speed, bytes and hit rate")
+@yes_option
 def tune(model, prompt, tokens, budgets, repeats, as_json, plot):
     """Measure what memory buys MODEL here, and say which --memory to use.
 

@@ -45,7 +45,7 @@ class Budget:
 
 
 def make_budget(
-    memory: int | str,
+    memory: int | float | str,
     footprint: Footprint,
     folder: Path,
     divide: Divide | None = None,
@@ -172,7 +172,7 @@ def share_slots(
     return slots
 
 
-def total_bytes(memory: int | str, footprint: Footprint) -> int:
+def total_bytes(memory: int | float | str, footprint: Footprint) -> int:
     """An amount of memory as `make_budget` takes it, in bytes."""
     wanted = parse_memory(memory)
     if wanted is None:

@@ -92,9 +92,7 @@ def _of_checkpoint(
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
-    # Experts that are tensors of their own have to be brought together first.
-    apart = any(".experts.0." in tensor for tensor in names)
-    in_place = kind is EXPERT and not apart
+    in_place = kind is EXPERT and not weight_format.apart(names)
     return Outline(
         kind="checkpoint",
         model=model,

@@ -104,6 +104,8 @@ class Monitor:
         flash, budget = self.flash, self.flash.budget
         if time.perf_counter() - self._looked.at > LOOK_S:
             self._looked = self._look()
+        held = mx.get_active_memory() + mx.get_cache_memory()
+        seen = flash.run.held_bytes if flash.run else 0
         return Memory(
             budget=budget.total_bytes + flash.draft_bytes,
             resident=budget.resident_bytes,
@@ -112,8 +114,8 @@ class Monitor:
             kv_cache=budget.kv_bytes,
             workspace=budget.workspace_bytes,
             draft=flash.draft_bytes,
-            held=mx.get_active_memory() + mx.get_cache_memory(),
-            peak=mx.get_peak_memory(),
+            held=held,
+            peak=max(mx.get_peak_memory(), seen, held),
             process=self._looked.process,
             available=self._looked.available,
             machine=self._machine_bytes,

@@ -66,15 +66,18 @@ def open_server(
     memory: int | str,
     settings: Settings,
     saving: Saving | None = None,
+    folder_of_model: Path | None = None,
     **options: Any,
 ) -> Iterator[Listener]:
     """A server whose `serve_forever` somebody has to call.
 
     Args:
         model, memory, settings, saving, options: As for `serve`.
+        folder_of_model: Where `model` lies, if that was found out already.
     """
     with bind(settings.host, settings.port) as bound:
-        with load(model, memory, **options) as (network, tokenizer):
+        found = folder_of_model or model
+        with load(found, memory, **options) as (network, tokenizer):
             if settings.chat_template is not None:
                 tokenizer = load_tokenizer(
                     network.flash.folder,

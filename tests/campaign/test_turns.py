@@ -25,7 +25,7 @@ ANSWER = 6  # tokens
 CONVERSATIONS = 4
 SIZES = [  # tokens of a conversation, further turns, context, memory
     pytest.param(300, 4, 832, "1.8MB", id="300"),
-    pytest.param(3000, 20, 6784, "7.5MB", id="3000", marks=pytest.mark.slow),
+    pytest.param(3000, 20, 6784, "7.8MB", id="3000", marks=pytest.mark.slow),
 ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import mlx_flash
 from mlx_flash.errors import FlashError
-from mlx_flash.inspection import table
+from mlx_flash.planning.info import look_at
 
 MEMORY = "1GB"  # as the model is small: of this it takes what it needs
 MAX_BYTES = 4 << 30  # of address space beyond what the libraries have taken
@@ -45,7 +45,7 @@ def judge(folder: Path) -> dict:
     """
     try:
         if (folder / "flash.json").exists():
-            table(folder)
+            look_at(folder).layers().markdown()
         with load(folder, "none") as (model, tokenizer):
             logits = model(mx.array(TOKENS)).astype(mx.float32)
             mx.eval(logits)

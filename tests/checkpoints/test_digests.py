@@ -339,11 +339,12 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(experts, monkeypatch
     assert list(record_path(experts).parent.iterdir()) == [record_path(experts)]
 
 
-def test_a_checkpoint_that_cannot_be_read_in_place_has_no_record(tmp_path):
+def test_a_dense_checkpoint_is_verified_like_others(tmp_path):
     source = write_checkpoint(tmp_path / "model")
-    for words in ([], ["--record"]):
-        message = run("verify", source, *words, code=1).stderr
-        assert re.search("flash.json.*mlx-flash convert", message)
+    message = run("verify", source, code=1).stderr
+    assert re.search("no digests to compare with.*verify --record", message)
+    assert "noted  model.safetensors" in run("verify", source, "--record").stdout
+    assert "ok  model.safetensors" in run("verify", source).stdout
 
 
 # The hub's cache

@@ -17,8 +17,9 @@ from mlx_flash.checkpoints.config import read_config
 from mlx_flash.checkpoints.tokenizer import load_tokenizer
 from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
-from mlx_flash.inspection import record, table
+from mlx_flash.inspection import record
 from mlx_flash.loading import load_model
+from mlx_flash.planning.info import look_at
 from mlx_flash.storage.safetensors import read_header
 
 TOKENS = mx.array([[5, 17, 3]])
@@ -307,7 +308,7 @@ def test_names_of_no_file_are_one_printable_line(own_folder, name):
 
 def test_info_prints_no_escape_sequences(own_folder):
     change(own_folder / "flash.json", source="\x1b[2Jmodel\nand more")
-    text = table(own_folder)
+    text = look_at(own_folder).text()
     assert "\x1b" not in text and r"\x1b[2Jmodel and more" in text
 
 

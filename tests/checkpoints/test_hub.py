@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from opt_checkpoints import files_of, make_checkpoint
 
+import mlx_flash
 from mlx_flash.checkpoints.hub import find_model
 from mlx_flash.cli import main
 from mlx_flash.converters.convert import convert
@@ -113,8 +114,10 @@ def test_weights_of_a_plain_checkpoint_do_not_come_for_nothing(hub, checkpoint):
     result = CliRunner().invoke(main, ["generate", "a", "--model", NAME])
     assert result.exit_code == 1 and result.stdout == ""
     message = result.stderr.splitlines()[-1]  # after the library's progress bar
-    assert message.startswith(f"Error: {NAME} on the hub is not a flash folder")
-    assert f"mlx-flash convert {NAME} -o opt-flash" in message
+    assert message.startswith(f"Error: {NAME} runs from flash once it is converted")
+    assert message.endswith("Add --yes to agree.")
+    with pytest.raises(FlashError, match="hub is not a flash folder.*flash convert ti"):
+        mlx_flash.load(NAME)
     assert "model.safetensors" not in hub.fetched
 
 

@@ -47,7 +47,8 @@ def test_every_option_reaches_the_server(tmp_path):
         *("--top-k", "7", "--min-p", "0.1", "--max-tokens", "33"),
         *("--chat-template", str(template), "--trust-remote-code"),
         *("--chat-template-args", '{"enable_thinking": false}'),
-        *("--draft-model", "d", "--num-draft-tokens", "2", "--kv-bits", "8"),
+        *("--adapter-path", "a", "--draft-model", "d"),
+        *("--num-draft-tokens", "2", "--kv-bits", "8"),
         *("--kv-group-size", "32", "--quantized-kv-start", "5"),
         *("--prefill-step-size", "512", "--prompt-cache-size", "3"),
         *("--prompt-cache-bytes", "2MB", "--prompt-cache-dir", str(tmp_path)),
@@ -83,6 +84,7 @@ def test_every_option_reaches_the_server(tmp_path):
         "page_cache": "off",
         "elastic": False,
         "check": "full",
+        "adapter_path": "a",
         "draft_model": "d",
         "trust_remote_code": True,
     }
@@ -101,7 +103,6 @@ def test_a_template_may_be_given_as_text():
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--adapter-path", "x"], "mlx_lm.fuse"),
         (["--pipeline"], "one machine"),
         (["--use-default-chat-template"], "Give --chat-template"),
         (["--decode-concurrency", "32"], "one after the other"),

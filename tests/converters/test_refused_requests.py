@@ -19,12 +19,39 @@ from mlx_flash.errors import FlashError
         (["--threshold", "0"], ["threshold", "0.5"], 1),
         (["--recall", "0"], ["recall", "0.95"], 1),
         (["--recall", "1.1"], ["recall", "1.1", "0.95"], 1),
+        (["--bits", "0"], ["of 0 bits", "2, 3, 4, 5, 6 or 8"], 1),
+        (["--bits", "7"], ["of 7 bits", "2, 3, 4, 5, 6 or 8"], 1),
+        (["--resident-bits", "1"], ["of 1 bits", "2, 3, 4, 5, 6 or 8"], 1),
+        (["--bits", "4", "--group-size", "16"], ["groups of 16", "32, 64 or 128"], 1),
+        (["--bits", "4", "--group-size", "0"], ["groups of 0", "32, 64 or 128"], 1),
+        (["--mode", "nvfp4", "--bits", "8"], ["nvfp4 has 4 bits in groups of 16"], 1),
+        (["--mode", "mxfp8", "--group-size", "64"], ["mxfp8 has 8 bits", "of 32"], 1),
+        (["--mode", "fp3"], ["'fp3'", "affine, mxfp4, mxfp8, nvfp4"], 1),
         (["--calibration-tokens", "0"], ["--calibration-tokens", "0"], 2),
         (["--dtype", "float64"], ["--dtype", "float64", "bfloat16"], 2),
     ],
 )
 def test_options_that_cannot_be(refuse, checkpoint, options, words, code):
     refuse(checkpoint, *words, options=options, code=code)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--group-size", "32"], ["Groups of 32", "--bits"]),
+        (["--revision", "main"], ["--revision would be ignored", "is a folder here"]),
+        (["--rank", "0", "--recall", "0.9"], ["--recall would be", "--rank 0 makes"]),
+        (["--rank", "0", "--calibration", "x"], ["--calibration would be ignored"]),
+        (["--threshold", "0.4", "--recall", "0.9"], ["--recall", "--threshold sets"]),
+        (["--unit", "block", "--rank", "8"], ["--rank would be ignored", "blocks"]),
+        (
+            ["--unit", "block", "--threshold", "0.4", "--calibration-tokens", "99"],
+            ["--calibration-tokens and --threshold would be ignored"],
+        ),
+    ],
+)
+def test_options_that_would_be_ignored(refuse, checkpoint, options, words):
+    refuse(checkpoint, *words, options=options)
 
 
 def test_python_callers_are_judged_too(tmp_path, checkpoint):

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.errors import FlashError
-from mlx_flash.inspection import facts, table, verify
+from mlx_flash.inspection import verify
 from mlx_flash.loading import load_model
+from mlx_flash.planning.info import look_at
 from mlx_flash.storage import manifest as format
 from mlx_flash.storage.limits import LARGE_PAGE_BYTES
 from mlx_flash.storage.manifest import FORMAT_VERSION, read_manifest
@@ -118,10 +119,10 @@ def test_sizes_are_those_of_the_files(flash_folder):
     assert manifest.resident.bytes == sum(w.nbytes for w in stored)
     assert manifest.ffn_bytes == 2 * 48 * 2 * 24 * 4
     assert manifest.model_bytes == manifest.resident.bytes + manifest.ffn_bytes
-    found = facts(flash_folder)
+    found = look_at(flash_folder).facts()
     assert (found["units_per_layer"], found["unit_bytes"]) == (48, 192)
     assert found["predictor_bytes"] == manifest.predictor_bytes > 0
-    assert table(flash_folder).count("\n    ") == len(manifest.layers)
+    assert len(look_at(flash_folder).layers().rows) == len(manifest.layers)
 
 
 # Damage to flash.json

@@ -167,7 +167,7 @@ export class Chat {
     if (flash.first_token_s) said.push(`first after ${seconds(flash.first_token_s)}`);
     if (flash.hit_rate != null) said.push(`${percent(flash.hit_rate)} hits`);
     if (flash.bytes_read != null) said.push(`${bytes(flash.bytes_read)} read`);
-    if (answer.cut) said.push("ended at the most tokens");
+    if (answer.cut) said.push("cut at the most tokens");
     if (note) said.push(note);
     const follow = this.atEnd();
     entry.whole.append(element("p", "figures", said.join(" · ")));

@@ -5,6 +5,7 @@ import { count, digits, percent } from "./format.js";
 
 const LEFT = 30;
 const RIGHT = 74;
+const ABOVE = 6;
 const BELOW = 18;
 const LATELY = 40; // pictures
 
@@ -57,6 +58,7 @@ export class HeatMap {
     this.past.push(this.rows.map((row) => row.asked));
     if (this.past.length > LATELY) this.past.shift();
     this.draw();
+    if (!this.rows.length) return;
     this.table();
     this.name();
     if (document.activeElement !== this.canvas) this.describe();
@@ -76,12 +78,13 @@ export class HeatMap {
     const height = Math.min(Math.max(Math.floor(240 / this.rows.length), 5), 26);
     const shape = { width: box - LEFT - RIGHT, height };
     const scale = devicePixelRatio || 1;
-    const tall = height * this.rows.length + BELOW;
+    const tall = ABOVE + height * this.rows.length + BELOW;
     this.canvas.width = Math.round(box * scale);
     this.canvas.height = Math.round(tall * scale);
     this.canvas.style.height = `${tall}px`;
     const pen = this.canvas.getContext("2d");
     pen.scale(scale, scale);
+    pen.translate(0, ABOVE);
     const ink = colours();
     const counts = this.rows.map((_, i) => this.asked(i));
     const most = Math.max(...counts.map((values) => Math.max(...values)));
@@ -154,8 +157,8 @@ export class HeatMap {
   point(event) {
     const box = this.canvas.getBoundingClientRect();
     const width = box.width - LEFT - RIGHT;
-    const height = (box.height - BELOW) / this.rows.length;
-    const row = Math.floor((event.clientY - box.top) / height);
+    const height = (box.height - ABOVE - BELOW) / this.rows.length;
+    const row = Math.floor((event.clientY - box.top - ABOVE) / height);
     const share = (event.clientX - box.left - LEFT) / width;
     if (!this.rows[row] || share < 0 || share >= 1) return;
     this.cell = [row, Math.floor(share * this.rows[row].asked.length)];
@@ -185,7 +188,13 @@ export class HeatMap {
   }
 
   describe() {
-    if (!this.cell) return;
+    if (!this.cell) {
+      const row = this.rows[0];
+      const many = Math.round(row.units / row.asked.length);
+      const what = many > 1 ? `${many} ${this.unit}s, blue as far as they are in memory` : `one ${this.unit}`;
+      find("map-cell").textContent = `A cell is ${what}. Point at one for its figures, or use the arrow keys.`;
+      return;
+    }
     const [index, column] = this.cell;
     const row = this.rows[index];
     const columns = row.asked.length;

@@ -46,7 +46,8 @@ export class Live {
       speed: span > 0 ? tokens / span : 0,
       hits: asked > 0 ? (100 * (now.hits - before.hits)) / asked : null,
       flash: busy > 0 ? (now.bytes_read - before.bytes_read) / 1e9 / busy : 0,
-      waits: tokens > 0 ? (now.waits - before.waits) / tokens : null,
+      // Those of a prompt are of no token.
+      waits: same && before.tokens && tokens > 0 ? (now.waits - before.waits) / tokens : null,
     };
   }
 
@@ -84,7 +85,7 @@ function phase({ answer, requests }) {
 
 function budget({ memory }) {
   const parts = [
-    ["resident weights", memory.resident, "resident"],
+    ["resident", memory.resident, "resident"],
     ["predictors", memory.predictors, "predictors"],
     ["slots for units", memory.slots, "held"],
     ["KV cache", memory.kv_cache, "kv"],

@@ -1,0 +1,1 @@
+"""Models by any name: as they lie, or converted once into our own folder."""
