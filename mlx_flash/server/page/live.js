@@ -116,7 +116,7 @@ function machine({ memory }) {
 function time(answer) {
   const known = answer?.compute_s != null && answer.tokens > 1;
   const parts = known ? [
-    ["waiting for flash", answer.io_s, "flash"],
+    ["waits for flash", answer.io_s, "flash"],
     ["bookkeeping", answer.cache_s, "kv"],
     ["computing", answer.compute_s, "resident"],
   ] : [];
