@@ -81,6 +81,9 @@ class Conversation:
         self.finish_reason: str | None = None
         self.kept = True
         self.progress: Callable[[int, int], None] | None = None
+        # Whether the KV cache may hold other tokens than `tokens`: an interrupt may
+        # come while another one is dealt with.
+        self._unsettled = False
         self._model = model
         self._tokenizer = tokenizer
         self._template_options = template_options
@@ -98,10 +101,10 @@ class Conversation:
             FlashError: If the conversation does not fit the model's positions or its
                 memory, or as `stream_generate`.
         """
-        self.messages.append({"role": "user", "content": text})
+        question = {"role": "user", "content": text}
         said, self.finish_reason, self.kept = "", None, False
         try:
-            written, prompt = self._prompt()
+            written, prompt = self._prompt(question)
             self.cached_tokens = self._reuse(prompt)
             thinking = Thinking(self._tokenizer, written)
             for response in self._generate(prompt):
@@ -112,9 +115,7 @@ class Conversation:
         finally:
             self.kept = bool(said) or self.finish_reason is not None
             if self.kept:
-                self.messages.append({"role": "assistant", "content": said})
-            else:
-                self.messages.pop()
+                self.messages += [question, {"role": "assistant", "content": said}]
 
     def reset(self) -> None:
         """Begin anew, with the same system prompt and an empty KV cache."""
@@ -158,16 +159,18 @@ class Conversation:
         self.system = messages[0]["content"] if begins else None
         self.messages = [dict(message) for message in messages[begins:]]
 
-    def _all(self) -> list[Message]:
+    def _all(self, *more: Message) -> list[Message]:
         if self.system is None:
-            return list(self.messages)
-        return [{"role": "system", "content": self.system}, *self.messages]
+            return [*self.messages, *more]
+        return [{"role": "system", "content": self.system}, *self.messages, *more]
 
-    def _prompt(self) -> tuple[str, list[int]]:
-        """The text and the tokens of all that was said until now."""
+    def _prompt(self, question: Message) -> tuple[str, list[int]]:
+        """The text and the tokens of all that was said until now, and of `question`."""
         tokenizer, flash = self._tokenizer, self._model.flash
         if getattr(tokenizer, "has_chat_template", False):
-            text = write_messages(tokenizer, self._all(), self._template_options)
+            text = write_messages(
+                tokenizer, self._all(question), self._template_options
+            )
             tokens = tokenizer.encode(text, add_special_tokens=False)
         else:
             if self.system is not None:
@@ -175,7 +178,7 @@ class Conversation:
                     "This model has no chat template, so a system prompt has no place. "
                     "Leave it out, or take an instruct model."
                 )
-            text = _joined(self.messages)
+            text = _joined(self._all(question))
             tokens = encode_prompt(tokenizer, text)
         if flash.positions is not None and len(tokens) >= flash.positions:
             raise FlashError(
@@ -189,6 +192,8 @@ class Conversation:
 
         At least one token is left to read: its output begins the answer.
         """
+        if self._unsettled:
+            self._forget()
         common = min(common_tokens(self.tokens, prompt), len(prompt) - 1)
         spare = len(self.tokens) - common
         if self.cache is None or (spare and not can_trim_prompt_cache(self.cache)):
@@ -216,6 +221,7 @@ class Conversation:
             **self._options,
         )
         run, answered = None, False
+        self._unsettled = True
         try:
             for response in steps:
                 run, answered = self._model.flash.run, True
@@ -250,9 +256,11 @@ class Conversation:
                     self._forget()
                     return
                 entry.trim(count - len(self.tokens))
+        self._unsettled = False
 
     def _forget(self) -> None:
         self.cache, self.tokens = None, []
+        self._unsettled = False
 
 
 def _is_sound(entry: Any) -> bool:

@@ -238,7 +238,16 @@ def _check_numbers(response: GenerationResponse) -> None:
 
 
 def generate(
-    model: nn.Module, tokenizer, prompt=None, verbose: bool = False, **options
+    model: nn.Module,
+    tokenizer,
+    prompt=None,
+    verbose: bool = False,
+    *,
+    messages: Sequence[Message] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+    **options,
 ) -> str:
     """The whole text of `stream_generate`.
 
@@ -252,13 +261,26 @@ def generate(
         tokenizer: From the same call.
         prompt: Text to continue, or token ids.
         verbose: Print the text as it comes, and the figures of the run.
-        options: As for `stream_generate`: `messages`, `max_tokens`, `sampler`, …
+        messages: A conversation in the place of a prompt.
+        template_options: For the chat template, such as {"enable_thinking": False}.
+        max_tokens: At most so many new tokens; -1 for as many as positions allow.
+        stop: Texts that end the answer, and are not part of it.
+        options: As for `stream_generate`: `sampler`, `prompt_cache`, …
 
     Raises:
         FlashError: As `stream_generate`.
     """
     text = ""
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        messages=messages,
+        template_options=template_options,
+        stop=stop,
+        **options,
+    ):
         text += response.text
         if verbose:
             print(response.text, end="", flush=True)

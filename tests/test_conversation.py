@@ -228,6 +228,25 @@ def test_a_cache_that_was_interrupted_while_it_grew_is_dropped(loaded, monkeypat
     assert numbers(say(talk, "w30")) == anew(loaded, expected_prompt(*said), n=4)
 
 
+def test_an_interrupt_while_another_one_is_dealt_with(loaded, monkeypatch):
+    talk = Conversation(*loaded, max_tokens=4)
+    first = say(talk, "w20")
+
+    def stopped(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, loaded[0], 3)
+        patch.setattr(talk, "_settle", stopped)
+        with pytest.raises(Stopped):
+            say(talk, "w21")
+    said = [("user", "w20"), ("assistant", first)]
+    said += [(m["role"], m["content"]) for m in talk.messages[2:]]
+    assert [role for role, _ in said] == ["user", "assistant"] * (len(said) // 2)
+    prompt = expected_prompt(*said, ("user", "w30"))
+    assert numbers(say(talk, "w30")) == anew(loaded, prompt, n=4)
+
+
 def test_more_than_the_positions(tmp_path):
     with opened(make_chat_model(tmp_path, max_position_embeddings=64)) as both:
         talk = Conversation(*both, max_tokens=-1)
@@ -305,6 +324,38 @@ def test_a_list_of_messages_is_a_conversation(loaded, tmp_path):
     talk = Conversation(*loaded)
     talk.load(file)
     assert talk.messages == messages and talk.system is None
+
+
+# Messages without a conversation
+
+
+def test_messages_in_the_place_of_a_prompt(loaded):
+    model, tokenizer = loaded
+    messages = [{"role": "user", "content": "w20"}]
+    text = mlx_flash.generate(model, tokenizer, messages=messages, max_tokens=6)
+    prompt = expected_prompt(("user", "w20"))
+    assert numbers(text) == anew(loaded, prompt, n=6)
+    words = text.split()
+    assert len(set(words)) == 6
+    stopped = mlx_flash.generate(
+        model, tokenizer, messages=messages, max_tokens=6, stop=[words[2]]
+    )
+    assert stopped.split() == words[:2]
+    begun = [*messages, {"role": "assistant", "content": " ".join(words[:2])}]
+    rest = mlx_flash.generate(model, tokenizer, messages=begun, max_tokens=4)
+    assert rest.split() == words[2:]
+    loud = {"template_options": {"loud": True}}
+    list(stream_generate(model, tokenizer, messages=messages, max_tokens=2, **loud))
+    assert model.flash.run.tokens == anew(loaded, [*prompt[:-1], 14, 12], n=2)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    ["w20", [], {"role": "user"}, [3], [{"role": "user"}], [{"content": "a"}]],
+)
+def test_what_are_no_messages(loaded, messages):
+    with pytest.raises(FlashError, match='"role": "user"'):
+        mlx_flash.generate(*loaded, messages=messages)
 
 
 # Thoughts and stop texts

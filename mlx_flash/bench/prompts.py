@@ -96,7 +96,7 @@ def run(
         5000,
     ),
     memory: Memory = "60%",
-    layers: Count = 8,
+    layers: Count = 6,
     width: Annotated[int, click.IntRange(64)] = 256,
 ) -> Report:
     """What a prompt reads and holds, through each of mlx-lm's entry points."""
@@ -173,8 +173,8 @@ def measure(
     gc.collect()
     mx.clear_cache()
     base_bytes = mx.get_active_memory()
-    options: dict[str, Any] = {"context": tokens + 2 * ANSWER + 2, "draft_model": draft}
-    loaded = load(folder, memory, page_cache="off", **options)
+    context = tokens + 2 * ANSWER + 2
+    loaded = load(folder, memory, page_cache="off", context=context, draft_model=draft)
     with loaded as (model, tokenizer):
         lm_stream(model, tokenizer, [5, 9, 17, 33])
         prompt = [3 + i * 7 % 90 for i in range(tokens)]

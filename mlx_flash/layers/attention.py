@@ -85,7 +85,7 @@ def in_pieces(model: nn.Module) -> bool:
         making |= takes and any(_makes_scores(f) for f in functions)
         calling |= calls
         if calls and not hasattr(kind, MARK):
-            module.__class__ = _subclass(kind)
+            module.__class__ = _subclass(kind)  # type: ignore[arg-type] # a class
     return calling and not making
 
 

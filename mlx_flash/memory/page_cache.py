@@ -58,10 +58,10 @@ def use_page_cache(
     if not streamed:
         return False
     profile = measured_here(mx.default_device().type.name)
-    unit_bytes = max(layer.unit_bytes for layer in layers)
-    known = better_through(profile, unit_bytes) if profile else None
-    if known is not None:
-        return known
+    if profile is not None:
+        known = better_through(profile, max(layer.unit_bytes for layer in layers))
+        if known is not None:
+            return known
     free = (1 - KEPT_BACK) * pressure.available_bytes()
     return free - budget_bytes >= worthwhile * streamed
 

@@ -5,9 +5,10 @@ conversation (`division`), or because other programs need memory (`elastic`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Pool:
         self.caches = Caches()
         self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
         self._rest = self.division  # where nothing has to give way
+        self._given_bytes = budget.total_bytes  # by whoever uses the model
         self._wanted_bytes: int | None = None
         self.resized: list[tuple[float, int]] = []
         self.refused: list[tuple[float, int, int]] = []
@@ -70,8 +72,10 @@ class Pool:
 
     @property
     def least_bytes(self) -> int:
-        """The smallest budget that works."""
-        return least_bytes(self._footprint)
+        """About the smallest budget that works from now on."""
+        return self._least_between(
+            least_bytes(self._footprint) - 1, self.budget.total_bytes, 0
+        )
 
     def bytes_of(self, memory: int | float | str) -> int:
         """An amount of memory as `load` takes it, in bytes."""
@@ -98,9 +102,13 @@ class Pool:
         Every call of the model begins so; who waits for the next one does it, too.
         """
         with self._lock:
-            wanted, self._wanted_bytes = self._wanted_bytes, None
-            if wanted is not None and self._layers is not None:
-                self._follow(wanted)
+            if self._layers is not None:
+                self._take_over(lambda: self.caches.held_bytes)
+
+    def _take_over(self, kv_bytes: Callable[[], int]) -> None:
+        wanted, self._wanted_bytes = self._wanted_bytes, None
+        if wanted is not None:
+            self._have_near(wanted, self.budget.total_bytes, kv_bytes)
 
     def resize(self, total_bytes: int) -> None:
         """Have another budget from now on. Contents that fit stay.
@@ -112,12 +120,8 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
-            budget, rest, division = self._planned(total_bytes)
-            beside = self._limits.total_bytes - self.budget.total_bytes  # a draft model
-            self._limits.change(total_bytes + beside, budget.cache_bytes)
-            self.budget, self._rest = budget, rest
-            self._change(division)
-            self.resized.append((time.perf_counter(), total_bytes))
+            self._have(total_bytes, self.caches.held_bytes)
+            self._given_bytes = total_bytes
 
     def hold_logits(self, tokens: int) -> None:
         """Have slots give way to the logits of so many tokens of a call, from now on.
@@ -142,40 +146,65 @@ class Pool:
             # What is beyond that is given when the model is called.
             self.division = replace(self.division, tokens=0)
 
-    def _planned(self, total_bytes: int) -> tuple[Budget, Division, Division]:
-        """A budget, its division at rest, and beside the KV caches that there are.
+    def _planned(
+        self, total_bytes: int, kv_bytes: int
+    ) -> tuple[Budget, Division, Division]:
+        """A budget, its division at rest, and beside so much KV cache.
 
         Raises:
             NotEnoughMemory: If the least number of slots does not fit.
-            FlashError: If the KV caches do not fit.
+            FlashError: If the KV cache does not fit.
         """
-        footprint, held = self._footprint, self.caches.held_bytes
+        footprint = self._footprint
         budget = make_budget(total_bytes, footprint, self._folder, self._divide)
         # FFNs go on multiplying as many tokens at once as before.
         budget = replace(budget, batch_tokens=self.budget.batch_tokens)
         divider = Divider(budget, footprint, self._divide)
-        return budget, self._best(divider, 1, 0), self._best(divider, 1, held)
+        return budget, self._best(divider, 1, 0), self._best(divider, 1, kv_bytes)
 
-    def _follow(self, wanted_bytes: int) -> None:
-        """Have the budget that is wanted, or the nearest to it that fits."""
+    def _have(self, total_bytes: int, kv_bytes: int) -> None:
+        """Have another budget, with room for so much KV cache; as `_planned` raises."""
+        budget, rest, division = self._planned(total_bytes, kv_bytes)
+        beside = self._limits.total_bytes - self.budget.total_bytes  # a draft model
+        self._limits.change(total_bytes + beside, budget.cache_bytes)
+        self.budget, self._rest = budget, rest
+        self._change(division)
+        self.resized.append((time.perf_counter(), total_bytes))
+
+    def _have_near(self, wanted: int, most: int, kv_bytes: Callable[[], int]) -> None:
+        """Have the budget that is wanted, or the nearest to it that fits.
+
+        Args:
+            wanted, most: Bytes.
+            kv_bytes: Says what KV caches will take.
+
+        Raises:
+            FlashError: If not even `most` is enough.
+        """
         while True:
             try:
-                return self.resize(wanted_bytes)
+                return self._have(wanted, kv_bytes())
             except FlashError:
                 if not self.caches.let_go():
                     break
-        too_little, enough = wanted_bytes, self.budget.total_bytes
+        enough = self._least_between(wanted, most, kv_bytes())
+        if enough != self.budget.total_bytes:
+            self._have(enough, kv_bytes())
+        refusal = wanted, enough
+        if not self.refused or self.refused[-1][1:] != refusal:
+            self.refused.append((time.perf_counter(), *refusal))
+
+    def _least_between(self, too_little: int, enough: int, kv_bytes: int) -> int:
+        """About the smallest budget that has room for so much KV cache."""
         while enough - too_little > CLOSER * enough:
             middle = (too_little + enough) // 2
             try:
-                self._planned(middle)
+                self._planned(middle, kv_bytes)
             except FlashError:
                 too_little = middle
             else:
                 enough = middle
-        self.refused.append((time.perf_counter(), wanted_bytes, enough))
-        if enough < self.budget.total_bytes:
-            self.resize(enough)
+        return enough
 
     def prepare(self, sequences: int, tokens: int, cache: Sequence[Any]) -> int:
         """Make room for a call of the model, and say how long its chunks may be.
@@ -194,25 +223,25 @@ class Pool:
         with self._lock:
             if self._layers is None:
                 raise FlashError(CLOSED)
-            self.take_over()
             shapes = self._footprint.shapes
             grown = sequences, tokens, cache, shapes.kv_bytes_per_token
-            kv_bytes = self.caches.bytes_after(*grown)
-            tokens *= sequences
-            now, usual = self.division, self.budget
-            fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
-            enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
-            if not fits or (now.slots != self._rest.slots and enough):
-                divider = Divider(usual, self._footprint, self._divide)
-                try:
-                    division = self._best(divider, tokens, kv_bytes)
-                except FlashError:
-                    if not self.caches.let_go():
-                        raise
-                    kv_bytes = self.caches.bytes_after(*grown)
-                    division = self._best(divider, tokens, kv_bytes)
-                self._change(division)
+            needed = partial(self.caches.bytes_after, *grown)
+            self._take_over(needed)
+            try:
+                self._prepare(sequences * tokens, needed())
+            except FlashError:  # it may have given too much to others
+                self._have_near(self.budget.total_bytes, self._given_bytes, needed)
+                self._prepare(sequences * tokens, needed())
             return self.division.tokens
+
+    def _prepare(self, tokens: int, kv_bytes: int) -> None:
+        """Divide anew where that is of use; FlashError where there is no way."""
+        now, usual = self.division, self.budget
+        fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
+        enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
+        if not fits or (now.slots != self._rest.slots and enough):
+            divider = Divider(usual, self._footprint, self._divide)
+            self._change(self._best(divider, tokens, kv_bytes))
 
     def close(self) -> None:
         """Let go of the slots, and refuse further calls."""

@@ -135,8 +135,7 @@ def make_plan(
         costs = [token_cost(profile, work) for work in works]
         loading = load_s(profile, works[-1])
         divider = Divider(budget, as_divided(footprint, budget), divide)
-        asked = divider, profile, selections[-1], prompt_tokens
-        prompt = first_prompt(found, *asked)
+        prompt = first_prompt(found, divider, profile, selections[-1], prompt_tokens)
         first = loading + prompt.total_s
     pairs = list(zip(budget.slots, manifest.layers, strict=True))
     held = sum(n * layer.unit_bytes for n, layer in pairs) / manifest.ffn_bytes

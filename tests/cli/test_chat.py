@@ -36,9 +36,9 @@ def prompts_read(monkeypatch):
     """The whole prompt of each turn."""
     seen, real = [], conversation.Conversation._prompt
 
-    def noting(self):
-        seen.append(real(self)[1])
-        return real(self)
+    def noting(self, question):
+        seen.append(real(self, question)[1])
+        return real(self, question)
 
     monkeypatch.setattr(conversation.Conversation, "_prompt", noting)
     return seen
@@ -184,12 +184,24 @@ def test_wrong_usages(options, said, code):
 # At a terminal
 
 
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A model whose answers nothing ends but Ctrl-C."""
+    base = tmp_path_factory.mktemp("endless")
+    folder = make_chat_model(base, max_position_embeddings=100_000, eos_token_id=None)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("eos_token")
+    file.write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture
-def live(folder, tmp_path):
+def live(endless, tmp_path):
     """A chat in a terminal: send(text), until(what the screen shall show) → screen."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "mlx_flash.cli", "chat", str(folder), *MEMORY]
-    command += ["-m", "240"]
+    command = [sys.executable, "-m", "mlx_flash.cli", "chat", str(endless), *MEMORY]
+    command += ["-m", "-1", "--max-kv-size", "64", "--check", "none"]
     environment = os.environ | {"MLX_FLASH_CACHE": str(tmp_path), "TERM": "xterm"}
     child = subprocess.Popen(
         command,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chat_models import make_chat_model
 
 from mlx_flash.bench import synthetic, whole
 from mlx_flash.layers.kinds import BLOCK, EXPERT
@@ -24,12 +25,13 @@ SMALL = {
 }
 
 
-def run(name: str, *args) -> str:
+def run(name: str, *args, typed: str = "") -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     environment.pop("MLX_FLASH_PROFILE", None)
     done = subprocess.run(
         [sys.executable, DEMOS / name, *map(str, args)],
         capture_output=True,
+        input=typed,
         text=True,
         env=environment,
     )
@@ -47,6 +49,14 @@ def test_generate_continues_the_prompt():
     output = run("generate.py", "Once upon a time", "--tokens", 8)
     assert output.startswith("Once upon a time")
     assert "neurons were in memory" in output
+
+
+def test_a_chat_reads_only_what_is_new(tmp_path):
+    folder = make_chat_model(tmp_path)
+    args = folder, "--tokens", 6, "--memory", "2MB"
+    output = run("chat.py", *args, typed="w20 w21\nw30\n")
+    assert "(5 tokens were read, 0 were known, 6 are new)" in output
+    assert "(5 tokens were read, 11 were known, 6 are new)" in output
 
 
 def test_convert_gives_the_same_logits(tmp_path):

@@ -5,9 +5,11 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
+from stock_checkpoints import LLAMA, write_checkpoint
 
 import mlx_flash
 from mlx_flash.memory import elastic as elastic_module
@@ -149,6 +151,125 @@ def test_a_model_gives_way_between_two_tokens(flash_folder, monkeypatch):
         facts["short"] = False
         until(lambda: model.flash.budget.total_bytes == usual)
         assert len(model.flash.resized) >= 2
+
+
+class Machine:
+    """A machine's memory: what a ballast and the model leave is what is available."""
+
+    def __init__(self, monkeypatch, total):
+        self.total, self.ballast, self.others = total, 0, mx.get_active_memory()
+        monkeypatch.setattr(elastic_module, "LOOK_S", 0.005)
+        monkeypatch.setattr(pressure, "machine_bytes", lambda: self.total)
+        monkeypatch.setattr(pressure, "available_bytes", self.available)
+        monkeypatch.setattr(pressure, "is_short", lambda: False)
+
+    def available(self):
+        held = mx.get_active_memory() + mx.get_cache_memory() - self.others
+        return max(self.total - self.ballast - held, 0)
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    base = tmp_path_factory.mktemp("blocks")
+    wide = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 8}
+    source = write_checkpoint(base / "stock", LLAMA | wide)
+    save_tokenizer(source)
+    return mlx_flash.convert(source, base / "flash", progress=False, rank=0)
+
+
+def text_of(model, tokenizer, tokens, after_token=lambda count: None):
+    found = []
+    for response in mlx_flash.stream_generate(model, tokenizer, [5, 9, 33], tokens):
+        found.append(response.token)
+        after_token(len(found))
+    return found
+
+
+def until(done, wait=0.01):
+    deadline = time.monotonic() + 20
+    while not done() and time.monotonic() < deadline:
+        time.sleep(wait)
+
+
+def test_a_ballast_takes_40_percent_and_gives_them_back(blocks, monkeypatch):
+    """The same text as undisturbed, and the report says when and how much."""
+    model_bytes = mlx_flash.storage.manifest.read_manifest(blocks).model_bytes
+    with mlx_flash.load(blocks, "60%", context=256) as (model, tokenizer):
+        tokenizer.eos_token_ids = set()
+        expected = text_of(model, tokenizer, 60)
+        assert model.flash.report().resizes == []
+    machine = Machine(monkeypatch, int(1.25 * model_bytes))
+    loaded = mlx_flash.load(blocks, model_bytes, context=256, elastic=True)
+    with loaded as (model, tokenizer):
+        tokenizer.eos_token_ids = set()
+        flash, usual = model.flash, model.flash.budget.total_bytes
+
+        def play(count):
+            if count == 10:
+                machine.ballast = machine.total * 2 // 5
+            if count in (10, 11, 12):  # the watch looks before the next token
+                until(lambda: flash.pool.want(None) is None)
+            if count == 30:
+                assert machine.available() > 0, "memory was given"
+                machine.ballast = 0
+            if 30 <= count < 60 and flash.budget.total_bytes < usual:
+                until(lambda: flash.pool.want(None) is None)
+
+        assert text_of(model, tokenizer, 60, play) == expected
+        report = flash.report()
+        budgets = [nbytes for _, nbytes in report.resizes]
+        assert min(budgets) < 0.8 * usual and budgets[-1] == usual
+        times = [when for when, _ in report.resizes]
+        assert times == sorted(times) and times[0] > 0
+        assert report.resizes_refused == []
+        said = f"the budget changed {len(budgets)} times, down to"
+        assert said in str(report)
+
+
+def test_what_conversations_need_is_not_given_and_the_report_says_so(
+    blocks, monkeypatch
+):
+    machine = Machine(monkeypatch, 1 << 40)
+    loaded = mlx_flash.load(blocks, "80%", context=64, elastic=True)
+    with loaded as (model, tokenizer):
+        flash = model.flash
+        elastic = flash._watch._elastic
+        caches = [make_prompt_cache(model) for _ in range(12)]
+        for cache in caches:
+            logits(model, list(range(3, 60)), cache)
+        machine.ballast = machine.total
+
+        def play(count):
+            if count in (2, 4):
+                until(lambda: flash.pool.want(None) is None)
+
+        text_of(model, tokenizer, 8, play)
+        report = flash.report()
+        _, wanted, kept = report.resizes_refused[0]
+        assert wanted < kept
+        kept = report.resizes_refused[-1][2]
+        assert kept == flash.budget.total_bytes == report.memory_budget_bytes
+        assert kept > flash.pool.least_bytes, "the least of all, without conversations"
+        assert sum(c.nbytes for cache in caches for c in cache) > flash.budget.kv_bytes
+        assert "the conversations left no less than" in str(report)
+        until(lambda: elastic.total_bytes <= kept)
+
+        class Holder:
+            def let_go(self):
+                caches.clear()
+
+        holder = Holder()
+        flash.pool.caches.add_holder(holder.let_go)
+        before = len(flash.refused)
+        del cache
+
+        def wait(count):
+            if count in (2, 4):
+                until(lambda: flash.pool.want(None) is None)
+
+        text_of(model, tokenizer, 8, wait)
+        assert not caches and len(flash.refused) == before
+        assert flash.budget.total_bytes < kept
 
 
 def test_it_is_on_by_default_for_auto_alone(flash_folder, monkeypatch):
