@@ -20,6 +20,11 @@ export class Live {
     find("figures").append(...Object.values(this.tiles).map((made) => made.whole));
   }
 
+  // What was seen of a server that was started anew since then counts no more.
+  forget() {
+    this.past = [];
+  }
+
   show(state) {
     this.remember(state);
     this.figures(state);
