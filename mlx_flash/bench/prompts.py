@@ -188,9 +188,12 @@ def measure(
         unit_bytes = model.flash.manifest.layers[0].unit_bytes
         peak = mx.get_peak_memory() - base_bytes
         held = max(watch.held_bytes - base_bytes, peak)
-    # The prompt's calls, and the one that follows them.
-    first = next(i for i, call in enumerate(watch.calls) if call[0] <= 2)
-    of_prompt, after = watch.calls[:first], watch.calls[first]
+    # The prompt's calls, and the one that follows them with the last token of each.
+    of_prompt: list[tuple[int, int, int, int, int]] = []
+    calls = iter(watch.calls)
+    while sum(call[0] for call in of_prompt) < tokens - 2:
+        of_prompt.append(next(calls))
+    after = next(calls)
     read = after[3] - of_prompt[0][3]
     asked = (after[4] - of_prompt[0][4]) * unit_bytes
     missing = [call[2] for call in of_prompt]

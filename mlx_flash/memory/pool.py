@@ -165,11 +165,13 @@ class Pool:
     def _have(self, total_bytes: int, kv_bytes: int) -> None:
         """Have another budget, with room for so much KV cache; as `_planned` raises."""
         budget, rest, division = self._planned(total_bytes, kv_bytes)
-        beside = self._limits.total_bytes - self.budget.total_bytes  # a draft model
+        before_bytes = self.budget.total_bytes
+        beside = self._limits.total_bytes - before_bytes  # a draft model
         self._limits.change(total_bytes + beside, budget.cache_bytes)
         self.budget, self._rest = budget, rest
         self._change(division)
-        self.resized.append((time.perf_counter(), total_bytes))
+        if total_bytes != before_bytes:
+            self.resized.append((time.perf_counter(), total_bytes))
 
     def _have_near(self, wanted: int, most: int, kv_bytes: Callable[[], int]) -> None:
         """Have the budget that is wanted, or the nearest to it that fits.
@@ -191,7 +193,8 @@ class Pool:
         if enough != self.budget.total_bytes:
             self._have(enough, kv_bytes())
         refusal = wanted, enough
-        if not self.refused or self.refused[-1][1:] != refusal:
+        known = self.refused and self.refused[-1][1:] == refusal
+        if enough != wanted and not known:
             self.refused.append((time.perf_counter(), *refusal))
 
     def _least_between(self, too_little: int, enough: int, kv_bytes: int) -> int:
