@@ -1,5 +1,7 @@
 """The engines: each loads a model and returns what runs a script on it."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,13 +188,17 @@ def neurostream(job: Job, script: Script) -> Callable[[], dict]:
 
 
 def pack_once(job: Job, name: str, write: Callable[[str, Path], None]) -> Path:
-    """The engine's own copy of the weights, written where it is not there."""
+    """The engine's own copy of the weights, written where it is not there.
+
+    A process that wrote one begins anew: what writing took is no part of a run.
+    """
     target = Path(job["scratch"]) / name
     if not target.exists():
         part = target.with_name(f"{name}.part")
         write(job["path"], part)
         for file in target.parent.glob(f"{name}.part*"):  # BigRig has two
             file.rename(target.parent / file.name.replace(".part", "", 1))
+        os.execv(sys.executable, [sys.executable, "-m", "guest", *sys.argv[1:]])
     return target
 
 
