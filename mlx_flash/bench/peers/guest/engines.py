@@ -15,7 +15,7 @@ def mlx_flash(job: Job, script: Script) -> Callable[[], dict]:
     import mlx_flash as flash
 
     model, tokenizer = flash.load(
-        job.get("flash", job["path"]),
+        job.get("flash") or job["path"],
         memory=job["memory"],
         page_cache=job["page_cache"],
         context=len(script.prompt) + script.steps + 2,
