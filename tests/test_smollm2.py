@@ -150,6 +150,7 @@ def test_chat(flash, expected):
     apart = "".join(f"{question}\n/reset\n" for question in QUESTIONS)
     together = "".join(f"{question}\n" for question in QUESTIONS)
     for typed, answers in ((apart, expected.told), (together, expected.talk)):
+        gc.collect()  # so that the figures have one model in memory
         result = command("chat", flash, *options, input=typed)
         assert result.stdout == "".join(f"{text}\n" for _, text in answers)
     print(f"\n`mlx-flash chat`:\n{result.stdout}{result.stderr}")

@@ -8,9 +8,20 @@ import click
 from ..errors import FlashError
 from .gathered import gathered
 
+
+class Within(click.FloatRange):
+    """A range of numbers; click lets `nan` through."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
 CONTEXT_SIZE = 20  # tokens that a penalty looks back on, as in mlx-lm
-PENALTY = click.FloatRange(-100, 100)
-SHARE = click.FloatRange(0, 1)
+PENALTY = Within(-100, 100)
+SHARE = Within(0, 1)
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,14 @@ sampling_options = gathered(
     [
         click.option(
             "--temp",
-            type=click.FloatRange(0, 100),
+            type=Within(0, 100),
             default=0.0,
             show_default=True,
             help="Sampling temperature; at 0 always the likeliest token.",
         ),
         click.option(
             "--top-p",
-            type=click.FloatRange(0, 1, min_open=True),
+            type=Within(0, 1, min_open=True),
             default=1.0,
             show_default=True,
             help="Nucleus sampling.",
@@ -144,14 +155,14 @@ sampling_options = gathered(
         ),
         click.option(
             "--xtc-threshold",
-            type=click.FloatRange(0, 0.5),
+            type=Within(0, 0.5),
             default=0.1,
             show_default=True,
             help="XTC leaves out all above this probability but the last of them.",
         ),
         click.option(
             "--repetition-penalty",
-            type=click.FloatRange(0, 100, min_open=True),
+            type=Within(0, 100, min_open=True),
             help="Divide the logits of tokens that were there by this.  [default: 1]",
         ),
         _context_size("repetition"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 from chat_models import expected_prompt, make_chat_model
 from click.testing import CliRunner
@@ -162,14 +163,14 @@ def test_nobody_reads_a_system_prompt_without_a_template():
     assert "has no chat template" in result.stderr and result.stdout.strip()
 
 
-def test_what_was_thought_is_told_apart_and_ends(folder, monkeypatch):
-    shown = []
-    monkeypatch.setattr(
-        terminal.Screen, "piece", lambda self, *said: shown.append(said)
-    )
-    plain = chat(folder, "w20").stdout
-    assert shown and not plain.strip()
-    assert not any(thinking for _, thinking in shown)
+def test_what_was_thought_is_dimmed(capsys, monkeypatch):
+    screen = terminal.Screen()
+    screen.piece("hm", True)
+    screen.live = True
+    monkeypatch.setattr(click.utils, "should_strip_ansi", lambda *_: False)
+    screen.piece("hm", True)
+    screen.piece("so")
+    assert capsys.readouterr().out == "hm\x1b[2mhm\x1b[0mso"
 
 
 def test_the_demo_model_continues_what_is_written():

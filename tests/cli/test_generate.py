@@ -187,6 +187,7 @@ def test_an_answer_that_is_over_at_once_is_explained(folder):
         (["a", "-p", "b"], "Give the prompt once"),
         (["a", "--top-k", "-1"], "--top-k"),
         (["a", "--min-p", "2"], "--min-p"),
+        (["a", "--temp", "nan"], "'nan' is no number."),
         (["a", "--xtc-threshold", "0.7"], "--xtc-threshold"),
         (["a", "--repetition-penalty", "0"], "--repetition-penalty"),
         (["a", "--chat-template-config", "loud"], "'loud' is no JSON object. Try"),
