@@ -117,6 +117,11 @@ class Conversation:
             if self.kept:
                 self.messages += [question, {"role": "assistant", "content": said}]
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model answers; else it continues the text of all turns."""
+        return bool(getattr(self._tokenizer, "has_chat_template", False))
+
     def reset(self) -> None:
         """Begin anew, with the same system prompt and an empty KV cache."""
         self.messages.clear()
@@ -134,7 +139,7 @@ class Conversation:
         """
         try:
             text = json.dumps({"messages": self._all()}, indent=1, ensure_ascii=False)
-            write_whole(Path(path), text + "\n")
+            write_whole(Path(path).expanduser(), text + "\n")
         except OSError as error:
             raise write_error(Path(path), error) from error
 
@@ -145,7 +150,7 @@ class Conversation:
             FlashError: If it is neither. The conversation is as before then.
         """
         try:
-            found = read_json(Path(path))
+            found = read_json(Path(path).expanduser())
         except FileNotFoundError:
             raise FlashError(f"{path} does not exist. Name another file.") from None
         messages = found.get("messages") if isinstance(found, dict) else found

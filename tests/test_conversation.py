@@ -282,11 +282,13 @@ def test_more_than_the_memory(folder):
 # On disk
 
 
-def test_a_saved_conversation_goes_on(loaded, tmp_path):
-    file = tmp_path / "talk.json"
+def test_a_saved_conversation_goes_on(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = "~/talk.json"
     talk = Conversation(*loaded, "w50", max_tokens=8)
     say(talk, QUESTIONS[0])
     talk.save(file)
+    assert (tmp_path / "talk.json").exists()
     expected = say(talk, QUESTIONS[1])
     other = Conversation(*loaded, max_tokens=8)
     other.load(file)
@@ -336,7 +338,7 @@ def test_messages_in_the_place_of_a_prompt(loaded):
     prompt = expected_prompt(("user", "w20"))
     assert numbers(text) == anew(loaded, prompt, n=6)
     words = text.split()
-    assert len(set(words)) == 6
+    assert words[2] not in words[:2]
     stopped = mlx_flash.generate(
         model, tokenizer, messages=messages, max_tokens=6, stop=[words[2]]
     )

@@ -1,5 +1,6 @@
 """`mlx-flash serve`: whatever a client sends, the next request is answered."""
 
+import gc
 import json
 import os
 import shutil
@@ -71,6 +72,7 @@ def port(server):
 def own_server(folder, request):
     """A server in this process, which a test may alter."""
     settings = Settings(port=0, **getattr(request, "param", {}))
+    gc.collect()  # of the server before, whose memory would count
     with open_server(str(folder), "50%", settings) as made, served(made):
         yield made
 
@@ -308,7 +310,7 @@ def test_only_the_loaded_model_can_be_named(port, folder, tmp_path):
 
 
 def test_unknown_paths_are_named(port):
-    check_refused(ask(port, "/"), 404, "/v1/completions")
+    check_refused(ask(port, "/nothing"), 404, "/v1/completions")
     check_refused(ask(port, "/v1/modelsx"), 404)
     check_refused(ask(port, "/v1/embeddings", {}), 404)
 

@@ -26,7 +26,7 @@ from .options import Count, Memory
 from .report import Column, Report, Row, progress
 from .synthetic import plain_weights, write_checkpoint
 
-ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32}
 COMMON = ATTENTION | {"max_position_embeddings": 1 << 15, "vocab_size": 128}
 EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4}
 FIT = {"rank": 16, "calibration_tokens": 128, "fit_steps": 3}
@@ -96,7 +96,7 @@ def run(
         5000,
     ),
     memory: Memory = "60%",
-    layers: Count = 6,
+    layers: Count = 24,
     width: Annotated[int, click.IntRange(64)] = 256,
 ) -> Report:
     """What a prompt reads and holds, through each of mlx-lm's entry points."""

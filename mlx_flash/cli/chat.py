@@ -1,6 +1,7 @@
 """`mlx-flash chat`, also called `run`: a conversation in the terminal."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import click
 
 from ..errors import FlashError
 from .cache_options import CacheOptions, cache_options
-from .common import chosen_model, run_options
+from .common import chosen_model, load_with, run_options
 from .load_options import LoadingOptions, loading_options
 from .sampling_options import SamplingOptions, sampling_options
 from .template_options import TemplateOptions, template_options
@@ -71,14 +72,20 @@ def chat(
     from .terminal import Screen, read_messages
 
     transformers.logging.set_verbosity_error()  # too long a prompt is our own error
-    folder, memory = chosen_model(name or model, memory)
+    model = name or model
+    free = model is None and memory is None
+    folder, memory = chosen_model(model, memory)
     tokenizer = load_tokenizer(folder, loading.trust_remote_code)
     sampling.prepare(tokenizer)
     if not tokenizer.has_chat_template:
         _check_untemplated(folder, template)
     screen = Screen()
-    context = context or caching.max_kv_size
-    with load_model(folder, memory, context=context, **arguments) as (network, _):
+    arguments |= {
+        "context": context or caching.max_kv_size,
+        "progress": None if quiet else True,
+    }
+    loaded = load_with(partial(load_model, folder, **arguments), memory, free)
+    with loaded as (network, _):
         talk = Conversation(
             network,
             tokenizer,

@@ -77,15 +77,15 @@ class Chat:
         """One turn. It ends a line of stdout in every case, and says what it was."""
         talk, screen = self._talk, self._screen
         with screen.waiting() as waiting:
-            talk.progress = waiting.update
+            talk.progress = waiting.reach
             begun = False
             try:
                 for piece in talk.ask(text):
-                    waiting.end()
+                    waiting.close()
                     begun = True
                     screen.piece(piece.text, piece.thinking)
             except FlashError as error:
-                waiting.end()
+                waiting.close()
                 if begun:
                     screen.end()
                 what = "is kept" if talk.kept else "was not taken into the conversation"
@@ -138,6 +138,8 @@ class Chat:
         self._screen.note("A new conversation.")
 
     def _system(self, text: str) -> None:
+        if text and not self._talk.has_template:
+            raise FlashError("This model has no chat template: nobody would read that.")
         if text:
             self._talk.system = text
         told = self._talk.system

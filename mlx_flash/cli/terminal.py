@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import FlashError
+from ..progress import Bar
 from ..storage.files import cache_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
-    from rich.status import Status
 
 HISTORY = "chat_history"
 MORE = "\\"  # at the end of a line: the message goes on in the next one
@@ -34,7 +34,6 @@ class Screen:
 
     def __init__(self) -> None:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
-        self._column = 0
 
     def piece(self, text: str, thinking: bool = False) -> None:
         """A piece of an answer; thoughts are dimmed."""
@@ -60,35 +59,9 @@ class Screen:
     def error(self, text: str) -> None:
         click.echo(click.style(f"Error: {text}", fg="red"), err=True)
 
-    @contextmanager
-    def waiting(self) -> Iterator[Waiting]:
-        """While a prompt is read."""
-        waiting = Waiting(self.live)
-        try:
-            yield waiting
-        finally:
-            waiting.end()
-
-
-class Waiting:
-    """A line that says how much of a prompt has been read, until it is taken away."""
-
-    def __init__(self, live: bool):
-        self._status: Status | None = None
-        if live:
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("reading …", spinner="dots")
-            self._status.start()
-
-    def update(self, done: int, total: int) -> None:
-        if self._status is not None and total > 1:
-            self._status.update(f"reading … {done:,} of {total:,} tokens")
-
-    def end(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+    def waiting(self) -> Bar:
+        """How far the reading of a prompt is, at a terminal."""
+        return Bar("reading", shown=None if self.live else False, unit="token")
 
 
 def read_messages(screen: Screen, commands: Sequence[str]) -> Iterator[str]:
@@ -97,7 +70,7 @@ def read_messages(screen: Screen, commands: Sequence[str]) -> Iterator[str]:
         yield from _typed(screen, commands)
         return
     lines: list[str] = []
-    for line in sys.stdin:
+    for line in _piped():
         lines.append(line.rstrip("\r\n"))
         if lines[-1].endswith(MORE):
             lines[-1] = lines[-1].removesuffix(MORE)
@@ -106,6 +79,17 @@ def read_messages(screen: Screen, commands: Sequence[str]) -> Iterator[str]:
         lines.clear()
     if lines:
         yield "\n".join(lines)
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise FlashError(
+                "The input is not text in UTF-8. Convert it first, with iconv for "
+                "example."
+            ) from error
 
 
 def _typed(screen: Screen, commands: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from weakref import WeakMethod, WeakSet
 
 import mlx.core as mx
 
-from .footprint import KV_STEP
+from .footprint import KV_STEP, MAX_PREFILL
 
 
 class Caches:
@@ -53,6 +53,8 @@ class Caches:
     ) -> int:
         """What all will hold after a call that adds to some of them.
 
+        With the mask that a batch of several sequences has beside them.
+
         Args:
             sequences, tokens: Of the call; so many tokens of each sequence.
             cache: mlx-lm's caches that it will add to.
@@ -64,6 +66,9 @@ class Caches:
                 entry.step = step  # mlx-lm's 256 tokens may be a lot of memory
         self._entries.update(cache)
         held = self.held_bytes
+        if sequences > 1:  # in one chunk, each sees all that is in a sequence
+            seen = max((getattr(x, "_idx", 0) for x in cache), default=0) + tokens
+            held += min(sequences * tokens, MAX_PREFILL) * seen
         if not any(_is_full(entry, tokens) for entry in cache):
             return held
         grown = sequences * -(-tokens // step) * step

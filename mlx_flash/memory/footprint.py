@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..arrays import arrays_of
 from ..storage.manifest import Layer, Manifest
@@ -52,6 +52,7 @@ class Shapes:
         experts_per_token: Of a mixture of experts.
         scores_in_pieces: Whether attention goes in pieces where scores are kept, as
             `layers.attention` has it.
+        masks: Whether what tokens may see is an array of bool, as windows have it.
     """
 
     kv_bytes_per_token: float
@@ -62,6 +63,7 @@ class Shapes:
     widest: int = 0
     experts_per_token: int = 1
     scores_in_pieces: bool = False
+    masks: bool = False
 
 
 def rows_of_scores(heads: int, seen: int) -> int:
@@ -100,6 +102,7 @@ def find_shapes(
         heads=text.get("num_attention_heads") or 32,
         widest=_widest(model, logits.shape[-1], on_flash),
         experts_per_token=_experts_per_token(text),
+        masks=any(type(entry) is not KVCache for entry in cache),
     )
 
 
@@ -223,7 +226,7 @@ class Footprint:
         if not self.shapes.scores_in_pieces:
             return whole
         rows = rows_of_scores(heads, context)
-        masks = tokens * context  # bool, of windows and batches
+        masks = tokens * context if self.shapes.masks else 0
         return min(whole, SCORES_AT_ONCE * rows * heads * context * 4 + masks)
 
     def chunk(self, room: float) -> tuple[int, int]:

@@ -127,7 +127,10 @@ class Worker:
         self._thread.join(timeout_s)
         left_s = max(end_time - time.monotonic(), 0)
         still = wait(set(self._encodings), left_s).not_done
-        return not (self._thread.is_alive() or still)
+        if self._thread.is_alive() or still:
+            return False
+        self.conversations.drop()
+        return True
 
     async def _encoded(self, request: Request) -> tuple[list[int], str | None]:
         """Token ids of a request, and what its answer begins with.
@@ -163,6 +166,8 @@ class Worker:
                 async with asyncio.timeout(KEEPALIVE_S):
                     event = await arrived.get()
             except TimeoutError:
+                if not self._thread.is_alive():
+                    raise FlashError("Nobody answers: start the server anew.") from None
                 yield progress
                 continue
             if isinstance(event, FlashError):
@@ -179,7 +184,10 @@ class Worker:
             try:
                 job = self._jobs.get(timeout=IDLE_S)
             except Empty:
-                self.model.flash.pool.take_over()
+                try:
+                    self.model.flash.pool.take_over()
+                except Exception:  # requests may still be answered
+                    logging.exception("The budget could not be changed.")
                 continue
             if job is None:
                 break
@@ -187,7 +195,6 @@ class Worker:
                 self._answer(job)
         # Its stream ends with this thread: nothing may be under way on it.
         mx.synchronize(generation_stream)
-        self.conversations.drop()
 
     def _answer(self, job: Job) -> None:
         try:

@@ -315,3 +315,26 @@ def test_nothing_is_left_beside_the_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("table2", "--shape", "2x64x512", "--vocab", 96, "--tokens", 2, "--rounds", 1)
     assert not list(Path().iterdir())
+
+
+def test_prompts_are_read_once_and_within_the_budget(tmp_path):
+    report = tmp_path / "p.json"
+    ways = "--through", "stream_generate", "--through", "batch_generate"
+    size = "--tokens", 300, "--layers", 8, "--width", 128
+    run(
+        "prompts",
+        "--kind",
+        "experts",
+        "--kind",
+        "blocks",
+        *ways,
+        *size,
+        "--json",
+        report,
+    )
+    rows = json.loads(report.read_text())["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["chunk_tokens"] >= 298, row["name"]
+        assert 0 < row["times_missing"] <= 1.1, row["name"]
+        assert row["peak_share"] <= row["held_share"] <= 1, row["name"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlx_flash import FlashError
-from mlx_flash.bench.peers import dense, engines, experts, guest, side_by_side
+from mlx_flash.bench.peers import dense, engines, experts, side_by_side
+from mlx_flash.bench.peers.guest import qwen3_gguf, script
 
 JOB = {"memory": 1000, "prompt_tokens": 4, "warm_up": 1, "tokens": 2, "vocab": 96}
 
@@ -121,10 +122,10 @@ def test_unknown_engines_are_named(tmp_path):
 
 
 def test_a_script_is_the_same_for_all_and_goes_on_past_its_end():
-    one, two = guest.Script(JOB), guest.Script(JOB)
+    one, two = script.Script(JOB), script.Script(JOB)
     assert one.prompt == two.prompt and len(one.prompt) == 4
-    taken = [one.take(0) for _ in range(one.steps + guest.AHEAD)]
-    assert len(taken) == 4 + guest.AHEAD
+    taken = [one.take(0) for _ in range(one.steps + script.AHEAD)]
+    assert len(taken) == 4 + script.AHEAD
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_script_is_the_same_for_all_and_goes_on_past_its_end():
     ],
 )
 def test_names_of_tensors_in_a_gguf(name, expected):
-    assert guest.gguf_name(name) == expected
+    assert qwen3_gguf.gguf_name(name) == expected
 
 
 def test_a_gguf_has_every_weight(tmp_path):
@@ -148,7 +149,7 @@ def test_a_gguf_has_every_weight(tmp_path):
 
     config = dense.CONFIG | {"num_hidden_layers": 1, "hidden_size": 64}
     folder = write_checkpoint(tmp_path / "m", config, plain_weights("float32"))
-    guest._pack_neurostream(str(folder), tmp_path / "m.gguf")
+    qwen3_gguf.write_gguf(str(folder), tmp_path / "m.gguf")
     tensors = gguf.GGUFReader(tmp_path / "m.gguf").tensors
     assert "blk.0.attn_k_norm.weight" in {tensor.name for tensor in tensors}
     assert all(tensor.data.dtype == np.float32 for tensor in tensors)

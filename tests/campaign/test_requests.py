@@ -105,7 +105,7 @@ def client(port, kind, seed):
         return connection.close()
     data = received(connection)
     if kind == "stream":
-        assert data.endswith(b"data: [DONE]\n\n") and b'"error"' not in data
+        assert b"data: [DONE]\n\n" in data and b'"error"' not in data
     return int(data.split()[1])
 
 

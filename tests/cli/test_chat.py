@@ -128,7 +128,8 @@ def test_a_turn_that_does_not_fit_says_what_to_do(tmp_path):
     folder = make_chat_model(tmp_path, max_position_embeddings=32)
     long = " ".join(["w20"] * 40)
     result = run("chat", folder, "--memory", "1MB", input=f"{long}\nw20\n", code=1)
-    error = result.stderr.splitlines()[0]
+    loading, error, *_ = result.stderr.splitlines()
+    assert loading.startswith("loading")
     assert "32 positions" in error and "/reset begins anew" in error
     assert "was not taken into the conversation" in error
     assert result.stdout.split()
@@ -146,6 +147,19 @@ def test_a_prompt_cache_goes_on(folder, tmp_path):
     file.write_bytes(b"damaged")
     result = chat(folder, "w20", options=options)
     assert "Not used: " in result.stderr and result.stdout == first
+
+
+def test_input_that_is_no_text(folder):
+    options = *MEMORY, "-q", "-m", 4
+    result = run("chat", folder, *options, input=b"w20\ncaf\xe9\n", code=1)
+    assert result.stdout.strip()
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: The input is not text in UTF-8.")
+
+
+def test_nobody_reads_a_system_prompt_without_a_template():
+    result = run("chat", "-q", "-m", 4, input="/system Be brief.\nOnce\n", code=1)
+    assert "has no chat template" in result.stderr and result.stdout.strip()
 
 
 def test_what_was_thought_is_told_apart_and_ends(folder, monkeypatch):

@@ -1,7 +1,11 @@
 """`mlx-flash top`, against a running server."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -134,3 +138,34 @@ def test_where_nobody_answers(address):
 )
 def test_amounts_have_three_figures(nbytes, said):
     assert say(nbytes) == said
+
+
+def test_it_goes_on_until_ctrl_c(url):
+    """In a terminal, whose screen is as before afterwards."""
+    ours, its = os.openpty()
+    command = [sys.executable, "-m", "mlx_flash.cli", "top", url, "--interval", "0.1"]
+    watching = subprocess.Popen(
+        command, stdin=its, stdout=its, stderr=its, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(its)
+    shown = b""
+    try:
+        while shown.count(b"demo_model") < 3:
+            shown += os.read(ours, 65536)
+        watching.send_signal(signal.SIGINT)
+        while True:
+            try:
+                more = os.read(ours, 65536)
+            except OSError:  # Linux's way to say that nobody writes any more
+                break
+            if not more:
+                break
+            shown += more
+        assert watching.wait(60) == 130
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(ours)
+    entered, left = b"\x1b[?1049h", b"\x1b[?1049l"
+    assert entered in shown and left in shown
+    assert b"Traceback" not in shown

@@ -123,3 +123,51 @@ def test_a_conversation_that_cannot_fit_says_so_and_the_next_one_works(folder):
         del cache
         result = model(mx.array([[5]]), cache=make_prompt_cache(model))
         assert mx.isfinite(result).all().item()
+
+
+def test_slots_give_way_to_the_logits_of_drafts_and_come_back(folder):
+    with mlx_flash.load_model(folder, "60%", context=64) as (model, _):
+        pool = model.flash.pool
+        usual, cache = pool.budget.slots, make_prompt_cache(model)
+        vocabulary = model.flash.vocabulary
+        model(mx.array([[5]]), cache=cache)
+        assert pool.division.slots == usual
+        tokens = int(0.1 * model.flash.budget.slot_bytes) // (4 * vocabulary)
+        pool.hold_logits(tokens)
+        model(mx.array([[5]]), cache=cache)
+        layers = model.flash.manifest.layers
+        given = sum(
+            (n - layer.slots.n_slots) * x.unit_bytes
+            for n, layer, x in zip(usual, model.flash.layers, layers, strict=True)
+        )
+        assert given >= 4 * vocabulary * tokens
+        division = pool.division
+        model(mx.array([[5]]), cache=cache)
+        assert pool.division is division, "nothing is divided anew for every token"
+        pool.hold_logits(1)
+        model(mx.array([[5]]), cache=cache)
+        assert pool.division.slots == usual
+        before = pool.budget
+        with pytest.raises(mlx_flash.FlashError, match="Draft fewer tokens"):
+            pool.hold_logits(10**7)
+        model(mx.array([[5]]), cache=cache)
+        assert pool.division.slots == usual and pool.budget is before
+
+
+def test_no_memory_is_kept_for_logits_that_nobody_waits_for(folder):
+    """A prompt that is cut has logits wait; it takes the slots for them itself."""
+    with mlx_flash.load_model(folder, "60%", context=2048) as (model, _):
+        pool, budget = model.flash.pool, model.flash.budget
+        footprint = pool._footprint
+        sizes = budget.prefill_tokens, budget.batch_tokens
+        alone, waiting = (footprint.workspace_bytes(*sizes, n) for n in (0, 2048))
+        assert waiting > 1.1 * alone
+        largest = max(x.unit_bytes for x in model.flash.manifest.layers)
+        rows = max(x.units * x.unit_bytes for x in model.flash.manifest.layers)
+        gathered = footprint.gathered_share * rows
+        assert budget.workspace_bytes <= alone + gathered + 16 * largest
+        cache = make_prompt_cache(model)
+        for entry in cache:
+            entry.step = 64
+        model(mx.array([PROMPT * 3]), cache=cache)
+        assert sum(pool.division.slots) < sum(budget.slots)

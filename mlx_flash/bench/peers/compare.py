@@ -93,7 +93,8 @@ def run(
     """mlx-flash beside mlx-lm, llama.cpp and accelerate, with the same memory.
 
     All run the same random weights, one program after the other, in what memory a
-    ballast leaves free. Programs that are not installed are left out.
+    ballast leaves free. Programs that are not installed are left out. Engines for
+    models larger than memory are compared by peers-moe and peers-dense.
 
     \b
     Examples:

@@ -13,9 +13,10 @@ from statistics import median
 from ...errors import FlashError
 from ...storage.direct_io import drop_cached
 from ..process import run_command
-from . import guest
+from .guest.script import Job
 
-PACKAGE = Path(__file__).parents[3]  # where Python finds mlx_flash
+HERE = Path(__file__).parent  # where Python finds `guest`
+PACKAGE = HERE.parents[2]  # and mlx_flash
 CLOSE = 0.03  # to the budget is close enough
 FIND = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
 
@@ -142,7 +143,7 @@ def middle(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def measure(engine: Engine, python: str, job: guest.Job) -> Measured:
+def measure(engine: Engine, python: str, job: Job) -> Measured:
     """Run an engine once, in a process of its own, on files that are not cached.
 
     Raises:
@@ -151,11 +152,10 @@ def measure(engine: Engine, python: str, job: guest.Job) -> Measured:
     for folder in job["path"], job["scratch"]:
         drop_folder(Path(folder))
     job = job | {"engine": engine.kind, "page_cache": engine.page_cache}
-    environment = {"PYTHONSAFEPATH": "1"}  # the script's folder is no place to import
-    if engine.kind == "mlx_flash":
-        environment["PYTHONPATH"] = str(PACKAGE)
+    places = [HERE, PACKAGE] if engine.kind == "mlx_flash" else [HERE]
     found = run_command(
-        [python, guest.__file__, json.dumps(job)], environment=environment
+        [python, "-m", "guest", json.dumps(job)],
+        environment={"PYTHONPATH": os.pathsep.join(map(str, places))},
     )
     return Measured.of(found, job["warm_up"])
 
@@ -169,7 +169,7 @@ def drop_folder(folder: Path) -> None:
             drop_cached(file)
 
 
-def fit(engine: Engine, python: str, job: guest.Job, trials: int = 3) -> int:
+def fit(engine: Engine, python: str, job: Job, trials: int = 3) -> int:
     """The memory option, of those tried, whose peak comes nearest to the budget.
 
     Args:

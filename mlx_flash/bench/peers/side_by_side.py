@@ -15,7 +15,7 @@ from ...errors import FlashError
 from ...memory_size import parse_memory
 from ..report import Column, Report, Row, progress
 from .engines import Engine, Measured, fit, measure, middle, python_of, version_in
-from .guest import Job
+from .guest.script import Job
 
 Pythons = Annotated[
     tuple[str, ...],

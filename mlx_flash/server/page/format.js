@@ -22,7 +22,7 @@ export function seconds(value) {
 
 export function percent(share) {
   const value = share * 100;
-  return `${value > 0 && value < 10 ? value.toFixed(1) : Math.round(value)} %`;
+  return `${value > 0 && value < 9.95 ? value.toFixed(1) : Math.round(value)} %`;
 }
 
 export function count(value) {

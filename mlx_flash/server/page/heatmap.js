@@ -50,6 +50,11 @@ export class HeatMap {
     new ResizeObserver(() => this.draw()).observe(this.canvas.parentElement);
   }
 
+  forget() {
+    this.past = [];
+    this.cell = null;
+  }
+
   show(state) {
     this.unit = state.model.unit;
     this.rows = state.layers.map((layer) => ({

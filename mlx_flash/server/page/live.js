@@ -20,6 +20,11 @@ export class Live {
     find("figures").append(...Object.values(this.tiles).map((made) => made.whole));
   }
 
+  // What was seen of a server that was started anew since then counts no more.
+  forget() {
+    this.past = [];
+  }
+
   show(state) {
     this.remember(state);
     this.figures(state);
@@ -116,7 +121,7 @@ function machine({ memory }) {
 function time(answer) {
   const known = answer?.compute_s != null && answer.tokens > 1;
   const parts = known ? [
-    ["waiting for flash", answer.io_s, "flash"],
+    ["waits for flash", answer.io_s, "flash"],
     ["bookkeeping", answer.cache_s, "kv"],
     ["computing", answer.compute_s, "resident"],
   ] : [];

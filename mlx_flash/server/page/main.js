@@ -43,6 +43,8 @@ async function watch() {
   for (;;) {
     try {
       const answer = await request("/api/flash/stream");
+      live.forget();
+      map.forget();
       status("live", "good");
       find("key").hidden = true;
       for await (const data of events(answer)) show(JSON.parse(data));
