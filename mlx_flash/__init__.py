@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .conversation import Conversation
     from .converters.convert import convert
     from .generation import generate, stream_generate
+    from .library.by_name import load, load_model
     from .load_options import LoadOptions
-    from .loading import load, load_model
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 

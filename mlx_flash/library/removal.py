@@ -15,7 +15,7 @@ def to_remove(name: str | Path) -> Shelved:
     """The place on the shelf of what somebody wants to be rid of.
 
     Raises:
-        FlashError: If nothing of that name is there.
+        FlashError: If nothing of that name is there, or a process uses it.
     """
     place = shelved(name)
     if not place.is_ours:
@@ -23,6 +23,7 @@ def to_remove(name: str | Path) -> Shelved:
             f"{name} is not among the models in {shelf()}: see mlx-flash list. Other "
             "folders are yours to delete; downloads go with hf cache rm."
         )
+    _check_use(place)
     return place
 
 
@@ -32,10 +33,7 @@ def remove(place: Shelved) -> None:
     Raises:
         FlashError: If a process uses it or makes it, or the system refuses.
     """
-    if is_held(place.folder):
-        raise FlashError(
-            f"{place.name} is in use by a process that loaded it. End that one first."
-        )
+    _check_use(place)
     with Lock(place.folder):  # refuses while it is being converted
         # What is left after a kill must not look like a model.
         paths = [place.folder / MANIFEST, *place.paths()]
@@ -47,3 +45,10 @@ def remove(place: Shelved) -> None:
                     path.unlink(missing_ok=True)
             except OSError as error:
                 raise write_error(path, error) from error
+
+
+def _check_use(place: Shelved) -> None:
+    if is_held(place.folder):
+        raise FlashError(
+            f"{place.name} is in use by a process that loaded it. End that one first."
+        )
