@@ -86,6 +86,7 @@ def test_every_option_reaches_the_server(tmp_path):
     )
     assert memory == "7GB" and saving.most_bytes == 1_500_000_000
     assert call.kwargs == {
+        "folder_of_model": Path("m"),
         "context": 99,
         "page_cache": "off",
         "elastic": False,
