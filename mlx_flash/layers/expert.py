@@ -153,8 +153,12 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         pairs, or few enough. (`GatherQMM::eval_gpu` of MLX 0.32; pairs are sorted by
         mlx-lm from 64 on.)
         """
-        least, most = SORT_PAIRS if total >= SORT_PAIRS else 0, self.batch_tokens * K
-        if self._packed and mx.default_device() == mx.gpu:
+        least, most = 0, self.batch_tokens * K
+        if mx.default_device() != mx.gpu:  # one kernel, and pairs too many are work
+            return least, max(most, 1)
+        if total >= SORT_PAIRS:
+            least = SORT_PAIRS
+        if self._packed:
             limit = PAIRS_OF_AN_EXPERT * self.slots.n_slots
             if total // self.experts >= PAIRS_OF_AN_EXPERT:
                 least = max(least, limit)

@@ -91,7 +91,6 @@ def test_every_option_reaches_the_server(tmp_path):
         "page_cache": "off",
         "elastic": False,
         "check": "full",
-        "folder_of_model": Path("m"),
         "adapter_path": "a",
         "draft_model": "d",
         "trust_remote_code": True,

@@ -203,8 +203,27 @@ def test_layers_come_in_the_order_of_their_numbers():
     assert list(switch_layers(Model())) == [f"layers.{i}" for i in range(11)]
 
 
-def test_short_waves_of_a_sorted_prompt_are_sorted_too(make_store):
+def test_no_wave_is_filled_up_on_a_cpu(make_store):
+    """There is one kernel, and what is filled up is multiplied for nothing."""
+    switch = make_switch("gated")
+    pairs, ordinary = [], type(switch).__call__
+
+    class Spy(SwitchGLU):
+        def __call__(self, x, indices):
+            pairs.append(indices.size)
+            return ordinary(self, x, indices)
+
+    switch.__class__ = Spy
+    ffn = ExpertFFN(switch)
+    ffn.attach(make_store(switch)(1))
+    long, chosen = next(iter(calls(mx.float32)))
+    mx.eval(ffn(long, chosen))
+    assert sum(pairs) == chosen.size and min(pairs) < SORT_PAIRS
+
+
+def test_short_waves_of_a_sorted_prompt_are_sorted_too(make_store, monkeypatch):
     """mlx-lm sorts from 64 pairs on, and on a GPU that kernel rounds differently."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     switch = make_switch("gated")
     sizes, ordinary = [], type(switch).__call__
 
