@@ -14,8 +14,8 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
+from ..stop_texts import StopTexts
 from .events import Event, Reasoning, Text, Token, ToolCall
-from .stop_text import StopText
 
 
 class Pieces:
@@ -41,7 +41,7 @@ class Pieces:
             tools: That may be called.
         """
         self.has_calls = False
-        self._stop = StopText(stop)
+        self._stop = StopTexts(stop)
         self._parser = tokenizer.tool_parser
         self._tools = tools
         self._machine = None
@@ -65,13 +65,13 @@ class Pieces:
         """The next piece; `token` is told with it."""
         if token is not None:
             self._tokens.append(token)
-        yield from self._told(self._split(self._stop.cut(text)))
+        yield from self._told(self._split(self._stop.take(text)))
         if self.stop_text is not None:
             self._tokens.clear()  # they are the stop text
 
     def end(self) -> Iterator[Event]:
         """What was held back in case that something follows."""
-        segments = self._split(self._stop.rest())
+        segments = self._split(self._stop.take("", last=True))
         if self._machine is not None:
             self._machine, text, state = TextStateMachine.flush(self._machine)
             segments.append((state, text))

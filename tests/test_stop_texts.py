@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flash.server.stop_text import StopText
+from mlx_flash.stop_texts import StopTexts
 
 ABC = st.text("ab ", min_size=1, max_size=4)
 
@@ -12,15 +12,15 @@ ABC = st.text("ab ", min_size=1, max_size=4)
 @given(st.lists(st.text("ab ", max_size=3)), st.lists(ABC, max_size=3))
 def test_the_text_before_the_first_stop_text(pieces, words):
     text = "".join(pieces)
-    stop = StopText(tuple(words))
+    stop = StopTexts(tuple(words))
     told = ""
     for piece in pieces:
-        told += stop.cut(piece)
+        told += stop.take(piece)
         assert text.startswith(told)
         if stop.found is not None:
             break
     else:
-        told += stop.rest()
+        told += stop.take("", last=True)
     if stop.found is None:
         assert told == text and not any(word in text for word in words)
     else:
@@ -30,4 +30,4 @@ def test_the_text_before_the_first_stop_text(pieces, words):
 
 @pytest.mark.parametrize("piece", ["x", "xend", "xen"])
 def test_only_what_may_begin_a_stop_text_is_held_back(piece):
-    assert StopText(("end",)).cut(piece) == "x"
+    assert StopTexts(("end",)).take(piece) == "x"
