@@ -39,7 +39,7 @@ NATIVE = [
 def least(folder, **options):
     """The amount the refusal names."""
     with pytest.raises(FlashError) as error:
-        load_model(folder, 1, **options)
+        load_model(folder, "1KB", **options)
     return re.search(r"--memory (\S+) ", str(error.value))[1]
 
 
