@@ -111,6 +111,7 @@ def test_the_shares_tested_here_are_different_numbers_of_slots(wide):
 
 
 def test_the_slots_take_what_the_budget_says(wide):
+    gc.collect()  # of models of other tests
     before = mx.get_active_memory()
     model = load(wide[1], 0.9)
     budget = model.flash.budget

@@ -60,9 +60,18 @@ def listening_options(command: Callable) -> Callable:
     """Where it listens, and to whom."""
     return _add(
         command,
-        click.option("--host", default="127.0.0.1", show_default=True),
         click.option(
-            "--port", type=click.IntRange(0, 65535), default=8080, show_default=True
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            help="The address to listen at; 0.0.0.0 takes requests from other machines.",
+        ),
+        click.option(
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=8080,
+            show_default=True,
+            help="The port to listen at; 0 takes a free one.",
         ),
         click.option(
             "--allowed-origins",
