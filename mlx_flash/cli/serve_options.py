@@ -64,7 +64,7 @@ def listening_options(command: Callable) -> Callable:
             "--host",
             default="127.0.0.1",
             show_default=True,
-            help="The address to listen at; 0.0.0.0 takes requests from other machines.",
+            help="The address to listen at; 0.0.0.0 is open to other machines.",
         ),
         click.option(
             "--port",
@@ -100,16 +100,32 @@ def answer_options(command: Callable) -> Callable:
     return _add(
         command,
         click.option(
-            "--temp", type=click.FloatRange(0), default=0.0, show_default=True
+            "--temp",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Sampling temperature.",
         ),
         click.option(
-            "--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True
+            "--top-p",
+            type=click.FloatRange(0, 1),
+            default=1.0,
+            show_default=True,
+            help="Nucleus sampling.",
         ),
         click.option(
-            "--top-k", type=click.IntRange(0), default=0, show_default="0, which is off"
+            "--top-k",
+            type=click.IntRange(0),
+            default=0,
+            show_default="0, which is off",
+            help="Of so many likeliest tokens.",
         ),
         click.option(
-            "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            show_default=True,
+            help="Of tokens so likely, beside the likeliest.",
         ),
         click.option(
             "--max-tokens",
@@ -155,12 +171,17 @@ def model_and_cache_options(command: Callable) -> Callable:
             type=click.IntRange(0),
             default=3,
             show_default=True,
+            help="Tokens of a draft.",
         ),
         click.option(
             "--kv-bits", type=click.IntRange(1), help="Quantise the KV cache."
         ),
         click.option(
-            "--kv-group-size", type=click.IntRange(1), default=64, show_default=True
+            "--kv-group-size",
+            type=click.IntRange(1),
+            default=64,
+            show_default=True,
+            help="Values of a quantised group.",
         ),
         click.option(
             "--quantized-kv-start",

@@ -138,6 +138,7 @@ def test_fio_that_fails_says_so(tmp_path, monkeypatch):
         reader.fio([tmp_path / "x"], 4096, 1)
 
 
+@pytest.mark.slow
 def test_placements_read_the_same_neurons(text, tmp_path):
     report = tmp_path / "p.json"
     args = "--tokens", 32, "--place-tokens", 64, "--rounds", 2, "--json", report
@@ -257,6 +258,7 @@ def test_slope_is_that_of_the_second_half():
     assert alone.slope([1000] * 8 + [3 * i for i in range(8)]) == pytest.approx(3)
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_same_whatever_the_memory(text, tmp_path, monkeypatch):
     some = {name: perplexity.POLICIES[name] for name in ("window 1", "lrfu, all slots")}
     monkeypatch.setattr(perplexity, "POLICIES", some)

@@ -38,6 +38,7 @@ def test_engines_read_the_same_prompt_and_agree(tmp_path):
         assert run["prompt_asked"] > 0 and run["growth_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_ours_runs_a_dense_model_in_blocks(tmp_path):
     report = dense.run(
         tmp_path,

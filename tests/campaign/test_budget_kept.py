@@ -143,6 +143,7 @@ def judge(folder, use, memory, **options):
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["predicted neurons", "experts in place"])
 def test_a_short_answer_keeps_the_budget(name, folders):
     assert max(judge(folders(name), short_answer, "60%")) <= 1

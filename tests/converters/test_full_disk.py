@@ -64,6 +64,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_disk_that_is_really_full(tmp_path, small_disk, monkeypatch):
     src = make_checkpoint(tmp_path / "model", num_hidden_layers=4, ffn_dim=512)
     options = OPTIONS | {"calibration_tokens": 256}

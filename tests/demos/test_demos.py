@@ -67,6 +67,7 @@ def test_convert_gives_the_same_logits(tmp_path):
     assert float(output.split("differ by ")[1].split()[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_often_right_saves_reads():
     output = run("speculate.py", "--tokens", 40, "--right", 1)
     plain, drafted = output.splitlines()

@@ -226,6 +226,7 @@ def test_a_ballast_takes_40_percent_and_gives_them_back(blocks, monkeypatch):
         assert said in str(report)
 
 
+@pytest.mark.slow
 def test_what_conversations_need_is_not_given_and_the_report_says_so(
     blocks, monkeypatch
 ):

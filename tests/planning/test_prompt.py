@@ -42,7 +42,7 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("memory", ["60%", "80%"])
-@pytest.mark.parametrize("tokens", [1, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 40, pytest.param(700, marks=pytest.mark.slow)])
 def test_a_prompt_reads_what_the_plan_says(folder, memory, tokens):
     prompt = [3 + i * 7 % 90 for i in range(tokens)]
     with mlx_flash.load(folder, memory, context=tokens + 8) as (model, tokenizer):
