@@ -27,6 +27,7 @@ from mlx_flash.storage.native_reader import _reader
 TOLERANCE = 1e-4  # float32; measured 4e-7
 CONTEXT = 8  # so few that slots are what the memory is for
 SHARES = [0, 0.3, 0.5, 0.9, 1]  # of the slots: from the least to everything
+SLOW = pytest.mark.slow
 policies = pytest.mark.parametrize("policy", ["lru", "lrfu", "window"])
 NATIVE = [
     pytest.param(
@@ -126,7 +127,9 @@ def test_the_slots_take_what_the_budget_says(wide):
 
 @policies
 @pytest.mark.parametrize("native", NATIVE)
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    "share", [pytest.param(s, marks=() if s in (0, 0.5, 1) else SLOW) for s in SHARES]
+)
 def test_without_predictor_logits_are_those_of_the_resident_model(
     wide, resident, share, native, policy
 ):

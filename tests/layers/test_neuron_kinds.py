@@ -121,7 +121,7 @@ def test_half_precision(tmp_path, dtype, bits):
 
 
 @pytest.mark.parametrize("name", ["prosparse", "bamboo", "nanochat"])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits):
     checkpoint = write_checkpoint(tmp_path / "model", KINDS[name])
     flash = mlx_flash.convert(
@@ -148,7 +148,7 @@ def test_a_predictor_of_the_gate_is_fitted_and_used(tmp_path, name, bits):
     model.flash.close()
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [4, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["relu2 llama, biases", "nemotron"])
 def test_an_order_by_use_is_the_same_model(tmp_path, name, bits):
     """Rows, columns, biases and the predictor's outputs are moved together."""

@@ -98,7 +98,9 @@ def test_numbers(emulator, dtype, T, D, K):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("T, groups, K", [(1, 3, 5), (4, 9, 66)])
+@pytest.mark.parametrize(
+    "T, groups, K", [(1, 3, 5), pytest.param(4, 9, 66, marks=pytest.mark.slow)]
+)
 def test_packed(emulator, bits, group, dtype, T, groups, K):
     rows = make_rows(some_ids(K), groups * group, dtype, affine(bits, group))
     assert_both_right(T, rows, dtype)

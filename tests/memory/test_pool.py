@@ -27,7 +27,10 @@ PROMPT = [3 + i * 7 % 90 for i in range(601)]
 
 
 # Converting neurons takes as long as all tests with the other kinds.
-SOME = ["experts", "blocks", pytest.param("neurons", marks=pytest.mark.slow)]
+SOME = [
+    "experts",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("blocks", "neurons")),
+]
 
 
 @pytest.fixture(scope="module", params=SOME)
