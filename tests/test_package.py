@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+import tomllib
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,16 @@ def test_options_of_load_are_typed_once_and_explained():
     for verb in (mlx_flash.load, mlx_flash.load_model):
         kind = inspect.signature(verb).parameters["options"].annotation
         assert typing.get_args(kind) == (load_options.LoadKeywords,)
+
+
+def test_a_wheel_has_every_package():
+    """Who installs in place sees the folders themselves, and misses nothing."""
+    root = Path(mlx_flash.__file__).parent
+    folders = {file.parent for file in root.glob("**/__init__.py")}
+    folders |= {file.parent for file in root.glob("converters/**/__init__.py")}
+    names = {".".join(("mlx_flash", *f.relative_to(root).parts)) for f in folders}
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    assert names == set(project["tool"]["setuptools"]["packages"])
 
 
 def test_the_module_is_the_command():
