@@ -104,7 +104,7 @@ def answer_options(command: Callable) -> Callable:
             type=click.FloatRange(0),
             default=0.0,
             show_default=True,
-            help="Sampling temperature.",
+            help="Sampling temperature; at 0 always the likeliest token.",
         ),
         click.option(
             "--top-p",
@@ -118,14 +118,14 @@ def answer_options(command: Callable) -> Callable:
             type=click.IntRange(0),
             default=0,
             show_default="0, which is off",
-            help="Of so many likeliest tokens.",
+            help="Choose among the so many likeliest tokens; 0 among all.",
         ),
         click.option(
             "--min-p",
             type=click.FloatRange(0, 1),
             default=0.0,
             show_default=True,
-            help="Of tokens so likely, beside the likeliest.",
+            help="Leave out tokens below this share of the likeliest one.",
         ),
         click.option(
             "--max-tokens",
