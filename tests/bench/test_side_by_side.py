@@ -81,9 +81,32 @@ def test_memory_is_fitted_to_the_peak(monkeypatch):
 
 
 def test_an_engine_that_cannot_get_so_low_keeps_its_nearest(monkeypatch):
-    peaks = iter([3000, 2500, 2600])
+    peaks = iter([3000, 2500, 2600, 2600])
     monkeypatch.setattr(engines, "measure", lambda *_: measured(peak_bytes=next(peaks)))
     assert engines.fit(engines.OURS, "python", JOB) == 1000 // 20
+
+
+def test_an_engine_that_refuses_little_memory_is_offered_more(monkeypatch):
+    tried = []
+
+    def measure(engine, python, job):
+        tried.append(job["memory"])
+        if job["memory"] < 700:
+            raise FlashError("53 MB is the minimum.")
+        return measured(peak_bytes=job["memory"] + 250)
+
+    monkeypatch.setattr(engines, "measure", measure)
+    assert engines.fit(engines.OURS, "python", JOB) == 750
+    assert tried == [500, 750]
+
+
+def test_an_engine_that_refuses_all_memory_is_told(monkeypatch):
+    def measure(engine, python, job):
+        raise FlashError("It needs a GPU.")
+
+    monkeypatch.setattr(engines, "measure", measure)
+    with pytest.raises(FlashError, match="needs a GPU"):
+        engines.fit(engines.OURS, "python", JOB)
 
 
 def test_figures_are_differences_of_marks():

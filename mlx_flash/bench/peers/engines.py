@@ -169,18 +169,27 @@ def drop_folder(folder: Path) -> None:
             drop_cached(file)
 
 
-def fit(engine: Engine, python: str, job: Job, trials: int = 3) -> int:
+def fit(engine: Engine, python: str, job: Job, trials: int = 4) -> int:
     """The memory option, of those tried, whose peak comes nearest to the budget.
 
     Args:
         job: With "memory", the budget.
         trials: Runs at most; whole ones, as caches fill while they decode.
+
+    Raises:
+        FlashError: If the engine runs with none of them.
     """
     target = job["memory"]
     option = target // 2
     tried: list[tuple[int, int]] = []  # how far from the budget, and the option
-    for _ in range(trials):
-        found = measure(engine, python, job | {"memory": option})
+    for last in [False] * (trials - 1) + [True]:
+        try:
+            found = measure(engine, python, job | {"memory": option})
+        except FlashError:  # some refuse what is too little for them
+            if last and not tried:
+                raise
+            option = (option + target) // 2
+            continue
         peak = found.peak_bytes or found.growth_bytes or target
         tried.append((abs(peak - target), option))
         if abs(peak - target) <= CLOSE * target:
