@@ -1,8 +1,12 @@
 """What a loaded model has besides what every model has: `model.flash`."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from .assembly import Assembled
 from .draft_model import DraftModel
@@ -24,11 +28,28 @@ from .storage.manifest import Manifest
 from .storage.reader import Reader
 
 
+class Machines(Protocol):
+    """What `machines.lead` and `machines.follow` do for a model."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: mx.array,
+        cache: Sequence[Any] | None,
+        run: Callable[[int], mx.array],
+    ) -> mx.array: ...
+
+    def resize(self, memory: int | float | str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Flash:
     """What a loaded model has on flash, as `model.flash`.
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        machines: Makes every call of the model on several machines; None on one.
         told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
@@ -63,6 +84,7 @@ class Flash:
         self.adapter: str | None = None
         self.cached_share: float | None = None
         self.closed = False
+        self.machines: Machines | None = None
         self.told_of_prompt: Callable[[int], None] = lambda tokens: None
         self._reader = reader
         self._fence = Fence()
@@ -104,6 +126,8 @@ class Flash:
         """
         self.check_open()
         assert self.pool is not None
+        if self.machines is not None:
+            self.machines.resize(memory)
         self.pool.resize(self.pool.bytes_of(memory) - self.draft_bytes)
 
     def follow_pressure(self) -> None:
@@ -149,6 +173,8 @@ class Flash:
         """
         if self._watch is not None:
             self._watch.stop()
+        if self.machines is not None and not self.closed:
+            self.machines.close()
         with self._fence.lock:
             self.closed = True
             for layer in self.layers:

@@ -7,6 +7,7 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -23,9 +24,12 @@ from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
 from .layers.kinds import UnitKind
 from .load_options import LoadKeywords, LoadOptions
+from .machines.division import Divide, facts_of
+from .machines.follow import Follower
+from .machines.start import start
 from .memory.budget import LEAST_CONTEXT, Budget, make_budget, total_bytes
-from .memory.divide import Divide
-from .memory.footprint import Footprint
+from .memory.divide import Divide as DivideSlots
+from .memory.footprint import MAX_BATCH, MAX_PREFILL, Footprint
 from .memory.page_cache import use_page_cache
 from .memory.policies import Lrfu, Lru, Window
 from .memory.pool import Pool
@@ -98,13 +102,44 @@ def load_model(
             fit.
     """
     wanted = LoadOptions(**options)
+    machines = start()
+    if machines is None:
+        return _load(path, memory, wanted, None)
+    if isinstance(machines, Follower):
+        machines.follow(_load)
+    return machines.load(partial(_load, path, memory, wanted), path, memory, wanted)
+
+
+def follow_rank_0() -> None:
+    """Return on rank 0; on the others of several machines do what it says, and exit.
+
+    A command begins so: what rank 0 asks and prints is not for the others.
+    """
+    if isinstance(machines := start(), Follower):
+        machines.follow(_load)
+
+
+def _load(
+    path: str | Path,
+    memory: int | float | str,
+    wanted: LoadOptions,
+    divide: Divide | None,
+) -> Loaded:
+    """Load a model, or the share of it that `divide` leaves this machine."""
     folder = find_model(path, checkpoint=can_stream)
     allow_open_files(len(list(folder.rglob("*.safetensors"))))
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
     policy = _policy(wanted, parts.kind)
-    footprint, divide = _needs(parts, policy, wanted)
+    if divide is not None:
+        parts, memory = _share(parts, folder, memory, policy, wanted, divide)
+    elif (share := parts.manifest.share) is not None:
+        raise FlashError(
+            f"{folder} holds part {share.part + 1} of {len(share.shares)}, for as many "
+            f"machines. Start them together: mlx.launch -n {len(share.shares)} …"
+        )
+    footprint, by_layer = _needs(parts, policy, wanted)
     adapter = None
     if wanted.adapter_path is not None:
         adapter = apply_adapter(wanted.adapter_path, parts)
@@ -113,7 +148,7 @@ def load_model(
     draft = None
     if wanted.draft_model is not None:
         draft = open_draft(wanted.draft_model, folder, footprint.context)
-    budget = _budget(memory, draft, footprint, folder, divide, least_context)
+    budget = _budget(memory, draft, footprint, folder, by_layer, least_context)
     # Who gives more than the model can use, does no harm with it.
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
@@ -146,7 +181,7 @@ def load_model(
         flash.close()
         raise
     flash.pool = Pool(
-        budget, footprint, slots, flash._fence.lock, flash.limits, folder, divide
+        budget, footprint, slots, flash._fence.lock, flash.limits, folder, by_layer
     )
     if not (reader.direct or through):
         print(
@@ -164,9 +199,28 @@ def load_model(
     return Loaded((parts.model, parts.config))
 
 
+def _share(
+    parts: Assembled,
+    folder: Path,
+    memory: int | float | str,
+    policy: Lru,
+    options: LoadOptions,
+    divide: Divide,
+) -> tuple[Assembled, int]:
+    """This machine's share of a model, and its memory in bytes.
+
+    A share of memory, such as "50%", is one of the whole model.
+    """
+    footprint, _ = _needs(parts, policy, options)
+    total = total_bytes(memory, footprint)
+    beside = footprint.fixed_bytes + footprint.workspace_bytes(MAX_PREFILL, MAX_BATCH)
+    facts = facts_of(parts, folder, min(total - beside, parts.manifest.ffn_bytes))
+    return divide(parts, facts), total
+
+
 def _needs(
     parts: Assembled, policy: Lru, options: LoadOptions
-) -> tuple[Footprint, Divide | None]:
+) -> tuple[Footprint, DivideSlots | None]:
     """What the model needs besides slots, and how slots are given to layers."""
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
@@ -187,7 +241,7 @@ def _budget(
     draft: DraftModel | None,
     footprint: Footprint,
     folder: Path,
-    divide: Divide | None,
+    divide: DivideSlots | None,
     least_context: int | None,
 ) -> Budget:
     """What a draft leaves of the memory, divided.
@@ -234,6 +288,7 @@ def _attach_slots(
             flash._fence,
             flash.stats,
             layer.apart if overlap else 0.0,
+            parts.stored[i] if parts.stored else None,
         )
         layer.attach(slots, flash.budget.batch_tokens)
         if slots.n_slots == slots.units:

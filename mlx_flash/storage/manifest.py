@@ -30,6 +30,7 @@ from .safetensors import DTYPES, read_header
 from .typed_json import from_json
 
 FORMAT_VERSION = 1
+SHARE_VERSION = 2  # of a folder that holds a share of the units
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
@@ -122,10 +123,26 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class StoredShare:
+    """Which units of each layer a folder holds, for one of several machines.
+
+    `shares` are those of all parts, and this is number `part` of them, from 0 on: which
+    units that are, `machines.shares.owned` says. `units` are those of each whole layer,
+    and `model` is a digest of the whole folder that was split.
+    """
+
+    shares: tuple[int, ...]
+    part: int
+    units: tuple[int, ...]
+    model: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights.
 
-    `side_files` is empty in folders that an earlier version wrote.
+    `side_files` is empty in folders that an earlier version wrote. `layers` describe
+    what the folder holds, also where that is a share.
     """
 
     format_version: int
@@ -140,6 +157,15 @@ class Manifest:
     calibration: Calibration | None
     layers: tuple[Layer, ...]
     side_files: tuple[SideFile, ...] = ()
+    share: StoredShare | None = None
+
+    @property
+    def whole_layers(self) -> tuple[Layer, ...]:
+        """The layers with all of their units, wherever these are."""
+        if self.share is None:
+            return self.layers
+        pairs = zip(self.layers, self.share.units, strict=True)
+        return tuple(dataclasses.replace(layer, units=n) for layer, n in pairs)
 
     @property
     def ffn_bytes(self) -> int:
@@ -155,7 +181,10 @@ class Manifest:
         return self.resident.bytes + self.ffn_bytes
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        fields = dataclasses.asdict(self)
+        if self.share is None:
+            del fields["share"]
+        return json.dumps(fields, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -183,10 +212,10 @@ def parse_manifest(folder: Path) -> Manifest:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
         raise FlashError(f"{path} is damaged: it has no valid format_version.")
-    if version > FORMAT_VERSION:
+    if version > SHARE_VERSION:
         raise FlashError(
             f"{path} has format version {version}, this mlx-flash reads up to "
-            f"{FORMAT_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
+            f"{SHARE_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
         )
     return from_json(Manifest, raw, path, "manifest")
 
@@ -204,6 +233,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
         raise FlashError(f"{folder / MANIFEST}: unknown dtype {manifest.dtype!r}.")
     if not manifest.layers:
         raise FlashError(f"{folder / MANIFEST} names no FFN layer.")
+    _check_share(manifest, folder)
     for weights in filter(None, (manifest.resident, manifest.predictors)):
         path = _inside(folder, weights.file)
         header, _ = read_header(path)
@@ -226,6 +256,26 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
         named = {Path(getattr(layer, field)) for layer in manifest.layers}
         if len(named) < len(manifest.layers):
             raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
+
+
+def _check_share(manifest: Manifest, folder: Path) -> None:
+    """Hold the share that a folder says it has against its layers."""
+    share = manifest.share
+    if (share is not None) != (manifest.format_version == SHARE_VERSION):
+        raise FlashError(
+            f"{folder / MANIFEST}: a share belongs to format version {SHARE_VERSION}, "
+            f"this is {manifest.format_version}."
+        )
+    if share is None:
+        return
+    pairs = zip(share.units, manifest.layers, strict=False)
+    if (
+        not 0 <= share.part < len(share.shares)
+        or any(n < 1 for n in share.shares)
+        or len(share.units) != len(manifest.layers)
+        or any(units < layer.units for units, layer in pairs)
+    ):
+        raise FlashError(f"{folder / MANIFEST}: its share contradicts its layers.")
 
 
 def _check_layer(layer: Layer, folder: Path) -> None:

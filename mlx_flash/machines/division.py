@@ -1,0 +1,190 @@
+"""Divide a model's units over ranks, once all have said what they have."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from .._version import __version__
+from ..assembly import Assembled
+from ..checkpoints.digests import SHARDS
+from ..errors import FlashError
+from ..layers.part import Share
+from ..profile import measured_here
+from ..storage.digests import file_sha256, sample_sha256
+from ..storage.manifest import MANIFEST, Layer, StoredShare
+from .shares import fair_shares, owned, parse_shares
+
+Divide = Callable[[Assembled, "Facts"], Assembled]
+THREADS = 32  # at which a disk's rate counts, as reads are made
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank has, for all to agree on how the model is divided.
+
+    Attributes:
+        version: Of mlx-flash.
+        model: A digest of what the model is.
+        unit: Its unit kind.
+        share: The one that the folder holds, None if it holds all.
+        memory_bytes: For units.
+        on_flash_bytes: Of all units.
+        disk_rate: Bytes per second of the reads that it makes, 0 if nobody measured.
+    """
+
+    version: str
+    model: str
+    unit: str
+    share: StoredShare | None
+    memory_bytes: int
+    on_flash_bytes: int
+    disk_rate: float
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict) -> "Facts":
+        share = found.pop("share")
+        if share is not None:
+            lists = {k: tuple(v) for k, v in share.items() if isinstance(v, list)}
+            share = StoredShare(**share | lists)
+        return cls(share=share, **found)
+
+
+def facts_of(parts: Assembled, folder: Path, memory_bytes: int) -> Facts:
+    """What this rank has of a model.
+
+    Args:
+        memory_bytes: What it has for units.
+    """
+    manifest = parts.manifest
+    profile = measured_here(mx.default_device().type.name)
+    unit_bytes = manifest.layers[0].unit_bytes
+    rate = profile.read_bytes_per_s(unit_bytes, THREADS) if profile else 0.0
+    return Facts(
+        version=__version__,
+        model=identity(parts, folder),
+        unit=manifest.unit,
+        share=manifest.share,
+        memory_bytes=max(memory_bytes, 1),
+        on_flash_bytes=sum(x.nbytes for x in manifest.whole_layers),
+        disk_rate=rate,
+    )
+
+
+def identity(parts: Assembled, folder: Path) -> str:
+    """A digest of what a model is, the same for a whole folder and its shares."""
+    manifest = parts.manifest
+    if manifest.share is not None:
+        return manifest.share.model
+    if (folder / MANIFEST).exists():
+        return model_digest(folder, manifest.resident.sha256, manifest.layers)
+    digest = hashlib.sha256(file_sha256(folder / "config.json").encode())
+    for path in sorted(folder.glob(SHARDS)):
+        digest.update(sample_sha256(path).encode())
+    return digest.hexdigest()
+
+
+def model_digest(folder: Path, resident_sha256: str, layers: Sequence[Layer]) -> str:
+    """The digest of a whole flash folder's model."""
+    config = file_sha256(folder / "config.json")
+    facts = [config, resident_sha256, *(layer.sha256 for layer in layers)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def agree(
+    ranks: Sequence[Facts], names: Sequence[str], shares: str | None
+) -> tuple[int, ...]:
+    """The share of each rank.
+
+    Args:
+        names: Of the ranks, for messages.
+        shares: As the user says them, such as "2:1".
+
+    Raises:
+        FlashError: If the ranks do not have the same model, or not their parts of it.
+    """
+    first = ranks[0]
+    for facts, name in zip(ranks[1:], names[1:], strict=True):
+        if facts.version != first.version:
+            raise FlashError(
+                f"{names[0]} has mlx-flash {first.version}, {name} has "
+                f"{facts.version}. Install the same on all machines."
+            )
+        if (facts.model, facts.unit) != (first.model, first.unit):
+            raise FlashError(
+                f"{name} has another model than {names[0]}. Copy the model from one "
+                "machine to the others."
+            )
+    stored = [facts.share for facts in ranks]
+    if any(stored):
+        return _stored_shares(stored, names, shares)
+    if shares is not None:
+        return parse_shares(shares, len(ranks))
+    rates = [facts.disk_rate for facts in ranks]
+    if not all(rates):
+        rates = [1.0] * len(ranks)
+    return fair_shares([f.memory_bytes for f in ranks], rates, first.on_flash_bytes)
+
+
+def _stored_shares(
+    stored: Sequence[StoredShare | None], names: Sequence[str], shares: str | None
+) -> tuple[int, ...]:
+    """The shares that folders were made with: each rank needs its own, or all units."""
+    made = next(share.shares for share in stored if share)
+    if len(made) != len(stored):
+        raise FlashError(
+            f"The model was split for {len(made)} machines, and these are "
+            f"{len(stored)}. Start as many, or split it again: mlx-flash split"
+        )
+    if shares is not None and parse_shares(shares, len(stored)) != made:
+        raise FlashError(
+            f"The model was split {':'.join(map(str, made))}, which --shares {shares} "
+            "contradicts. Leave it out, or split the model again: mlx-flash split"
+        )
+    for rank, (share, name) in enumerate(zip(stored, names, strict=True)):
+        if share and (share.part, share.shares) != (rank, made):
+            raise FlashError(
+                f"{name} has part {share.part + 1} of {len(share.shares)}, and needs "
+                f"part {rank + 1} of {len(made)}. Put that part on it, or all of the "
+                "model."
+            )
+    return made
+
+
+def cut(
+    parts: Assembled,
+    shares: Sequence[int],
+    rank: int,
+    add: Callable[[mx.array], mx.array],
+) -> Assembled:
+    """The same model with those units alone that a rank has.
+
+    Args:
+        add: Adds up an array over all ranks.
+
+    Raises:
+        FlashError: If a rank would have none of a layer.
+    """
+    layers, stored = [], []
+    for layer, ffn in zip(parts.manifest.whole_layers, parts.layers, strict=True):
+        mine = owned(layer.units, layer.unit_bytes, shares, rank)
+        if any(
+            not len(owned(layer.units, layer.unit_bytes, shares, r))
+            for r in range(len(shares))
+        ):
+            raise FlashError(
+                f"{layer.module} has {layer.units} {parts.kind.name}s, too few for "
+                f"the shares {':'.join(map(str, shares))}. Use fewer machines, or "
+                "shares that are nearer to each other."
+            )
+        ffn.part = Share(mine, layer.units, add)
+        layers.append(replace(layer, units=len(mine)))
+        stored.append(mine if parts.manifest.share is None else None)
+    manifest = replace(parts.manifest, layers=tuple(layers))
+    return replace(parts, manifest=manifest, stored=stored)

@@ -1,0 +1,254 @@
+"""Rank 0: it runs the command, and has every call of the model made on all ranks."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..assembly import Assembled
+from ..errors import FlashError, NotEnoughMemory
+from ..load_options import LoadOptions
+from .control import Link, Message, die
+from .division import Divide, Facts, agree, cut
+from .group import Group
+from .mirror import Mirror
+from .paths import portable
+
+
+class Lead:
+    """What rank 0 does for a model that several ranks run.
+
+    Attributes:
+        group: All ranks.
+        names: Of all ranks.
+    """
+
+    def __init__(self, group: Group, links: Sequence[Link], name: str):
+        self.group = group
+        self.names = [name, *(link.name for link in links)]
+        self._links = links
+        self._lock = threading.RLock()  # one call of any model at a time
+        self._models = 0
+
+    def load(
+        self,
+        load: Callable[[Divide], Any],
+        path: str | Path,
+        memory: int | float | str,
+        options: LoadOptions,
+    ) -> Any:
+        """Load a model on all ranks.
+
+        Args:
+            load: Loads this rank's share, given what divides the model.
+            path, memory, options: What the others load by.
+
+        Raises:
+            FlashError: As `load`, and if another rank cannot load its share, or has
+                another model.
+        """
+        with self._lock:
+            self.settle()
+            number = self._models
+            self._models += 1
+            told = {
+                "path": portable(path),
+                "memory": memory,
+                "options": _plain(options),
+            }
+            self.tell({"do": "load", "model": number, **told})
+            divided = False
+
+            def divide(parts: Assembled, facts: Facts) -> Assembled:
+                nonlocal divided
+                found = [facts, *map(Facts.from_json, self._answers())]
+                shares = agree(found, self.names, options.shares)
+                mine = cut(parts, shares, 0, self.group.sum)
+                divided = True
+                self.tell({"do": "divide", "shares": shares})
+                return mine
+
+            try:
+                loaded = load(divide)
+            except BaseException as error:
+                if not divided:
+                    self._drop_answers()
+                    why = str(error) or type(error).__name__
+                    self.tell({"do": "refuse", "why": why})
+                else:
+                    self._drop_answers()
+                    self.tell({"do": "unload", "model": number})
+                raise
+            try:
+                self._answers()
+            except FlashError:
+                self.tell({"do": "unload", "model": number})
+                loaded[0].flash.close()
+                raise
+            loaded[0].flash.machines = LedModel(self, number)
+            return loaded
+
+    def tell(self, message: Message) -> None:
+        """Send a message to all others."""
+        for link in self._links:
+            link.send(message)
+
+    def settle(self) -> None:
+        """Wait until no sum is under way."""
+        self.group.settle()
+
+    def ask(self, message: Message) -> list[Any]:
+        """What each of the others answers, in the order of ranks.
+
+        Raises:
+            FlashError: If one of them could not do it.
+        """
+        with self._lock:
+            self.settle()
+            self.tell(message)
+            return self._answers()
+
+    def end(self) -> None:
+        """Let the others go."""
+        for link in self._links:
+            link.end()
+
+    def _answers(self) -> list[Any]:
+        answers = []
+        failed: Message | None = None
+        for link in self._links:
+            answer = self._answer(link)
+            if "error" in answer and failed is None:
+                failed = answer | {"error": f"{link.name}: {answer['error']}"}
+            answers.append(answer.get("answer"))
+        if failed is None:
+            return answers
+        if "least_bytes" in failed:
+            raise NotEnoughMemory(failed["error"], failed["least_bytes"])
+        raise FlashError(failed["error"])
+
+    def _drop_answers(self) -> None:
+        for link in self._links:
+            self._answer(link)
+
+    def _answer(self, link: Link) -> Message:
+        answer = link.received.get()
+        if answer is None or answer.get("do") == "bye":
+            die(f"{link.name} ended. All ranks stop.")
+        assert answer is not None
+        return answer
+
+
+class LedModel:
+    """One model, as rank 0 has it: makes every call on all ranks."""
+
+    def __init__(self, lead: Lead, number: int):
+        self.lead = lead
+        self._number = number
+        self._mirror = Mirror()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: mx.array,
+        cache: Sequence[Any] | None,
+        run: Callable[[int], mx.array],
+    ) -> mx.array:
+        """Call the model on all ranks.
+
+        Args:
+            inputs: Token ids [B, L].
+            run: Makes the call here, in chunks of so many tokens of each sequence.
+
+        Raises:
+            FlashError: If a rank has no room for it. Nothing was computed then.
+        """
+        lead = self.lead
+        with lead._lock, _no_interrupts():
+            lead.settle()
+            message: Message = {"do": "call", "model": self._number}
+            message["tokens"] = inputs.tolist()
+            arrays: list[mx.array] = []
+            if cache is not None:
+                message["cache"], arrays = self._mirror.describe(cache)
+            lead.tell(message)
+            for array in arrays:
+                lead.group.copy(array, (), str(array.dtype).rpartition(".")[2])
+            size = self._agreed_size(model, inputs, cache)
+            try:
+                logits = run(size)
+                if cache is not None:
+                    self._mirror.note(cache)
+            except BaseException as error:  # the others wait in a sum for ever
+                why = f"{lead.names[0]}: {error or type(error).__name__}"
+                lead.tell({"do": "lost", "why": why})
+                die(why)
+            return logits
+
+    def _agreed_size(
+        self, model: nn.Module, inputs: mx.array, cache: Sequence[Any] | None
+    ) -> int:
+        """Tokens of a chunk that all ranks have room for."""
+        B, L = inputs.shape
+        try:
+            size = model.flash.pool.prepare(B, L, cache) if cache is not None else B * L
+        except BaseException:
+            self.lead._drop_answers()
+            self.lead.tell({"do": "go", "size": 0})
+            raise
+        try:
+            sizes = self.lead._answers()
+        except FlashError:
+            self.lead.tell({"do": "go", "size": 0})
+            raise
+        size = max(min([size, *sizes]) // B, 1)
+        self.lead.tell({"do": "go", "size": size})
+        return size
+
+    def resize(self, memory: int | float | str) -> None:
+        """Have the others hold more or less memory, each for itself."""
+        self.lead.ask({"do": "resize", "model": self._number, "memory": memory})
+
+    def stats(self) -> list[dict[str, Any]]:
+        """What each of the others has counted since it loaded the model."""
+        return self.lead.ask({"do": "stats", "model": self._number})
+
+    def close(self) -> None:
+        """Have the others close the model."""
+        self.lead.tell({"do": "unload", "model": self._number})
+
+
+def _plain(options: LoadOptions) -> dict[str, Any]:
+    """Options as JSON has them, without those that are rank 0's own.
+
+    Raises:
+        FlashError: If one of them cannot be sent to another machine.
+    """
+    if options.trace is not None:
+        raise FlashError("--trace divides memory on one machine alone. Leave it out.")
+    if not isinstance(options.policy, str):
+        raise FlashError("On several machines a policy is named: lru, lrfu or window.")
+    told = asdict(options) | {"draft_model": None, "progress": False}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C comes after the call: within, it would leave the others in a sum."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
