@@ -19,7 +19,7 @@ ROWS = (
     ("run", "run_report", "resident", "draft_model", "adapters", "chunks"),
     ("flash",),
     ("load_options",),
-    ("machines",),
+    ("machines", "sizing"),
     ("loading",),
     (
         "generation",

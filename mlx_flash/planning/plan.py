@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..layers.kinds import BLOCK, NEURON, kind_of
-from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
 from ..memory.division import Divider, as_divided
 from ..memory.footprint import Footprint
 from ..memory.whole import LOCALITY, divide_by, kind_rewards
 from ..profile import Profile
+from ..sizing import DEFAULT_CONTEXT
 from .cost import Cost, Work, load_s, token_bytes, token_cost
 from .outline import Outline, outline
 from .prompt import first_prompt
