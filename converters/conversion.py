@@ -27,8 +27,8 @@ from ..storage.manifest import (
     Calibration,
     Layer,
     Manifest,
-    check_manifest,
 )
+from ..storage.manifest_reading import check_manifest
 from .bundles import write_bundles
 from .options import ConvertOptions
 from .resident import copy_config, write_weights

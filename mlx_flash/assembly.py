@@ -26,7 +26,8 @@ from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
 from .storage.layout import dtype_name
-from .storage.manifest import MANIFEST, Layer, Manifest, read_manifest
+from .storage.manifest import MANIFEST, Layer, Manifest
+from .storage.manifest_reading import read_manifest
 from .storage.source import Extent, bundle_extent
 
 

@@ -9,7 +9,8 @@ from .checkpoints.digests import ACCEPT, compare, without_digest
 from .checkpoints.hub import find_model
 from .checkpoints.record import noted_digests, record_digests
 from .errors import FlashError
-from .storage.manifest import MANIFEST, read_manifest
+from .storage.manifest import MANIFEST
+from .storage.manifest_reading import read_manifest
 
 
 def verify(model: str | Path, passed: Callable[[str], None]) -> list[str]:

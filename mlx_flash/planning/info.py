@@ -13,7 +13,8 @@ from ..checkpoints.config import read_config
 from ..checkpoints.hub import find_config
 from ..errors import printable
 from ..layers.kinds import NEURON, kind_of
-from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest, read_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest
+from ..storage.manifest_reading import parse_manifest, read_manifest
 from ..tables import Table
 from .outline import Outline, outline
 

@@ -19,7 +19,8 @@ from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..memory.footprint import Shapes
 from ..models.registry import get_model_classes
-from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest
+from ..storage.manifest_reading import parse_manifest
 
 
 @dataclass(frozen=True)

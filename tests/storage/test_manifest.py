@@ -22,7 +22,8 @@ from mlx_flash.loading import load_model
 from mlx_flash.planning.info import look_at
 from mlx_flash.storage import manifest as format
 from mlx_flash.storage.limits import LARGE_PAGE_BYTES
-from mlx_flash.storage.manifest import FORMAT_VERSION, SHARE_VERSION, read_manifest
+from mlx_flash.storage.manifest import FORMAT_VERSION, SHARE_VERSION
+from mlx_flash.storage.manifest_reading import read_manifest
 from mlx_flash.storage.typed_json import from_json
 
 TOKENS = mx.array([[5, 17, 3, 80]])
