@@ -83,8 +83,6 @@ class SlotCache:
         self.policy.expire(self)
         units = units.astype(np.intp, copy=False)
         self.policy.use(self, units)
-        if not len(units):  # all that a token chose may be on other machines
-            return
         slots = self.slot_of[units]
         self._marks[slots] = self.now  # what this step needs is not evicted
         absent = np.flatnonzero(slots == EMPTY)
