@@ -7,7 +7,6 @@ each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -74,7 +73,8 @@ def run(
     kind: Kinds = (),
     ranks: Ranks = (1, 2, 4),
     memory: Memory = "40%",
-    prompt_tokens: Count = 8,
+    prompt_tokens: Count = 32,
+    warm_up: Annotated[Count, "Tokens that fill slots and do not count."] = 24,
     tokens: Count = 16,
     rounds: Count = 3,
     disk_rate: Disk = None,
@@ -96,12 +96,13 @@ def run(
     with scratch(folder) as place:
         folders = {k: MODELS[k](place, memory) for k in kind or MODELS}
         sizes = {k: outline(found).manifest for k, found in folders.items()}
-        jobs = {
+        given = {k: _of_model(memory, m.model_bytes) for k, m in sizes.items()}
+        jobs: dict[str, dict] = {
             k: {
                 "path": str(found.resolve()),
-                "memory": _of_model(memory, sizes[k].model_bytes),
+                "memory": given[k],
                 "prompt_tokens": prompt_tokens,
-                "warm_up": max(tokens // 4, 1),
+                "warm_up": warm_up,
                 "tokens": tokens,
             }
             for k, found in folders.items()
@@ -117,7 +118,7 @@ def run(
     direct = all(found["direct_io"] for found in measured)
     models = [
         f"{k}: {m.model_bytes / 1e6:,.0f} MB, of which {m.ffn_bytes / 1e6:,.0f} MB on "
-        f"flash, and {jobs[k]['memory'] / 1e6:,.0f} MB of memory a rank"
+        f"flash, and {given[k] / 1e6:,.0f} MB of memory a rank"
         for k, m in sizes.items()
     ]
     notes = [
