@@ -147,7 +147,7 @@ def test_a_part_is_planned_as_it_is_loaded(kind, tmp_path):
     options = LoadOptions(context=16)
     parts = cut(assemble(folder, True), (2, 1), 1, lambda y: y)
     footprint, divide = needs_of(parts, policy_of(options, parts.kind), options)
-    memory = int(0.8 * outline(folder).manifest.model_bytes)
+    memory = int(0.95 * outline(folder).manifest.model_bytes)
     budget = budget_of(memory, None, footprint, folder, divide, None)
     planned = part_of(whole_of(outline(folder)), (2, 1), 1)
     plan = plan_of(planned, folder, memory, context=16)
@@ -180,7 +180,15 @@ def run(*args, code=0):
 
 def test_the_command_shows_one_machine_beside_several(blocks, tmp_path):
     save_profile(PROFILE, tmp_path / "profile.json")
-    words = blocks, "--memory", "70%", "--profile", tmp_path / "profile.json"
+    words = (
+        blocks,
+        "--context",
+        16,
+        "--memory",
+        "70%",
+        "--profile",
+        tmp_path / "profile.json",
+    )
     text = run(*words, "--machines", 3, "--link", "2ms", "--shares", "2:1:1")
     assert "3 machines like this one, shares 2:1:1" in text
     assert "modelled, nothing of it was measured" in text
@@ -194,7 +202,7 @@ def test_the_command_shows_one_machine_beside_several(blocks, tmp_path):
 
 
 def test_without_a_profile_there_are_no_times(blocks):
-    text = run(blocks, "--memory", "70%", "--machines", 2)
+    text = run(blocks, "--context", 16, "--memory", "70%", "--machines", 2)
     assert "MB read by each" in text and "\ntokens/s" not in text
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def _run(command: Sequence[str], output: Path, limit_s: int) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
     # mlx.launch leaves files behind: they go with the output's folder.
     environment |= {"PYTHONPATH": str(PACKAGE), "TMPDIR": str(output.parent), **QUIET}
-    # mlx.launch watches its input, and would spin on one that has ended.
+    # mlx.launch spins where its input has ended.
     reads, writes = os.pipe()
     try:
         with output.open("wb") as file:
@@ -103,18 +104,40 @@ def _run(command: Sequence[str], output: Path, limit_s: int) -> str:
                 start_new_session=True,
             )
         try:
-            process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            raise FlashError(
-                f"did not end in {limit_s} s, and was stopped. Give a larger "
-                "--limit-s, or fewer --tokens."
-            ) from None
+            _wait(process, writes, limit_s)
         finally:
             _end(process)
     finally:
         os.close(reads)
         os.close(writes)
     return _reason(output.read_text(errors="replace"), process.returncode)
+
+
+def _wait(process: subprocess.Popen, writes: int, limit_s: int) -> None:
+    """Wait for a command, at most to the limit.
+
+    mlx.launch also spins as long as it could write to a rank's input: it takes a core
+    from the ranks. Ranks have closed theirs, which it only sees when it writes, so it
+    is given something to write.
+
+    Args:
+        writes: Where its input comes from.
+
+    Raises:
+        FlashError: If it takes longer.
+    """
+    end_s = time.monotonic() + limit_s
+    while process.poll() is None:
+        if time.monotonic() > end_s:
+            raise FlashError(
+                f"did not end in {limit_s} s, and was stopped. Give a larger "
+                "--limit-s, or fewer --tokens."
+            )
+        os.write(writes, b"\n")
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            pass
 
 
 def _end(process: subprocess.Popen) -> None:
