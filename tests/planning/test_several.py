@@ -146,11 +146,12 @@ def test_a_part_is_planned_as_it_is_loaded(kind, tmp_path):
         folder = convert(source, tmp_path / "flash", rank=0, progress=False)
     options = LoadOptions(context=16)
     parts = cut(assemble(folder, True), (2, 1), 1, lambda y: y)
-    footprint, divide = needs_of(parts, policy_of(options, parts.kind), options)
-    memory = int(0.95 * outline(folder).manifest.model_bytes)
-    budget = budget_of(memory, None, footprint, folder, divide, None)
     planned = part_of(whole_of(outline(folder)), (2, 1), 1)
+    memory = int(1.02 * plan_of(planned, folder, "1GB", context=16).least_bytes)
+    footprint, divide = needs_of(parts, policy_of(options, parts.kind), options)
+    budget = budget_of(memory, None, footprint, folder, divide, None)
     plan = plan_of(planned, folder, memory, context=16)
+    assert 0 < plan.held_share <= 1
     assert plan.slot_bytes == budget.slot_bytes
     held = zip(budget.slots, parts.manifest.layers, strict=True)
     nbytes = sum(n * layer.unit_bytes for n, layer in held)
