@@ -131,6 +131,9 @@ class StoredShare:
     units: tuple[int, ...]
     model: str
 
+    def __str__(self) -> str:
+        return f"part {self.part + 1} of {len(self.shares)}"
+
 
 @dataclass(frozen=True)
 class Manifest:
