@@ -2,7 +2,7 @@
 
 Bundles are given as bytes by a `Bundles`: those of a checkpoint's FFN are laid out as
 they are asked for (`CutBundles`), those of a flash folder lie in its file already
-(`split.StoredBundles`).
+(`StoredBundles`).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import FlashError
+from ..errors import FlashError, reason_of
 from ..storage.digests import sample_sha256
 from ..storage.layout import lay_out
 from ..storage.limits import LARGE_PAGE_BYTES, PAGE_BYTES
@@ -76,6 +76,37 @@ class CutBundles(Bundles):
             raw = np.asarray(piece.reshape(-1).view(mx.uint8))
             out[:, part.offset : end] = raw.reshape(stop - start, -1)
         return out
+
+
+class StoredBundles(Bundles):
+    """Bundles as a flash folder has them.
+
+    Args:
+        path: The layer's file.
+        layer: Of the manifest.
+    """
+
+    def __init__(self, path: Path, layer: Layer):
+        self.units = layer.units
+        self.unit_bytes = layer.unit_bytes
+        self.parts = layer.parts
+        self._path = path
+        self._data_offset = layer.data_offset
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        first = self._data_offset + int(start) * self.unit_bytes
+        wanted = int(stop - start) * self.unit_bytes
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(first)
+                found = file.read(wanted)
+        except OSError as error:
+            raise FlashError(
+                f"{self._path} cannot be read: {reason_of(error)}."
+            ) from error
+        if len(found) != wanted:
+            raise FlashError(f"{self._path} became shorter while it was split.")
+        return np.frombuffer(found, np.uint8).reshape(-1, self.unit_bytes)
 
 
 def write_bundles(

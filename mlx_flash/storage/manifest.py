@@ -178,6 +178,11 @@ class Manifest:
         """The model itself: resident weights and FFNs, predictors not counted."""
         return self.resident.bytes + self.ffn_bytes
 
+    @property
+    def whole_model_bytes(self) -> int:
+        """The same with the units that other machines have."""
+        return self.resident.bytes + sum(layer.nbytes for layer in self.whole_layers)
+
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
         if self.share is None:
