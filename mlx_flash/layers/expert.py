@@ -117,7 +117,10 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         chosen = self.part.places(np.asarray(indices).reshape(len(x), -1))
         pairs, K = chosen.reshape(-1), chosen.shape[-1]
         needed = np.unique(pairs[pairs >= 0]).astype(np.intp)
-        elsewhere = len(pairs) and pairs.min() < 0
+        elsewhere = (pairs < 0).any()
+        if not len(needed):
+            self.read_next(guess)
+            return self._nothing(x, len(pairs))
         done: list[np.ndarray] = []
 
         def multiply(outputs: list[mx.array] | None, wave: Wave) -> list[mx.array]:
@@ -145,7 +148,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             return y[mx.array(rows)]
 
         last = pairs[-K:]
-        y = self.slots.run(
+        return self.slots.run(
             needed,
             multiply,
             tokens=len(x),
@@ -153,7 +156,6 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             meanwhile=lambda: self.read_next(guess),
             finish=finish,
         )
-        return self._nothing(x, len(pairs)) if y is None else y
 
     def _nothing(self, x: mx.array, rows: int) -> mx.array:
         """Zeros [rows, D] as the experts give them, where none of this machine's is
