@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoints.digests import compare, manifest_digests, side_digests, side_files
 from ..errors import FlashError
-from ..progress import bars
+from ..progress import Bar
 from ..storage.digests import file_sha256
 from ..storage.manifest import MANIFEST, SHARE_VERSION, Manifest, StoredShare
 from ..storage.manifest_reading import check_manifest, parse_manifest
@@ -65,44 +65,65 @@ def write_parts(
     for entry in parts:
         if entry not in missing:
             entry.work.drop_leftovers()
-    begun = []
+    if not missing:
+        return
     try:
-        for entry in missing:
-            options = {"shares": entry.share.shares, "part": entry.share.part}
-            source = file_sha256(folder / MANIFEST)
-            entry.work.begin({"source": source, "options": options})
-            begun.append(entry)
-        _check_disk(manifest, missing)
-        _write_layers(folder, manifest, missing, progress)
-        _check_rest(folder, manifest)
-        for entry in missing:
-            _write_rest(folder, manifest, entry)
+        _fill(folder, manifest, missing, progress)
         for entry in missing:
             entry.work.publish()
             entry.work.discard()
     except OSError as error:
-        place = Path(error.filename or parts[0].work.folder)
+        place = Path(error.filename or missing[0].work.folder)
         raise write_error(place, error) from error
-    finally:
+
+
+def _fill(
+    folder: Path, manifest: Manifest, parts: Sequence[Part], progress: bool
+) -> None:
+    """Write the parts in their work folders, all of them or what is missing."""
+    begun = []
+    try:
+        for entry in parts:
+            options = {"shares": entry.share.shares, "part": entry.share.part}
+            source = file_sha256(folder / MANIFEST)
+            entry.work.begin({"source": source, "options": options})
+            begun.append(entry)
+        nbytes = sum(_missing_bytes(manifest, entry) for entry in parts)
+        _check_disk(nbytes, parts[0].work.partial)
+        with Bar("splitting", nbytes, progress, unit="B", unit_scale=True) as bar:
+            _write_layers(folder, manifest, parts, bar)
+            _check_rest(folder, manifest)
+            for entry in parts:
+                _write_rest(folder, manifest, entry, bar)
+    except BaseException:
         for entry in begun:
             entry.work.drop_if_empty()
+        raise
+
+
+def _missing_bytes(manifest: Manifest, entry: Part) -> int:
+    """About what is still to be written of a part."""
+    layers = manifest.layers[len(entry.work.layers) :]
+    on_flash = sum(layer.nbytes for layer in layers) * entry.portion.fraction
+    return manifest.resident.bytes + manifest.predictor_bytes + int(on_flash)
+
+
+def _check_disk(nbytes: int, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise FlashError(
+            f"The parts need about {nbytes / 1e9:.2f} GB, {place.parent} has "
+            f"{free / 1e9:.2f} GB free. Free some space, choose another folder, or "
+            "write one part at a time: --part 1"
+        )
 
 
 def _write_layers(
-    folder: Path, manifest: Manifest, parts: Sequence[Part], progress: bool
+    folder: Path, manifest: Manifest, parts: Sequence[Part], bar: Bar
 ) -> None:
     """Copy every layer that a part lacks, one after the other to all parts."""
     noted = manifest_digests(folder)
-    total = len(manifest.layers)
-    done = min(len(entry.work.layers) for entry in parts)
-    for index in bars(
-        range(done, total),
-        "splitting",
-        progress,
-        initial=done,
-        total=total,
-        unit="layer",
-    ):
+    for index in range(min(len(e.work.layers) for e in parts), len(manifest.layers)):
         layer = manifest.layers[index]
         compare(folder, {layer.file: noted[layer.file]}, True)
         bundles = StoredBundles(folder / layer.file, layer)
@@ -119,6 +140,7 @@ def _write_layers(
                 )
             )
             work.note()
+            bar.advance(written.nbytes)
 
 
 def _check_rest(folder: Path, manifest: Manifest) -> None:
@@ -129,7 +151,7 @@ def _check_rest(folder: Path, manifest: Manifest) -> None:
     compare(folder, rest, True)
 
 
-def _write_rest(folder: Path, manifest: Manifest, entry: Part) -> None:
+def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None:
     """Copy all else to a part, and write its manifest last."""
     target = entry.work.folder
     for weights in filter(None, (manifest.resident, manifest.predictors)):
@@ -140,6 +162,7 @@ def _write_rest(folder: Path, manifest: Manifest, entry: Part) -> None:
                 f"{copy} reads back differently from what was copied. The disk is "
                 "failing, or something else writes there."
             )
+        bar.advance(weights.bytes)
     for name, path in side_files(folder).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
@@ -152,21 +175,3 @@ def _write_rest(folder: Path, manifest: Manifest, entry: Part) -> None:
     )
     (target / MANIFEST).write_text(own.to_json())
     check_manifest(own, target)
-
-
-def _check_disk(manifest: Manifest, parts: Sequence[Part]) -> None:
-    """Refuse parts that do not fit on the disk, as far as they are not there yet."""
-    need = 0
-    for entry in parts:
-        missing = manifest.layers[len(entry.work.layers) :]
-        on_flash = sum(layer.nbytes for layer in missing)
-        need += manifest.resident.bytes + manifest.predictor_bytes
-        need += int(on_flash * entry.portion.fraction)
-    place = parts[0].work.partial
-    free = shutil.disk_usage(place).free
-    if free < need:
-        raise FlashError(
-            f"The parts need about {need / 1e9:.2f} GB, {place.parent} has "
-            f"{free / 1e9:.2f} GB free. Free some space, choose another folder, or "
-            "write one part at a time: --part 1"
-        )
