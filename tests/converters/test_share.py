@@ -14,6 +14,7 @@ from mlx_flash.cli import main
 from mlx_flash.converters import conversion
 from mlx_flash.converters.convert import convert
 from mlx_flash.converters.split import split
+from mlx_flash.converters.tensors import TensorCutter
 from mlx_flash.converters.workfolder import WorkFolder
 from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_model
@@ -135,6 +136,13 @@ def test_refusals(tmp_path, options, words):
     with pytest.raises(FlashError, match=words):
         convert(src, tmp_path / "out", progress=False, **options)
     assert files_of(tmp_path) == before
+
+
+def test_shares_are_judged_before_anything_is_cut(tmp_path, monkeypatch):
+    src = source("experts", tmp_path / "model")
+    monkeypatch.setattr(TensorCutter, "cut", None)
+    with pytest.raises(FlashError, match="layers.0.mlp.* too few for the shares"):
+        convert(src, tmp_path / "out", progress=False, share="1/2", shares="90:1")
 
 
 @pytest.fixture(scope="module")
