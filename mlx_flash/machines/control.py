@@ -25,6 +25,7 @@ from typing import Any
 Message = dict[str, Any]
 
 BEAT_S, SILENT_S = 1.0, 7.0
+LEAVE_S = 5.0  # after a goodbye
 FAILED = 1  # exit code
 FLUSH_S = 0.5  # for what was printed before the end
 
@@ -35,15 +36,21 @@ class Link:
     Args:
         name: Of the other rank, for messages.
         lost: Told why it is gone, by a thread of this link; at most once.
+        left: Told when it said goodbye, by the same thread.
     """
 
     def __init__(
-        self, connection: socket.socket, name: str, lost: Callable[[str], None]
+        self,
+        connection: socket.socket,
+        name: str,
+        lost: Callable[[str], None],
+        left: Callable[[], None] = lambda: None,
     ):
         self.name = name
         self._connection = connection
         self._lines = connection.makefile("r", encoding="utf-8")
         self._lost = lost
+        self._left = left
         self._sending = threading.Lock()
         self._heard_s = time.monotonic()
         self._ended = False
@@ -80,6 +87,7 @@ class Link:
                     self.received.put(message)
                     if message.get("do") == "bye":
                         self._ended = True
+                        self._left()
                         return
         except (OSError, ValueError):
             pass
@@ -160,6 +168,13 @@ def hold_abort() -> None:
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def leave_in_time() -> None:
+    """End this process soon, also where it waits in a sum that never comes."""
+    timer = threading.Timer(LEAVE_S, os._exit, (FAILED,))
+    timer.daemon = True
+    timer.start()
 
 
 def die(why: str) -> None:

@@ -115,7 +115,8 @@ class Lead:
             return self._answers()
 
     def end(self) -> None:
-        """Let the others go."""
+        """Let the others go, once they have what they wait for."""
+        self.settle()
         for link in self._links:
             link.end()
 

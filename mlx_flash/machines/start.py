@@ -8,7 +8,15 @@ import socket
 from functools import cache
 
 from ..errors import FlashError
-from .control import Link, connect, die, hold_abort, listen, own_addresses
+from .control import (
+    Link,
+    connect,
+    die,
+    hold_abort,
+    leave_in_time,
+    listen,
+    own_addresses,
+)
 from .follow import Follower
 from .group import Group, join_group
 from .lead import Lead
@@ -97,7 +105,7 @@ def _follow(group: Group) -> Follower:
     host = platform.node()
     hello = {"rank": group.rank, "token": where["token"], "host": host}
     connection.sendall((json.dumps(hello) + "\n").encode())
-    link = Link(connection, name_of(0, where["at"][0]), die)
+    link = Link(connection, name_of(0, where["at"][0]), die, leave_in_time)
     follower = Follower(group, link, name_of(group.rank, host))
     link.name = follower.next()["name"]
     return follower
