@@ -131,8 +131,8 @@ def _load(
         parts, memory = _share(parts, folder, memory, policy, wanted, divide)
     elif (share := parts.manifest.share) is not None:
         raise FlashError(
-            f"{folder} holds part {share.part + 1} of {len(share.shares)}, for as many "
-            f"machines. Start them together: mlx.launch -n {len(share.shares)} …"
+            f"{folder} holds {share}, for as many machines. Start "
+            f"them together: mlx.launch -n {len(share.shares)} …"
         )
     footprint, by_layer = needs_of(parts, policy, wanted)
     adapter = None

@@ -16,7 +16,7 @@ from ..layers.part import Share
 from ..profile import measured_here
 from ..storage.digests import file_sha256, sample_sha256
 from ..storage.manifest import MANIFEST, Layer, StoredShare
-from .shares import fair_shares, owned, parse_shares
+from .shares import fair_shares, owned, parse_shares, refuse_too_few
 
 Divide = Callable[[Assembled, "Facts"], Assembled]
 THREADS = 32  # at which a disk's rate counts, as reads are made
@@ -174,15 +174,8 @@ def cut(
     layers, stored = [], []
     for layer, ffn in zip(parts.manifest.whole_layers, parts.layers, strict=True):
         mine = owned(layer.units, layer.unit_bytes, shares, rank)
-        if any(
-            not len(owned(layer.units, layer.unit_bytes, shares, r))
-            for r in range(len(shares))
-        ):
-            raise FlashError(
-                f"{layer.module} has {layer.units} {parts.kind.name}s, too few for "
-                f"the shares {':'.join(map(str, shares))}. Use fewer machines, or "
-                "shares that are nearer to each other."
-            )
+        what = f"{layer.module} has {layer.units} {parts.kind.name}s"
+        refuse_too_few(what, layer.units, layer.unit_bytes, shares)
         ffn.part = Share(mine, layer.units, add)
         layers.append(replace(layer, units=len(mine)))
         stored.append(mine if parts.manifest.share is None else None)
