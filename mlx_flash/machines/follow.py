@@ -111,8 +111,8 @@ class Follower:
             agreed.append(self.next())
             if agreed[0]["do"] == "refuse":
                 raise Refused
-            shares = agreed[0]["shares"]
-            return cut(parts, shares, self.group.rank, self.group.sum)
+            shares, whole = agreed[0]["shares"], agreed[0]["whole"]
+            return cut(parts, shares, self.group.rank, self.group.sum, whole)
 
         def work() -> None:
             options = LoadOptions(**message["options"])

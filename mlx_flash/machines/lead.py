@@ -15,7 +15,7 @@ from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
 from .control import Link, Message, die
-from .division import Divide, Facts, agree, cut
+from .division import Divide, Facts, agree, cut, held_by_all
 from .group import Group
 from .mirror import Mirror
 from .paths import portable
@@ -69,9 +69,11 @@ class Lead:
                 nonlocal divided
                 found = [facts, *map(Facts.from_json, self._answers())]
                 shares = agree(found, self.names, options.shares)
-                mine = cut(parts, shares, 0, self.group.sum)
+                layers, sum_s = len(parts.layers), self.group.latency_s
+                whole = held_by_all(found, shares, layers, sum_s)
+                mine = cut(parts, shares, 0, self.group.sum, whole)
                 divided = True
-                self.tell({"do": "divide", "shares": shares})
+                self.tell({"do": "divide", "shares": shares, "whole": whole})
                 return mine
 
             try:

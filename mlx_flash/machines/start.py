@@ -55,6 +55,7 @@ def _lead(group: Group) -> Lead:
         port = server.getsockname()[1]
         where = {"at": own_addresses()[:8], "port": port, "token": token}
         group.tell(json.dumps(where))
+        group.measure()
         server.settimeout(CONNECT_S)
         found: dict[int, tuple[socket.socket, str]] = {}
         while len(found) < group.size - 1:
@@ -96,6 +97,7 @@ def _greeting(connection: socket.socket, token: str) -> tuple[int, str]:
 
 def _follow(group: Group) -> Follower:
     where = json.loads(group.tell(""))
+    group.measure()
     connection = connect(where["at"], where["port"], CONNECT_S)
     if connection is None:
         raise FlashError(
