@@ -10,6 +10,7 @@ connection end without a goodbye, says so in one line and ends its process at on
 thread may be waiting in a sum that never comes.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -61,11 +62,8 @@ class Link:
     def send(self, message: Message) -> None:
         """Send a message. That nobody is there to get it is found by the listener."""
         data = (json.dumps(message) + "\n").encode()
-        try:
-            with self._sending:
-                self._connection.sendall(data)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.sendall(data)
 
     def end(self) -> None:
         """Say goodbye, and take no notice any more of what happens to the other."""
@@ -73,25 +71,34 @@ class Link:
         self.send({"do": "bye"})
 
     def close(self) -> None:
+        """End the connection; the listener ends with it."""
         self._ended = True
-        self._connection.close()
+        with contextlib.suppress(OSError):  # which the other may have ended before
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
-        try:
-            for line in self._lines:
-                self._heard_s = time.monotonic()
-                message = json.loads(line)
-                if message.get("do") == "lost":  # another rank, as this one found
-                    self._tell(message["why"])
-                elif message:
-                    self.received.put(message)
-                    if message.get("do") == "bye":
-                        self._ended = True
-                        self._left()
+        with self._connection, self._lines:
+            try:
+                for line in self._lines:
+                    self._heard_s = time.monotonic()
+                    if not self._take(json.loads(line)):
                         return
-        except (OSError, ValueError):
-            pass
-        self._tell(f"{self.name} ended unexpectedly. All ranks stop.")
+            except (OSError, ValueError):
+                pass
+            self._tell(f"{self.name} ended unexpectedly. All ranks stop.")
+
+    def _take(self, message: Message) -> bool:
+        """Take a message in; False if it is the last one."""
+        do = message.get("do")
+        if do == "lost":  # another rank, as this one found
+            self._tell(message["why"])
+            return False
+        if message:
+            self.received.put(message)
+        if do == "bye":
+            self._ended = True
+            self._left()
+        return do != "bye"
 
     def _beat(self) -> None:
         while not self._ended:

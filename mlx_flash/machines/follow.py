@@ -13,6 +13,8 @@ import mlx.nn as nn
 from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
+from ..memory.stats import Stats
+from ..run import RankReport
 from .control import Link, Message, die, messages
 from .division import Divide, Facts, cut
 from .group import Group
@@ -176,6 +178,10 @@ class FollowedModel:
 
     def resize(self, memory: int | float | str) -> None:
         """Nothing: rank 0 has told this rank."""
+
+    def ranks(self, mine: Stats) -> list[RankReport]:
+        """Nothing: rank 0 reports."""
+        return []
 
     def close(self) -> None:
         """Nothing: rank 0 has told this rank."""

@@ -14,6 +14,8 @@ import mlx.nn as nn
 from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
+from ..memory.stats import Stats
+from ..run import RankReport
 from .control import Link, Message, die
 from .division import Divide, Facts, agree, cut, held_by_all
 from .group import Group
@@ -221,6 +223,15 @@ class LedModel:
     def stats(self) -> list[dict[str, Any]]:
         """What each of the others has counted since it loaded the model."""
         return self.lead.ask({"do": "stats", "model": self._number})
+
+    def ranks(self, mine: Stats) -> list[RankReport]:
+        """What each rank has read since the model was loaded; `mine` is rank 0's."""
+        counted = [mine, *(Stats.of(found) for found in self.stats())]
+        sums = self.lead.group.sums
+        return [
+            RankReport(name, stats.bytes_read, stats.hit_rate, sums)
+            for name, stats in zip(self.lead.names, counted, strict=True)
+        ]
 
     def close(self) -> None:
         """Have the others close the model."""
