@@ -34,6 +34,7 @@ class Outline:
         download_bytes: Of weights that are still on the hub.
         disk_bytes: What it takes on disk besides the download, to be run.
         in_place: Whether experts are read where the checkpoint has them.
+        share: Of each layer's units, in the manifest: on one of several machines.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Outline:
     download_bytes: int
     disk_bytes: int = 0
     in_place: bool = False
+    share: float = 1.0
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:

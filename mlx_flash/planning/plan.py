@@ -117,6 +117,19 @@ def make_plan(
         FlashError: If there is no such model, it is not supported, or does not fit.
     """
     found = outline(name, revision)
+    return plan_of(found, name, memory, profile, context, prompt_tokens, hit_rate)
+
+
+def plan_of(
+    found: Outline,
+    name: str | Path,
+    memory: int | float | str,
+    profile: Profile | None = None,
+    context: int | None = None,
+    prompt_tokens: int = 128,
+    hit_rate: float | None = None,
+) -> Plan:
+    """`make_plan` of a model whose configuration was read before."""
     manifest = found.manifest
     if manifest.share is not None:
         raise FlashError(
