@@ -133,8 +133,8 @@ def plan_of(
     manifest = found.manifest
     if manifest.share is not None:
         raise FlashError(
-            f"{name} holds {manifest.share} alone, and a plan is for a whole model on "
-            "one machine. Give the checkpoint, or the flash folder that was split."
+            f"{name} holds {manifest.share} alone, and a plan is made from the whole "
+            "model. Give the checkpoint, or the flash folder that was split."
         )
     positions = found.config.get("max_position_embeddings")
     wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
