@@ -3,10 +3,21 @@
 import os
 import sys
 
+import mlx.core as mx
+
 import mlx_flash
 
 print(f"\nrank {os.environ['MLX_RANK']} is {os.getpid()}", flush=True)
+
+
+def never_the_end(logprobs: mx.array) -> mx.array:
+    return mx.full(logprobs.shape[:1], 5)
+
+
 with mlx_flash.load(sys.argv[1], memory="20MB", context=8000) as (model, tokenizer):
-    for _ in mlx_flash.stream_generate(model, tokenizer, "w3 w4 w5", max_tokens=-1):
+    steps = mlx_flash.stream_generate(
+        model, tokenizer, "w3 w4 w5", -1, sampler=never_the_end
+    )
+    for _ in steps:
         print(".", end="", flush=True)
 print("ended by itself")

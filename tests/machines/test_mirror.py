@@ -6,7 +6,7 @@ from collections import deque
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -89,6 +89,7 @@ DEEDS = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30)
 @given(deeds=DEEDS)
 def test_copies_are_what_caches_are(kind, deeds):
     two = Two()
