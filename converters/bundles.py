@@ -52,7 +52,8 @@ class Bundles:
             wanted = units[first : first + step]
             ends = np.flatnonzero(np.diff(wanted) != 1) + 1
             runs = np.split(wanted, ends)
-            yield np.concatenate([self.rows(run[0], run[-1] + 1) for run in runs])
+            pieces = [self.rows(run[0], run[-1] + 1) for run in runs]
+            yield np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 
 class CutBundles(Bundles):

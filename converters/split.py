@@ -4,7 +4,7 @@ A part has the whole configuration, tokenizer, resident weights and predictors, 
 bundles of its own units, bit for bit.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..checkpoints.hub import find_model
@@ -84,8 +84,9 @@ def split(
                 locks.enter_context(Lock(entry.work.dst))
             write_parts(folder, manifest, parts, overwrite, progress)
     finally:
-        if not was_there and place.exists() and not any(place.iterdir()):
-            place.rmdir()
+        if not was_there:
+            with suppress(OSError):  # it has something in it
+                place.rmdir()
     return [entry.work.dst for entry in parts]
 
 

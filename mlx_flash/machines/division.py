@@ -211,10 +211,13 @@ def cut(
         whole: So many layers, the first ones, are not divided.
 
     Raises:
-        FlashError: If a rank would have none of a layer.
+        FlashError: If a rank would have none of a layer, or a folder's part is not
+            the one that its manifest says.
     """
+    is_part = parts.manifest.share is not None
     layers: list[Layer] = []
     stored: list[np.ndarray | None] = []
+    held = parts.manifest.layers
     for layer, ffn in zip(parts.manifest.whole_layers, parts.layers, strict=True):
         if len(layers) < whole:
             layers.append(layer)
@@ -223,8 +226,14 @@ def cut(
         mine = owned(layer.units, layer.unit_bytes, shares, rank)
         what = f"{layer.module} has {layer.units} {parts.kind.name}s"
         refuse_too_few(what, layer.units, layer.unit_bytes, shares)
+        if is_part and held[len(layers)].units != len(mine):
+            raise FlashError(
+                f"{layer.file} holds {held[len(layers)].units} units, and "
+                f"{parts.manifest.share} has {len(mine)}: {MANIFEST} is damaged. Copy "
+                "the part again."
+            )
         ffn.part = Share(mine, layer.units, add)
         layers.append(replace(layer, units=len(mine)))
-        stored.append(mine if parts.manifest.share is None else None)
+        stored.append(None if is_part else mine)
     manifest = replace(parts.manifest, layers=tuple(layers))
     return replace(parts, manifest=manifest, stored=stored)

@@ -4,9 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from stock_checkpoints import QWEN3, write_checkpoint
 
+from mlx_flash.assembly import assemble
+from mlx_flash.converters.convert import convert
+from mlx_flash.converters.split import split
 from mlx_flash.errors import FlashError
-from mlx_flash.machines.division import Facts, agree
+from mlx_flash.machines.division import Facts, agree, cut
 from mlx_flash.storage.manifest import StoredShare
 
 
@@ -14,7 +18,7 @@ def facts(part=None, shares=(2, 1)):
     share = None
     if part is not None:
         share = StoredShare(shares, part, (16, 16), "digest")
-    return Facts("1.0", "digest", "expert", share, 100, 1000, 0.0)
+    return Facts("1.0", "digest", "expert", share, 100, 1000, 0.0, layer_s=0.0)
 
 
 def names(count):
@@ -55,3 +59,16 @@ def test_a_part_of_another_model():
 def test_facts_survive_json():
     for entry in (facts(), facts(1)):
         assert Facts.from_json(json.loads(json.dumps(entry.to_json()))) == entry
+
+
+def test_a_part_that_is_not_what_its_manifest_says(tmp_path):
+    """Other units would be taken for those of this part."""
+    src = write_checkpoint(tmp_path / "model", QWEN3 | {"num_experts": 16})
+    whole = convert(src, tmp_path / "whole", progress=False)
+    part = split(whole, 2, shares="2:1", progress=False)[1]
+    assert cut(assemble(part, True), (2, 1), 1, abs).stored == [None, None]
+    manifest = json.loads((part / "flash.json").read_text())
+    manifest["share"] |= {"shares": [1, 1]}
+    (part / "flash.json").write_text(json.dumps(manifest))
+    with pytest.raises(FlashError, match="holds 5 units, and part 2 of 2 has 8"):
+        cut(assemble(part, True), (1, 1), 1, abs)
