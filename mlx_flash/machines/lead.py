@@ -65,29 +65,30 @@ class Lead:
                 "options": _plain(options),
             }
             self.tell({"do": "load", "model": number, **told})
-            divided = False
+            asked, divided = True, False  # the others answer what they have
 
             def divide(parts: Assembled, facts: Facts) -> Assembled:
-                nonlocal divided
+                nonlocal asked, divided
+                asked = False
                 found = [facts, *map(Facts.from_json, self._answers())]
                 shares = agree(found, self.names, options.shares)
                 layers, sum_s = len(parts.layers), self.group.latency_s
                 whole = held_by_all(found, shares, layers, sum_s)
                 mine = cut(parts, shares, 0, self.group.sum, whole)
-                divided = True
+                asked = divided = True  # they answer once more, when they have loaded
                 self.tell({"do": "divide", "shares": shares, "whole": whole})
                 return mine
 
             try:
                 loaded = load(divide)
             except BaseException as error:
-                if not divided:
+                if asked:
                     self._drop_answers()
+                if divided:
+                    self.tell({"do": "unload", "model": number})
+                else:
                     why = str(error) or type(error).__name__
                     self.tell({"do": "refuse", "why": why})
-                else:
-                    self._drop_answers()
-                    self.tell({"do": "unload", "model": number})
                 raise
             try:
                 self._answers()
