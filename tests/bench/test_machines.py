@@ -1,6 +1,5 @@
 """`bench machines`: a slow disk, ranks in processes of their own, and their table."""
 
-import os
 import time
 
 import psutil
@@ -9,7 +8,6 @@ import pytest
 from mlx_flash.bench.machines import compare, models
 from mlx_flash.bench.machines.disk import SlowReader, slowed
 from mlx_flash.bench.machines.launch import free_ports, launch
-from mlx_flash.bench.opt import Shape
 from mlx_flash.errors import FlashError
 from mlx_flash.storage.base_reader import ReadResult
 
@@ -206,9 +204,8 @@ def test_a_rank_that_cannot_load_says_why(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # 4 runs, of which 2 have two ranks that keep a core busy each
 def test_two_ranks_read_half_each_and_a_slow_disk_takes_its_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "BLOCKS", models.BLOCKS | SMALL)
-    small = Shape(2, 64, 512, heads=2, vocab=128, dtype="float32")
-    monkeypatch.setattr(models, "NEURONS", small)
+    wide = SMALL | {"intermediate_size": 4096}
+    monkeypatch.setattr(models, "BLOCKS", models.BLOCKS | wide)
     report = compare.run(
         tmp_path,
         ("blocks",),
@@ -218,7 +215,7 @@ def test_two_ranks_read_half_each_and_a_slow_disk_takes_its_time(tmp_path, monke
         warm_up=2,
         tokens=4,
         rounds=1,
-        disk_rate="2MB",
+        disk_rate="20MB",
     )
     assert not report.errors(), report.markdown()
     single, pair, slow_single, slow_pair = report.rows
@@ -227,7 +224,7 @@ def test_two_ranks_read_half_each_and_a_slow_disk_takes_its_time(tmp_path, monke
     assert pair.more["bytes_per_sum"] == 64 * 4
     assert slow_single.bytes_per_token == single.bytes_per_token
     assert slow_pair.bytes_per_token == pair.bytes_per_token
-    least_ms = 1e3 * slow_single.bytes_per_token / 2e6
-    assert slow_single.more["ms_per_token"] >= 0.99 * least_ms
+    # Not a speed: the least time in which the slow disk can bring so many bytes.
+    least_ms = 1e3 * slow_single.bytes_per_token / 20e6
+    assert slow_single.more["ms_per_token"] >= 0.9 * least_ms
     assert "SYNTHETIC" in slow_pair.name and "SYNTHETIC" in report.notes[-1]
-    assert not os.listdir(tmp_path / "blocks") == []

@@ -108,6 +108,7 @@ def run(
             for k, found in folders.items()
         }
         runs, failed = _measure(cases, jobs, rounds, limit_s)
+    after = machine_state()
     rows = [
         row_of(case, runs[case], runs.get(Case(case.kind, 1, case.disk_rate), []))
         if case not in failed
@@ -124,7 +125,8 @@ def run(
     notes = [
         f"Random weights and random tokens. {'; '.join(models)}. {tokens} tokens that "
         f"count; medians of {rounds} rounds in changing order (least to most). Reads: "
-        f"{cache_state(direct)}. Machine: {say_state(state, machine_state())}",
+        f"{cache_state(direct)}. Machine: {say_state(state, after)} Load "
+        f"{after['load_average'][0]:.1f} after, that of the ranks included.",
         "All ranks share this machine's cores and disk, and a rank that waits keeps a "
         "core busy, because MLX's ring polls its sockets: with more ranks than cores "
         "times say little. Bytes, hits, waits and sums are what as many machines would "
