@@ -21,7 +21,7 @@ from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
 from .memory_size import say_memory
-from .run import Run
+from .run import RankReport, Run
 from .run_report import RunReport
 from .storage.in_use import hold, let_go
 from .storage.manifest import Manifest
@@ -40,6 +40,8 @@ class Machines(Protocol):
     ) -> mx.array: ...
 
     def resize(self, memory: int | float | str) -> None: ...
+
+    def ranks(self, mine: Stats) -> list[RankReport]: ...
 
     def close(self) -> None: ...
 
@@ -164,7 +166,10 @@ class Flash:
 
     def report(self) -> RunReport:
         """The figures of the last generation; `str` of it is a text for a person."""
-        return RunReport.of(self)
+        report = RunReport.of(self)
+        if self.machines is not None and not self.closed:
+            report.ranks = self.machines.ranks(self.stats)
+        return report
 
     def close(self) -> None:
         """End the reader's threads, close its files, let go of the slots.

@@ -25,6 +25,7 @@ from .flash import Flash, Loaded
 from .load_options import LoadKeywords, LoadOptions
 from .machines.division import Divide, facts_of
 from .machines.follow import Follower
+from .machines.lead import Lead
 from .machines.start import start
 from .memory.budget import LEAST_CONTEXT, Budget, total_bytes
 from .memory.footprint import MAX_BATCH, MAX_PREFILL
@@ -66,6 +67,7 @@ def load(
         FlashError: As `load_model`, and if the folder has no tokenizer, or another
             model's.
     """
+    follow_rank_0()
     folder = find_model(path, checkpoint=can_stream)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model, _ = load_model(folder, memory, **options)
@@ -97,21 +99,22 @@ def load_model(
             fit.
     """
     wanted = LoadOptions(**options)
-    machines = start()
+    machines = follow_rank_0()
     if machines is None:
         return _load(path, memory, wanted, None)
-    if isinstance(machines, Follower):
-        machines.follow(_load)
     return machines.load(partial(_load, path, memory, wanted), path, memory, wanted)
 
 
-def follow_rank_0() -> None:
-    """Return on rank 0; on the others of several machines do what it says, and exit.
+def follow_rank_0() -> Lead | None:
+    """On rank 0 of several machines, what leads the others; None on one machine.
 
-    A command begins so: what rank 0 asks and prints is not for the others.
+    On the other ranks this does what rank 0 says and ends the process. So a command
+    begins with it: what rank 0 asks and prints is not for the others.
     """
-    if isinstance(machines := start(), Follower):
+    machines = start()
+    if isinstance(machines, Follower):
         machines.follow(_load)
+    return machines
 
 
 def _load(
@@ -131,8 +134,8 @@ def _load(
         parts, memory = _share(parts, folder, memory, policy, wanted, divide)
     elif (share := parts.manifest.share) is not None:
         raise FlashError(
-            f"{folder} holds part {share.part + 1} of {len(share.shares)}, for as many "
-            f"machines. Start them together: mlx.launch -n {len(share.shares)} …"
+            f"{folder} holds {share}, for as many machines. Start "
+            f"them together: mlx.launch -n {len(share.shares)} …"
         )
     footprint, by_layer = needs_of(parts, policy, wanted)
     adapter = None

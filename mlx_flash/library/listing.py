@@ -76,7 +76,8 @@ def _converted(place: Shelved) -> Listed:
 
 def _kind(folder: Path) -> str:
     try:
-        return f"{parse_manifest(folder).unit}s"
+        manifest = parse_manifest(folder)
+        return f"{manifest.unit}s" + (f", {manifest.share}" if manifest.share else "")
     except FlashError:
         return "damaged: see mlx-flash verify"
 

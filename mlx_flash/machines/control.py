@@ -10,6 +10,7 @@ connection end without a goodbye, says so in one line and ends its process at on
 thread may be waiting in a sum that never comes.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any
 Message = dict[str, Any]
 
 BEAT_S, SILENT_S = 1.0, 7.0
+LEAVE_S = 5.0  # after a goodbye
 FAILED = 1  # exit code
 FLUSH_S = 0.5  # for what was printed before the end
 
@@ -35,15 +37,21 @@ class Link:
     Args:
         name: Of the other rank, for messages.
         lost: Told why it is gone, by a thread of this link; at most once.
+        left: Told when it said goodbye, by the same thread.
     """
 
     def __init__(
-        self, connection: socket.socket, name: str, lost: Callable[[str], None]
+        self,
+        connection: socket.socket,
+        name: str,
+        lost: Callable[[str], None],
+        left: Callable[[], None] = lambda: None,
     ):
         self.name = name
         self._connection = connection
         self._lines = connection.makefile("r", encoding="utf-8")
         self._lost = lost
+        self._left = left
         self._sending = threading.Lock()
         self._heard_s = time.monotonic()
         self._ended = False
@@ -54,11 +62,8 @@ class Link:
     def send(self, message: Message) -> None:
         """Send a message. That nobody is there to get it is found by the listener."""
         data = (json.dumps(message) + "\n").encode()
-        try:
-            with self._sending:
-                self._connection.sendall(data)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.sendall(data)
 
     def end(self) -> None:
         """Say goodbye, and take no notice any more of what happens to the other."""
@@ -66,24 +71,34 @@ class Link:
         self.send({"do": "bye"})
 
     def close(self) -> None:
+        """End the connection; the listener ends with it."""
         self._ended = True
-        self._connection.close()
+        with contextlib.suppress(OSError):  # which the other may have ended before
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
-        try:
-            for line in self._lines:
-                self._heard_s = time.monotonic()
-                message = json.loads(line)
-                if message.get("do") == "lost":  # another rank, as this one found
-                    self._tell(message["why"])
-                elif message:
-                    self.received.put(message)
-                    if message.get("do") == "bye":
-                        self._ended = True
+        with self._connection, self._lines:
+            try:
+                for line in self._lines:
+                    self._heard_s = time.monotonic()
+                    if not self._take(json.loads(line)):
                         return
-        except (OSError, ValueError):
-            pass
-        self._tell(f"{self.name} ended unexpectedly. All ranks stop.")
+            except (OSError, ValueError):
+                pass
+            self._tell(f"{self.name} ended unexpectedly. All ranks stop.")
+
+    def _take(self, message: Message) -> bool:
+        """Take a message in; False if it is the last one."""
+        do = message.get("do")
+        if do == "lost":  # another rank, as this one found
+            self._tell(message["why"])
+            return False
+        if message:
+            self.received.put(message)
+        if do == "bye":
+            self._ended = True
+            self._left()
+        return do != "bye"
 
     def _beat(self) -> None:
         while not self._ended:
@@ -160,6 +175,13 @@ def hold_abort() -> None:
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def leave_in_time() -> None:
+    """End this process soon, also where it waits in a sum that never comes."""
+    timer = threading.Timer(LEAVE_S, os._exit, (FAILED,))
+    timer.daemon = True
+    timer.start()
 
 
 def die(why: str) -> None:

@@ -7,18 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from .._version import __version__
 from ..assembly import Assembled
 from ..checkpoints.digests import SHARDS
 from ..errors import FlashError
 from ..layers.part import Share
-from ..profile import measured_here
+from ..profile import Profile, measured_here
 from ..storage.digests import file_sha256, sample_sha256
 from ..storage.manifest import MANIFEST, Layer, StoredShare
-from .shares import fair_shares, owned, parse_shares
+from .shares import fair_shares, owned, parse_shares, refuse_too_few
 
 Divide = Callable[[Assembled, "Facts"], Assembled]
+BYTES_PER_S = 50e9  # that a machine goes through, where nobody measured it
 THREADS = 32  # at which a disk's rate counts, as reads are made
 
 
@@ -34,6 +36,7 @@ class Facts:
         memory_bytes: For units.
         on_flash_bytes: Of all units.
         disk_rate: Bytes per second of the reads that it makes, 0 if nobody measured.
+        layer_s: What one token takes to be multiplied by a whole layer from memory.
     """
 
     version: str
@@ -43,6 +46,7 @@ class Facts:
     memory_bytes: int
     on_flash_bytes: int
     disk_rate: float
+    layer_s: float
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -74,7 +78,43 @@ def facts_of(parts: Assembled, folder: Path, memory_bytes: int) -> Facts:
         memory_bytes=max(memory_bytes, 1),
         on_flash_bytes=sum(x.nbytes for x in manifest.whole_layers),
         disk_rate=rate,
+        layer_s=_layer_s(parts, profile),
     )
+
+
+def _layer_s(parts: Assembled, profile: Profile | None) -> float:
+    """Seconds for one token and the layer that takes longest."""
+    bytes_per_s = profile.memory_bytes_per_s if profile else BYTES_PER_S
+    experts = parts.shapes.experts_per_token
+    times = []
+    for layer in parts.manifest.whole_layers:
+        share = layer.predictor.predicted_share if layer.predictor else None
+        asked = parts.kind.asked(layer, experts, share)
+        times.append((layer.units if asked is None else asked) * layer.unit_bytes)
+    return max(times) / bytes_per_s
+
+
+def held_by_all(
+    ranks: Sequence[Facts], shares: Sequence[int], layers: int, sum_s: float
+) -> int:
+    """How many layers every rank holds whole, so that they need no sum.
+
+    As many as fit beside the shares of all others, where multiplying what other ranks
+    would have multiplied takes less time than adding up.
+
+    Args:
+        layers: Of the model.
+        sum_s: Seconds of a sum.
+    """
+    total = sum(shares)
+    fitting = [layers]
+    for facts, share in zip(ranks, shares, strict=True):
+        elsewhere = 1 - share / total
+        if facts.share is not None or elsewhere * facts.layer_s >= sum_s:
+            return 0
+        spare = facts.memory_bytes - facts.on_flash_bytes * share / total
+        fitting.append(int(spare / (facts.on_flash_bytes / layers * elsewhere)))
+    return max(min(fitting), 0)
 
 
 def identity(parts: Assembled, folder: Path) -> str:
@@ -162,29 +202,38 @@ def cut(
     shares: Sequence[int],
     rank: int,
     add: Callable[[mx.array], mx.array],
+    whole: int = 0,
 ) -> Assembled:
     """The same model with those units alone that a rank has.
 
     Args:
         add: Adds up an array over all ranks.
+        whole: So many layers, the first ones, are not divided.
 
     Raises:
-        FlashError: If a rank would have none of a layer.
+        FlashError: If a rank would have none of a layer, or a folder's part is not
+            the one that its manifest says.
     """
-    layers, stored = [], []
+    is_part = parts.manifest.share is not None
+    layers: list[Layer] = []
+    stored: list[np.ndarray | None] = []
+    held = parts.manifest.layers
     for layer, ffn in zip(parts.manifest.whole_layers, parts.layers, strict=True):
+        if len(layers) < whole:
+            layers.append(layer)
+            stored.append(None)
+            continue
         mine = owned(layer.units, layer.unit_bytes, shares, rank)
-        if any(
-            not len(owned(layer.units, layer.unit_bytes, shares, r))
-            for r in range(len(shares))
-        ):
+        what = f"{layer.module} has {layer.units} {parts.kind.name}s"
+        refuse_too_few(what, layer.units, layer.unit_bytes, shares)
+        if is_part and held[len(layers)].units != len(mine):
             raise FlashError(
-                f"{layer.module} has {layer.units} {parts.kind.name}s, too few for "
-                f"the shares {':'.join(map(str, shares))}. Use fewer machines, or "
-                "shares that are nearer to each other."
+                f"{layer.file} holds {held[len(layers)].units} units, and "
+                f"{parts.manifest.share} has {len(mine)}: {MANIFEST} is damaged. Copy "
+                "the part again."
             )
         ffn.part = Share(mine, layer.units, add)
         layers.append(replace(layer, units=len(mine)))
-        stored.append(mine if parts.manifest.share is None else None)
+        stored.append(None if is_part else mine)
     manifest = replace(parts.manifest, layers=tuple(layers))
     return replace(parts, manifest=manifest, stored=stored)

@@ -13,6 +13,8 @@ import mlx.nn as nn
 from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
+from ..memory.stats import Stats
+from ..run import RankReport
 from .control import Link, Message, die, messages
 from .division import Divide, Facts, cut
 from .group import Group
@@ -111,8 +113,8 @@ class Follower:
             agreed.append(self.next())
             if agreed[0]["do"] == "refuse":
                 raise Refused
-            shares = agreed[0]["shares"]
-            return cut(parts, shares, self.group.rank, self.group.sum)
+            shares, whole = agreed[0]["shares"], agreed[0]["whole"]
+            return cut(parts, shares, self.group.rank, self.group.sum, whole)
 
         def work() -> None:
             options = LoadOptions(**message["options"])
@@ -176,6 +178,10 @@ class FollowedModel:
 
     def resize(self, memory: int | float | str) -> None:
         """Nothing: rank 0 has told this rank."""
+
+    def ranks(self, mine: Stats) -> list[RankReport]:
+        """Nothing: rank 0 reports."""
+        return []
 
     def close(self) -> None:
         """Nothing: rank 0 has told this rank."""

@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import FlashError, reason_of
 from . import launched
+
+LATENCY_SUMS, LATENCY_VALUES = 15, 4096  # of one token, as a layer adds them up
 
 
 class Group:
@@ -20,6 +23,7 @@ class Group:
         rank, size: This rank, and how many there are.
         timed: Wait for every sum, so that `sum_s` is the time they take.
         sums, sum_bytes, sum_s: Counters.
+        latency_s: What a short sum takes, as `measure` found.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -29,7 +33,18 @@ class Group:
         self.sums = 0
         self.sum_bytes = 0
         self.sum_s = 0.0
+        self.latency_s = 0.0
         self._last: mx.array | None = None
+
+    def measure(self) -> None:
+        """Find out what a short sum takes, together with all other ranks."""
+        x = mx.zeros(LATENCY_VALUES)
+        taken = []
+        for _ in range(LATENCY_SUMS):
+            since = time.perf_counter()
+            mx.eval(mx.distributed.all_sum(x, group=self._group))
+            taken.append(time.perf_counter() - since)
+        self.latency_s = median(taken)
 
     def sum(self, x: mx.array) -> mx.array:
         """x summed over all ranks, which give arrays of one shape and dtype.

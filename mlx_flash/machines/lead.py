@@ -14,8 +14,10 @@ import mlx.nn as nn
 from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
+from ..memory.stats import Stats
+from ..run import RankReport
 from .control import Link, Message, die
-from .division import Divide, Facts, agree, cut
+from .division import Divide, Facts, agree, cut, held_by_all
 from .group import Group
 from .mirror import Mirror
 from .paths import portable
@@ -63,27 +65,30 @@ class Lead:
                 "options": _plain(options),
             }
             self.tell({"do": "load", "model": number, **told})
-            divided = False
+            asked, divided = True, False  # the others answer what they have
 
             def divide(parts: Assembled, facts: Facts) -> Assembled:
-                nonlocal divided
+                nonlocal asked, divided
+                asked = False
                 found = [facts, *map(Facts.from_json, self._answers())]
                 shares = agree(found, self.names, options.shares)
-                mine = cut(parts, shares, 0, self.group.sum)
-                divided = True
-                self.tell({"do": "divide", "shares": shares})
+                layers, sum_s = len(parts.layers), self.group.latency_s
+                whole = held_by_all(found, shares, layers, sum_s)
+                mine = cut(parts, shares, 0, self.group.sum, whole)
+                asked = divided = True  # they answer once more, when they have loaded
+                self.tell({"do": "divide", "shares": shares, "whole": whole})
                 return mine
 
             try:
                 loaded = load(divide)
             except BaseException as error:
-                if not divided:
+                if asked:
                     self._drop_answers()
+                if divided:
+                    self.tell({"do": "unload", "model": number})
+                else:
                     why = str(error) or type(error).__name__
                     self.tell({"do": "refuse", "why": why})
-                else:
-                    self._drop_answers()
-                    self.tell({"do": "unload", "model": number})
                 raise
             try:
                 self._answers()
@@ -115,7 +120,8 @@ class Lead:
             return self._answers()
 
     def end(self) -> None:
-        """Let the others go."""
+        """Let the others go, once they have what they wait for."""
+        self.settle()
         for link in self._links:
             link.end()
 
@@ -218,6 +224,15 @@ class LedModel:
     def stats(self) -> list[dict[str, Any]]:
         """What each of the others has counted since it loaded the model."""
         return self.lead.ask({"do": "stats", "model": self._number})
+
+    def ranks(self, mine: Stats) -> list[RankReport]:
+        """What each rank has read since the model was loaded; `mine` is rank 0's."""
+        counted = [mine, *(Stats.of(found) for found in self.stats())]
+        sums = self.lead.group.sums
+        return [
+            RankReport(name, stats.bytes_read, stats.hit_rate, sums)
+            for name, stats in zip(self.lead.names, counted, strict=True)
+        ]
 
     def close(self) -> None:
         """Have the others close the model."""

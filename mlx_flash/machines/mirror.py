@@ -45,10 +45,8 @@ class Mirror:
                 _changes(old, new)
                 for old, new in zip(self._marks[number], marks, strict=True)
             ]
-            if not any(changes):
-                return message, []
-            if all(change is not None for change in changes):
-                return message | {"plain": changes}, []
+            if None not in changes:
+                return message | ({"plain": changes} if any(changes) else {}), []
         arrays: list[mx.array] = []
         message["number"] = self._numbered(cache[0]) if number is None else number
         message["entries"] = [_pack(entry, arrays) for entry in cache]

@@ -39,6 +39,21 @@ def owned(units: int, unit_bytes: int, shares: Sequence[int], rank: int) -> np.n
     return np.flatnonzero(_owners(units, unit_bytes, tuple(shares)) == rank)
 
 
+def refuse_too_few(
+    what: str, units: int, unit_bytes: int, shares: Sequence[int]
+) -> None:
+    """Refuse shares that leave a rank without units of a layer.
+
+    Args:
+        what: The layer and its units, for the message.
+    """
+    if len(np.unique(_owners(units, unit_bytes, tuple(shares)))) < len(shares):
+        raise FlashError(
+            f"{what}, too few for the shares {':'.join(map(str, shares))}. Use fewer "
+            "machines, or shares that are nearer to each other."
+        )
+
+
 @cache
 def _owners(units: int, unit_bytes: int, shares: tuple[int, ...]) -> np.ndarray:
     """The rank of each unit."""

@@ -8,7 +8,15 @@ import socket
 from functools import cache
 
 from ..errors import FlashError
-from .control import Link, connect, die, hold_abort, listen, own_addresses
+from .control import (
+    Link,
+    connect,
+    die,
+    hold_abort,
+    leave_in_time,
+    listen,
+    own_addresses,
+)
 from .follow import Follower
 from .group import Group, join_group
 from .lead import Lead
@@ -47,6 +55,7 @@ def _lead(group: Group) -> Lead:
         port = server.getsockname()[1]
         where = {"at": own_addresses()[:8], "port": port, "token": token}
         group.tell(json.dumps(where))
+        group.measure()
         server.settimeout(CONNECT_S)
         found: dict[int, tuple[socket.socket, str]] = {}
         while len(found) < group.size - 1:
@@ -88,6 +97,7 @@ def _greeting(connection: socket.socket, token: str) -> tuple[int, str]:
 
 def _follow(group: Group) -> Follower:
     where = json.loads(group.tell(""))
+    group.measure()
     connection = connect(where["at"], where["port"], CONNECT_S)
     if connection is None:
         raise FlashError(
@@ -97,7 +107,7 @@ def _follow(group: Group) -> Follower:
     host = platform.node()
     hello = {"rank": group.rank, "token": where["token"], "host": host}
     connection.sendall((json.dumps(hello) + "\n").encode())
-    link = Link(connection, name_of(0, where["at"][0]), die)
+    link = Link(connection, name_of(0, where["at"][0]), die, leave_in_time)
     follower = Follower(group, link, name_of(group.rank, host))
     link.name = follower.next()["name"]
     return follower

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import FlashError
 from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
@@ -130,6 +131,11 @@ def plan_of(
 ) -> Plan:
     """`make_plan` of a model whose configuration was read before."""
     manifest = found.manifest
+    if manifest.share is not None:
+        raise FlashError(
+            f"{name} holds {manifest.share} alone, and a plan is made from the whole "
+            "model. Give the checkpoint, or the flash folder that was split."
+        )
     positions = found.config.get("max_position_embeddings")
     wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(manifest, found.shapes, kind_of(manifest), wanted)

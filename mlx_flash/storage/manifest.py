@@ -131,6 +131,9 @@ class StoredShare:
     units: tuple[int, ...]
     model: str
 
+    def __str__(self) -> str:
+        return f"part {self.part + 1} of {len(self.shares)}"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -174,6 +177,11 @@ class Manifest:
     def model_bytes(self) -> int:
         """The model itself: resident weights and FFNs, predictors not counted."""
         return self.resident.bytes + self.ffn_bytes
+
+    @property
+    def whole_model_bytes(self) -> int:
+        """The same with the units that other machines have."""
+        return self.resident.bytes + sum(layer.nbytes for layer in self.whole_layers)
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
