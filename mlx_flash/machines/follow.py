@@ -97,6 +97,7 @@ class Follower:
         elif do == "unload":
             del self._models[message["model"]]
             model.model.flash.close()
+            model.model.flash.machines = None  # else it lives on in a circle
         elif do == "call":
             model.call(message)
         elif do == "resize":

@@ -1,6 +1,5 @@
 """Rank 0: it runs the command, and has every call of the model made on all ranks."""
 
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,16 @@ import mlx.nn as nn
 from ..assembly import Assembled
 from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
+from ..memory.slots import CLOSED
 from ..memory.stats import Stats
 from ..run import RankReport
+from ..storage.layout import dtype_name
 from .control import Link, Message, die
 from .division import Divide, Facts, agree, cut, held_by_all
 from .group import Group
 from .mirror import Mirror
 from .paths import portable
+from .unbroken import no_interrupts, told_in_peace
 
 
 class Lead:
@@ -92,7 +94,7 @@ class Lead:
                 raise
             try:
                 self._answers()
-            except FlashError:
+            except BaseException:
                 self.tell({"do": "unload", "model": number})
                 loaded[0].flash.close()
                 raise
@@ -114,7 +116,7 @@ class Lead:
         Raises:
             FlashError: If one of them could not do it.
         """
-        with self._lock:
+        with self._lock, no_interrupts():
             self.settle()
             self.tell(message)
             return self._answers()
@@ -125,11 +127,22 @@ class Lead:
         for link in self._links:
             link.end()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End all ranks if this one stops within: the others wait in a sum for ever."""
+        try:
+            yield
+        except BaseException as error:
+            why = f"{self.names[0]}: {error or type(error).__name__}"
+            self.tell({"do": "lost", "why": why})
+            die(why)
+
     def _answers(self) -> list[Any]:
         answers = []
         failed: Message | None = None
-        for link in self._links:
-            answer = self._answer(link)
+        with no_interrupts():
+            found = [self._answer(link) for link in self._links]
+        for link, answer in zip(self._links, found, strict=True):
             if "error" in answer and failed is None:
                 failed = answer | {"error": f"{link.name}: {answer['error']}"}
             answers.append(answer.get("answer"))
@@ -140,8 +153,9 @@ class Lead:
         raise FlashError(failed["error"])
 
     def _drop_answers(self) -> None:
-        for link in self._links:
-            self._answer(link)
+        with no_interrupts():
+            for link in self._links:
+                self._answer(link)
 
     def _answer(self, link: Link) -> Message:
         answer = link.received.get()
@@ -158,6 +172,7 @@ class LedModel:
         self.lead = lead
         self._number = number
         self._mirror = Mirror()
+        self._closed = False
 
     def __call__(
         self,
@@ -176,7 +191,10 @@ class LedModel:
             FlashError: If a rank has no room for it. Nothing was computed then.
         """
         lead = self.lead
-        with lead._lock, _no_interrupts():
+        if not inputs.size:
+            raise FlashError("A model is called with one token or more.")
+        with lead._lock, no_interrupts(), told_in_peace(model.flash):
+            self._check_open()
             lead.settle()
             message: Message = {"do": "call", "model": self._number}
             message["tokens"] = inputs.tolist()
@@ -184,17 +202,14 @@ class LedModel:
             if cache is not None:
                 message["cache"], arrays = self._mirror.describe(cache)
             lead.tell(message)
-            for array in arrays:
-                lead.group.copy(array, (), str(array.dtype).rpartition(".")[2])
+            with lead.together():
+                for array in arrays:
+                    lead.group.copy(array, (), dtype_name(array.dtype))
             size = self._agreed_size(model, inputs, cache)
-            try:
+            with lead.together():
                 logits = run(size)
                 if cache is not None:
                     self._mirror.note(cache)
-            except BaseException as error:  # the others wait in a sum for ever
-                why = f"{lead.names[0]}: {error or type(error).__name__}"
-                lead.tell({"do": "lost", "why": why})
-                die(why)
             return logits
 
     def _agreed_size(
@@ -219,11 +234,11 @@ class LedModel:
 
     def resize(self, memory: int | float | str) -> None:
         """Have the others hold more or less memory, each for itself."""
-        self.lead.ask({"do": "resize", "model": self._number, "memory": memory})
+        self._ask({"do": "resize", "memory": memory})
 
     def stats(self) -> list[dict[str, Any]]:
         """What each of the others has counted since it loaded the model."""
-        return self.lead.ask({"do": "stats", "model": self._number})
+        return self._ask({"do": "stats"})
 
     def ranks(self, mine: Stats) -> list[RankReport]:
         """What each rank has read since the model was loaded; `mine` is rank 0's."""
@@ -235,8 +250,21 @@ class LedModel:
         ]
 
     def close(self) -> None:
-        """Have the others close the model."""
-        self.lead.tell({"do": "unload", "model": self._number})
+        """Have the others close the model, after the call that is under way."""
+        with self.lead._lock:
+            if not self._closed:
+                self._closed = True
+                self.lead.tell({"do": "unload", "model": self._number})
+
+    def _ask(self, message: Message) -> list[Any]:
+        with self.lead._lock:
+            self._check_open()
+            return self.lead.ask(message | {"model": self._number})
+
+    def _check_open(self) -> None:
+        """The others do not answer for a model that they have closed."""
+        if self._closed:
+            raise FlashError(CLOSED)
 
 
 def _plain(options: LoadOptions) -> dict[str, Any]:
@@ -251,19 +279,3 @@ def _plain(options: LoadOptions) -> dict[str, Any]:
         raise FlashError("On several machines a policy is named: lru, lrfu or window.")
     told = asdict(options) | {"draft_model": None, "progress": False}
     return {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
-
-
-@contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Ctrl-C comes after the call: within, it would leave the others in a sum."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])

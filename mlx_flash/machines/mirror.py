@@ -46,9 +46,11 @@ class Mirror:
                 for old, new in zip(self._marks[number], marks, strict=True)
             ]
             if None not in changes:
+                self._marks[number] = marks  # they learn it, even if no call follows
                 return message | ({"plain": changes} if any(changes) else {}), []
         arrays: list[mx.array] = []
         message["number"] = self._numbered(cache[0]) if number is None else number
+        self._marks[message["number"]] = []
         message["entries"] = [_pack(entry, arrays) for entry in cache]
         message["arrays"] = [[dtype_name(a.dtype), *a.shape] for a in arrays]
         return message, arrays

@@ -142,6 +142,24 @@ def test_an_array_in_the_place_of_another_is_noticed():
     assert two.sent == 2
 
 
+def test_what_a_refused_call_told_is_known():
+    two, cache = Two(), [KVCache()]
+    two.call(cache, 8, 0)
+    cache[0].trim(4)
+    message, _ = two.mirror.describe(cache)
+    two.copies.apply(message, None)  # and no room: nothing was computed
+    cache[0].offset = 8
+    two.call(cache, 2, 1)
+    cache.append(KVCache())
+    cache[1].hook = object()
+    cache[0].keys = cache[0].keys + 1
+    for _ in range(2):
+        with pytest.raises(FlashError):
+            two.mirror.describe(cache)
+    del cache[1]
+    two.call(cache, 2, 2)
+
+
 def test_what_cannot_be_sent_is_refused():
     cache = [KVCache()]
     cache[0].hook = object()
