@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,14 +39,19 @@ def start(ranks: int, script: Path, *words: object, **environment: str):
     command += ["--starting-port", free_port(ranks), "--python", sys.executable]
     for name, value in variables.items():
         command += ["--env", f"{name}={value}"]
-    return subprocess.Popen(
+    # mlx.launch keeps a core busy where its input has ended: this one stays open.
+    reads, writes = os.pipe()
+    process = subprocess.Popen(
         [str(word) for word in (*command, "--", script, *words)],
-        stdin=subprocess.DEVNULL,
+        stdin=reads,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    os.close(reads)
+    weakref.finalize(process, os.close, writes)
+    return process
 
 
 def launch(ranks: int, script: Path, *words: object, timeout_s: float = 300, **env):
