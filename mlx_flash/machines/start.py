@@ -5,6 +5,7 @@ import json
 import platform
 import secrets
 import socket
+import threading
 from functools import cache
 
 from ..errors import FlashError
@@ -22,15 +23,21 @@ from .group import Group, join_group
 from .lead import Lead
 
 CONNECT_S = 30.0
+_starting = threading.Lock()  # several threads may load at the same time
 
 
-@cache
 def start() -> Lead | Follower | None:
     """Who this process is beside others; None where it runs alone.
 
     Raises:
         FlashError: If the other ranks cannot be reached.
     """
+    with _starting:
+        return _start()
+
+
+@cache
+def _start() -> Lead | Follower | None:
     group = join_group()
     if group is None:
         return None
