@@ -13,7 +13,7 @@ from typing import Unpack
 
 import mlx.core as mx
 
-from .adapters import apply_adapter
+from .adapters import adapter_digest, apply_adapter
 from .assembly import Assembled, assemble, can_stream
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
@@ -212,8 +212,10 @@ def _share(
     footprint, _ = needs_of(parts, policy, options)
     total = total_bytes(memory, footprint)
     beside = footprint.fixed_bytes + footprint.workspace_bytes(MAX_PREFILL, MAX_BATCH)
-    facts = facts_of(parts, folder, min(total - beside, parts.manifest.ffn_bytes))
-    return divide(parts, facts), total
+    path = options.adapter_path
+    adapter = None if path is None else adapter_digest(path)
+    memory_bytes = min(total - beside, parts.manifest.ffn_bytes)
+    return divide(parts, facts_of(parts, folder, memory_bytes, adapter)), total
 
 
 def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:

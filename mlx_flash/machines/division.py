@@ -37,6 +37,7 @@ class Facts:
         on_flash_bytes: Of all units.
         disk_rate: Bytes per second of the reads that it makes, 0 if nobody measured.
         layer_s: What one token takes to be multiplied by a whole layer from memory.
+        adapter: A digest of the adapter that is applied, None without one.
     """
 
     version: str
@@ -47,6 +48,7 @@ class Facts:
     on_flash_bytes: int
     disk_rate: float
     layer_s: float
+    adapter: str | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -60,11 +62,14 @@ class Facts:
         return cls(share=share, **found)
 
 
-def facts_of(parts: Assembled, folder: Path, memory_bytes: int) -> Facts:
+def facts_of(
+    parts: Assembled, folder: Path, memory_bytes: int, adapter: str | None
+) -> Facts:
     """What this rank has of a model.
 
     Args:
         memory_bytes: What it has for units.
+        adapter: As `Facts` has it.
     """
     manifest = parts.manifest
     profile = measured_here(mx.default_device().type.name)
@@ -79,6 +84,7 @@ def facts_of(parts: Assembled, folder: Path, memory_bytes: int) -> Facts:
         on_flash_bytes=sum(x.nbytes for x in manifest.whole_layers),
         disk_rate=rate,
         layer_s=_layer_s(parts, profile),
+        adapter=adapter,
     )
 
 
@@ -160,6 +166,11 @@ def agree(
             raise FlashError(
                 f"{name} has another model than {names[0]}. Copy the model from one "
                 "machine to the others."
+            )
+        if facts.adapter != first.adapter:
+            raise FlashError(
+                f"{name} has another adapter than {names[0]}. Copy the adapter from "
+                "one machine to the others."
             )
     stored = [facts.share for facts in ranks]
     if any(stored):

@@ -1,6 +1,7 @@
 """Rank 0: it runs the command, and has every call of the model made on all ranks."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,6 +40,7 @@ class Lead:
         self._links = links
         self._lock = threading.RLock()  # one call of any model at a time
         self._models = 0
+        self._dropped: list[int] = []  # models that nobody has any more, nor closed
 
     def load(
         self,
@@ -98,7 +100,10 @@ class Lead:
                 self.tell({"do": "unload", "model": number})
                 loaded[0].flash.close()
                 raise
-            loaded[0].flash.machines = LedModel(self, number)
+            flash = loaded[0].flash
+            flash.machines = LedModel(self, number)
+            # The collector comes at any moment: `settle` is one that suits the others.
+            weakref.finalize(flash, self._dropped.append, number).atexit = False
             return loaded
 
     def tell(self, message: Message) -> None:
@@ -107,8 +112,10 @@ class Lead:
             link.send(message)
 
     def settle(self) -> None:
-        """Wait until no sum is under way."""
+        """Wait until no sum is under way, before the others are told of anything."""
         self.group.settle()
+        while self._dropped:
+            self.tell({"do": "unload", "model": self._dropped.pop()})
 
     def ask(self, message: Message) -> list[Any]:
         """What each of the others answers, in the order of ranks.

@@ -5,9 +5,11 @@ import json
 import platform
 import secrets
 import socket
+import threading
 from functools import cache
 
 from ..errors import FlashError
+from . import launched
 from .control import (
     Link,
     connect,
@@ -22,15 +24,27 @@ from .group import Group, join_group
 from .lead import Lead
 
 CONNECT_S = 30.0
+IN_A_THREAD = (
+    "On several machines the main thread loads the first model: it is the one that "
+    "follows rank 0 on the others. Call mlx_flash.load there."
+)
 
 
-@cache
 def start() -> Lead | Follower | None:
     """Who this process is beside others; None where it runs alone.
 
     Raises:
-        FlashError: If the other ranks cannot be reached.
+        FlashError: If the other ranks cannot be reached, or if another thread than the
+            main one is the first to ask.
     """
+    if launched() and not _start.cache_info().currsize:
+        if threading.current_thread() is not threading.main_thread():
+            raise FlashError(IN_A_THREAD)
+    return _start()
+
+
+@cache
+def _start() -> Lead | Follower | None:
     group = join_group()
     if group is None:
         return None

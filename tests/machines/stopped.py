@@ -30,8 +30,24 @@ def same(model) -> bool:
     return bool(mx.array_equal(model(mx.array([[3, 4, 5]])), expected))
 
 
+def load_in_thread() -> None:
+    try:
+        load()
+        print("a thread has loaded")
+    except mlx_flash.FlashError as error:
+        print(error)
+
+
+for _ in range(2):
+    thread = threading.Thread(target=load_in_thread)
+    thread.start()
+    thread.join()
 model, tokenizer = load()
 expected = model(mx.array([[3, 4, 5]]))
+
+thread = threading.Thread(target=load_in_thread)
+thread.start()
+thread.join()
 
 for shape in (1, 0), (2, 0), (0, 3):
     try:

@@ -79,6 +79,7 @@ def test_ranks_agree_by_memory_where_no_disk_was_measured():
         ({"version": "2"}, r"Rank 0 \(a\) has mlx-flash 1, Rank 1 \(b\) has 2"),
         ({"model": "xyz"}, r"Rank 1 \(b\) has another model than Rank 0 \(a\)"),
         ({"unit": "block"}, "another model"),
+        ({"adapter": "123"}, "another adapter"),
     ],
 )
 def test_ranks_that_differ_are_refused(other, said):

@@ -10,6 +10,8 @@ def test_ranks_go_on_after_what_was_stopped(tmp_path):
     save_tokenizer(model)
     text = launch(2, HERE / "stopped.py", model, timeout_s=120)
     closed = "This model was closed. Load it again to use it."
+    assert text.count("the main thread loads the first model") == 4, text
+    assert text.count("a thread has loaded") == 1
     assert text.count("no tokens are refused True") == 3, text
     assert "a prompt nobody waits for is left True" in text
     assert text.count("a report is interrupted True") == 3
