@@ -39,7 +39,7 @@ class Machines(Protocol):
         run: Callable[[int], mx.array],
     ) -> mx.array: ...
 
-    def resize(self, memory: int | float | str) -> None: ...
+    def resize(self, memory: int | float | str) -> int | float | str: ...
 
     def ranks(self, mine: Stats) -> list[RankReport]: ...
 
@@ -123,13 +123,14 @@ class Flash:
             memory: As for `load`.
 
         Raises:
-            NotEnoughMemory: If the model cannot run in that. It goes on as before.
+            NotEnoughMemory: If the model cannot run in that. It goes on as before; of
+                several machines, some may have taken it over.
             FlashError: If its conversations do not fit, or if it was closed.
         """
         self.check_open()
         assert self.pool is not None
         if self.machines is not None:
-            self.machines.resize(memory)
+            memory = self.machines.resize(memory)
         self.pool.resize(self.pool.bytes_of(memory) - self.draft_bytes)
 
     def follow_pressure(self) -> None:

@@ -87,6 +87,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """The outputs [..., K, D] of the experts `indices` [..., K] of x [..., D]."""
         tokens = x.reshape(-1, x.shape[-1])
+        indices = self.part.agreed(indices)
         if self.slots.holds_all:
             y = self._held(tokens, indices.reshape(len(tokens), -1))
         else:

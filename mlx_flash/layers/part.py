@@ -36,6 +36,10 @@ class Part:
         """Units of the whole layer, of which so many are here."""
         return here
 
+    def agreed(self, choice: mx.array) -> mx.array:
+        """The units that all machines take as chosen, where they could differ."""
+        return choice
+
     def sum(self, y: mx.array) -> mx.array:
         """What all machines computed, from what this one did."""
         return y
@@ -48,17 +52,23 @@ class Share(Part):
         units: Their numbers in the whole layer, sorted.
         total: Units of the whole layer.
         add: Adds up an array over all machines.
+        agree: Makes the choice of one machine that of all; None where all choose alike.
     """
 
     shared = True
 
     def __init__(
-        self, units: np.ndarray, total: int, add: Callable[[mx.array], mx.array]
+        self,
+        units: np.ndarray,
+        total: int,
+        add: Callable[[mx.array], mx.array],
+        agree: Callable[[mx.array], mx.array] | None = None,
     ):
         self.units = units
         self._places = np.full(total, -1, np.intp)
         self._places[units] = np.arange(len(units))
         self._add = add
+        self._agree = agree
 
     def places(self, units: np.ndarray) -> np.ndarray:
         return self._places[units]
@@ -72,6 +82,9 @@ class Share(Part):
 
     def total(self, here: int) -> int:
         return len(self._places)
+
+    def agreed(self, choice: mx.array) -> mx.array:
+        return choice if self._agree is None else self._agree(choice)
 
     def sum(self, y: mx.array) -> mx.array:
         return self._add(y)

@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 Message = dict[str, Any]
 
 BEAT_S, SILENT_S = 1.0, 7.0
+IDLE_S = 0.5  # between two looks whether memory has to give way
 LEAVE_S = 5.0  # after a goodbye
 FAILED = 1  # exit code
 FLUSH_S = 0.5  # for what was printed before the end
@@ -118,9 +119,20 @@ class Link:
             self.received.put(None)
 
 
-def messages(link: Link) -> Iterator[Message]:
-    """What arrives, until the other says goodbye or is lost."""
-    while (message := link.received.get()) is not None:
+def messages(link: Link, idle: Callable[[], None] = lambda: None) -> Iterator[Message]:
+    """What arrives, until the other says goodbye or is lost.
+
+    Args:
+        idle: Called now and then while nothing does.
+    """
+    while True:
+        try:
+            message = link.received.get(timeout=IDLE_S)
+        except Empty:
+            idle()
+            continue
+        if message is None:
+            return
         yield message
         if message.get("do") == "bye":
             return

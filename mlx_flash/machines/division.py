@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,6 +40,7 @@ class Facts:
         disk_rate: Bytes per second of the reads that it makes, 0 if nobody measured.
         layer_s: What one token takes to be multiplied by a whole layer from memory.
         adapter: A digest of the adapter that is applied, None without one.
+        computes_on: Chip and MLX's version: the same ones round alike.
     """
 
     version: str
@@ -49,6 +52,7 @@ class Facts:
     disk_rate: float
     layer_s: float
     adapter: str | None = None
+    computes_on: str = ""
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -85,7 +89,14 @@ def facts_of(
         disk_rate=rate,
         layer_s=_layer_s(parts, profile),
         adapter=adapter,
+        computes_on=f"{_chip()}, MLX {version('mlx')}",
     )
+
+
+def _chip() -> str:
+    if mx.default_device() == mx.cpu:
+        return platform.processor() or platform.machine()
+    return str(mx.device_info().get("device_name", "GPU"))
 
 
 def _layer_s(parts: Assembled, profile: Profile | None) -> float:
@@ -214,12 +225,15 @@ def cut(
     rank: int,
     add: Callable[[mx.array], mx.array],
     whole: int = 0,
+    agree_on: Callable[[mx.array], mx.array] | None = None,
 ) -> Assembled:
     """The same model with those units alone that a rank has.
 
     Args:
         add: Adds up an array over all ranks.
         whole: So many layers, the first ones, are not divided.
+        agree_on: Makes one rank's choice of experts that of all, where chips differ: at
+            a tie two of them could name two experts for one place.
 
     Raises:
         FlashError: If a rank would have none of a layer, or a folder's part is not
@@ -243,7 +257,7 @@ def cut(
                 f"{parts.manifest.share} has {len(mine)}: {MANIFEST} is damaged. Copy "
                 "the part again."
             )
-        ffn.part = Share(mine, layer.units, add)
+        ffn.part = Share(mine, layer.units, add, agree_on)
         layers.append(replace(layer, units=len(mine)))
         stored.append(None if is_part else mine)
     manifest = replace(parts.manifest, layers=tuple(layers))

@@ -41,7 +41,7 @@ class Follower:
         self.group = group
         self._link = link
         self._name = name
-        self._coming = messages(link)
+        self._coming = messages(link, self._give_way)
         self._models: dict[int, FollowedModel] = {}
 
     def follow(self, load: Load) -> NoReturn:
@@ -86,6 +86,11 @@ class Follower:
         die(why)
         raise AssertionError("unreachable")
 
+    def _give_way(self) -> None:
+        """Give memory back that others need, also while rank 0 asks nothing."""
+        for followed in self._models.values():
+            followed.model.flash.pool.take_over()
+
     def _do(self, message: Message, load: Load) -> None:
         do, model = message["do"], self._models.get(message.get("model", -1))
         if do == "load":
@@ -115,7 +120,8 @@ class Follower:
             if agreed[0]["do"] == "refuse":
                 raise Refused
             shares, whole = agreed[0]["shares"], agreed[0]["whole"]
-            return cut(parts, shares, self.group.rank, self.group.sum, whole)
+            one = self.group.of_rank_0 if agreed[0]["unlike"] else None
+            return cut(parts, shares, self.group.rank, self.group.sum, whole, one)
 
         def work() -> None:
             options = LoadOptions(**message["options"])
@@ -177,8 +183,9 @@ class FollowedModel:
             raise Refused
         return run(size)
 
-    def resize(self, memory: int | float | str) -> None:
-        """Nothing: rank 0 has told this rank."""
+    def resize(self, memory: int | float | str) -> int | float | str:
+        """Rank 0 has told this rank."""
+        return memory
 
     def ranks(self, mine: Stats) -> list[RankReport]:
         """Nothing: rank 0 reports."""

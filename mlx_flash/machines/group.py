@@ -65,6 +65,10 @@ class Group:
         self._last = y
         return y
 
+    def of_rank_0(self, x: mx.array) -> mx.array:
+        """Rank 0's x on all ranks, whose own may differ from it."""
+        return self.sum(x if self.rank == 0 else mx.zeros_like(x))
+
     def settle(self) -> None:
         """Wait for the last sum: another thread or stream may begin the next one."""
         if self._last is not None:

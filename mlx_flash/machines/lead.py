@@ -16,6 +16,7 @@ from ..errors import FlashError, NotEnoughMemory
 from ..load_options import LoadOptions
 from ..memory.slots import CLOSED
 from ..memory.stats import Stats
+from ..memory_size import parse_memory
 from ..run import RankReport
 from ..storage.layout import dtype_name
 from .control import Link, Message, die
@@ -63,24 +64,25 @@ class Lead:
             self.settle()
             number = self._models
             self._models += 1
-            told = {
-                "path": portable(path),
-                "memory": memory,
-                "options": _plain(options),
-            }
-            self.tell({"do": "load", "model": number, **told})
+            how = {"path": portable(path), "memory": memory, "options": _plain(options)}
+            self.tell({"do": "load", "model": number, **how})
+            model_bytes = 0
             asked, divided = True, False  # the others answer what they have
 
             def divide(parts: Assembled, facts: Facts) -> Assembled:
-                nonlocal asked, divided
+                nonlocal asked, divided, model_bytes
                 asked = False
+                model_bytes = parts.manifest.resident.bytes + facts.on_flash_bytes
                 found = [facts, *map(Facts.from_json, self._answers())]
                 shares = agree(found, self.names, options.shares)
-                layers, sum_s = len(parts.layers), self.group.latency_s
-                whole = held_by_all(found, shares, layers, sum_s)
-                mine = cut(parts, shares, 0, self.group.sum, whole)
+                count, sum_s = len(parts.layers), self.group.latency_s
+                whole = held_by_all(found, shares, count, sum_s)
+                unlike = len({rank.computes_on for rank in found}) > 1
+                one = self.group.of_rank_0 if unlike else None
+                mine = cut(parts, shares, 0, self.group.sum, whole, one)
                 asked = divided = True  # they answer once more, when they have loaded
-                self.tell({"do": "divide", "shares": shares, "whole": whole})
+                agreed = {"shares": shares, "whole": whole, "unlike": unlike}
+                self.tell({"do": "divide", **agreed})
                 return mine
 
             try:
@@ -101,7 +103,7 @@ class Lead:
                 loaded[0].flash.close()
                 raise
             flash = loaded[0].flash
-            flash.machines = LedModel(self, number)
+            flash.machines = LedModel(self, number, model_bytes)
             # The collector comes at any moment: `settle` is one that suits the others.
             weakref.finalize(flash, self._dropped.append, number).atexit = False
             return loaded
@@ -175,8 +177,9 @@ class Lead:
 class LedModel:
     """One model, as rank 0 has it: makes every call on all ranks."""
 
-    def __init__(self, lead: Lead, number: int):
+    def __init__(self, lead: Lead, number: int, model_bytes: int):
         self.lead = lead
+        self._model_bytes = model_bytes
         self._number = number
         self._mirror = Mirror()
         self._closed = False
@@ -239,9 +242,17 @@ class LedModel:
         self.lead.tell({"do": "go", "size": size})
         return size
 
-    def resize(self, memory: int | float | str) -> None:
-        """Have the others hold more or less memory, each for itself."""
+    def resize(self, memory: int | float | str) -> int | float | str:
+        """Have the others hold more or less memory, each for itself.
+
+        Returns:
+            What this rank should hold: a share of memory is one of the whole model.
+        """
+        share = parse_memory(memory)
+        if isinstance(share, float):
+            memory = int(share * self._model_bytes)
         self._ask({"do": "resize", "memory": memory})
+        return memory
 
     def stats(self) -> list[dict[str, Any]]:
         """What each of the others has counted since it loaded the model."""
