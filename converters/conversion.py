@@ -24,13 +24,14 @@ from ..storage.manifest import (
     MANIFEST,
     PREDICTORS,
     RESIDENT,
+    SHARE_VERSION,
     Calibration,
-    Layer,
     Manifest,
-    check_manifest,
 )
-from .bundles import write_bundles
+from ..storage.manifest_reading import check_manifest
+from .bundles import CutBundles, whole_sha256, write_bundles
 from .options import ConvertOptions
+from .portion import Portion
 from .resident import copy_config, write_weights
 from .source import Source
 from .workfolder import WorkFolder
@@ -43,6 +44,7 @@ class Job:
     source: Source
     work: WorkFolder
     options: ConvertOptions
+    portion: Portion | None = None  # what is kept of it, if not all
 
     def bars(self, items: Iterable, text: str, **options) -> Iterable:
         """Go through `items` and show how far; `options` are those of tqdm."""
@@ -53,9 +55,16 @@ class Job:
         if self.options.progress:
             print(text, file=sys.stderr)
 
-    def check_disk(self, nbytes: float, layers: int) -> None:
-        """Refuse a flash folder of `nbytes` if what is missing of it does not fit."""
+    def check_disk(self, nbytes: float, ffn_bytes: float, layers: int) -> None:
+        """Refuse a flash folder if what is missing of it does not fit.
+
+        Args:
+            nbytes: Of all that would be written without a portion.
+            ffn_bytes: What units take of that.
+        """
         work = self.work
+        if self.portion:
+            nbytes -= ffn_bytes * (1 - self.portion.fraction)
         need = nbytes * (1 - len(work.layers) / layers)
         if not work.layers:
             need += self.source.copied_bytes()
@@ -107,22 +116,40 @@ def write_folder(job: Job, cutter: Cutter) -> None:
     """Write every layer that is missing, then all else, and the manifest last."""
     work = job.work
     done, total = len(work.layers), len(cutter.modules)
+    if job.portion:
+        _check_portion(job.portion, cutter)
     cutter.resume(done)
     for index in job.bars(
         range(done, total), "converting", initial=done, total=total, unit="layer"
     ):
-        work.layers.append(_write_layer(work, cutter, index))
+        _write_layer(job, cutter, index)
         cutter.finish(index)
         work.note()
     _write_rest(job, cutter)
 
 
-def _write_layer(work: WorkFolder, cutter: Cutter, index: int) -> Layer:
+def _check_portion(portion: Portion, cutter: Cutter) -> None:
+    """Refuse shares that leave a machine without units, before anything is written."""
+    for path, module in cutter.modules.items():
+        portion.owned(path, CutBundles(cutter.kind.split(module)))
+
+
+def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
     # A function of its own, so that nothing holds the parts while the next are made.
-    parts, facts = cutter.cut(index)
+    work, module = job.work, list(cutter.modules)[index]
     path = work.folder / f"ffn/layer_{index:02d}.safetensors"
-    entry = write_bundles(path, list(cutter.modules)[index], parts)
-    return dataclasses.replace(entry, **facts)
+    parts, facts = cutter.cut(index)
+    if job.portion is None:
+        entry = write_bundles(path, module, parts)
+    else:
+        bundles = CutBundles(parts)
+        entry = write_bundles(path, module, bundles, job.portion.owned(module, bundles))
+        work.whole.append(
+            dataclasses.replace(
+                entry, units=bundles.units, sha256=whole_sha256(bundles)
+            )
+        )
+    work.layers.append(dataclasses.replace(entry, **facts))
 
 
 def _write_rest(job: Job, cutter: Cutter) -> None:
@@ -135,8 +162,11 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         config["quantization"] = next(iter(packed.values())) | packed
     copy_config(source, folder, config)
     local = Path(source.name)
+    share = None
+    if job.portion:
+        share = job.portion.stored(folder, resident, job.work.whole)
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=SHARE_VERSION if share else FORMAT_VERSION,
         # A path would say more about this machine than about the model.
         source=local.resolve().name if local.exists() else source.name,
         revision=source.revision,
@@ -151,6 +181,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         calibration=cutter.calibration,
         layers=tuple(job.work.layers),
         side_files=side_digests(folder),
+        share=share,
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read
         raise job.work.source_changed()

@@ -19,6 +19,7 @@ from .conversion import Cutter, Job, write_folder
 from .lock import Lock
 from .neurons import NeuronCutter
 from .options import ConvertOptions
+from .portion import Portion, parse_portion
 from .source import Source
 from .tensors import TensorCutter
 from .workfolder import WorkFolder
@@ -52,6 +53,7 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
         TypeError: If there is no option of such a name.
     """
     asked = ConvertOptions(**options)
+    portion = parse_portion(asked.share, asked.shares) if asked.share else None
     work = WorkFolder(Path(dst).expanduser())
     path = Path(src).expanduser()
     if asked.revision and path.exists():
@@ -70,7 +72,7 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
                 work.check_destination(asked.overwrite)
                 source = Source(src, asked.revision)
                 work.check_source(source.folder)
-                _fill(work, source, asked)
+                _fill(work, source, asked, portion)
                 manifest = file_sha256(work.folder / MANIFEST)
                 weights = {
                     str(file.absolute()): source.fingerprint[file.name]
@@ -87,13 +89,15 @@ def convert(src: str | Path, dst: str | Path, **options) -> Path:
     return work.dst
 
 
-def _fill(work: WorkFolder, source: Source, asked: ConvertOptions) -> None:
+def _fill(
+    work: WorkFolder, source: Source, asked: ConvertOptions, portion: Portion | None
+) -> None:
     """Write the flash folder in the work folder, all of it or what is missing."""
     kind, reason = choose(source, asked.unit)
     asked.check_used(kind.name, source.name)
     if kind is NEURON and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
-    job = Job(source, work, asked)
+    job = Job(source, work, asked, portion)
     # MLX keeps freed memory for reuse; a conversion would rather not hold it.
     before = mx.set_cache_limit(0)
     try:

@@ -44,8 +44,16 @@ class NeuronCutter(Cutter):
         self.modules = NEURON.find(self.model.model)
         self._check_packing()
         values = sum(w.size for w in parameters(self.model.model).values())
+        on_flash = sum(
+            array.size
+            for ffn in self.modules.values()
+            for array in NEURON.arrays(ffn).values()
+        )
+        value_bytes = DTYPES[self.dtype][1]
         # A tenth for predictors and the states of the calibration text.
-        job.check_disk(1.1 * values * DTYPES[self.dtype][1], len(self.modules))
+        job.check_disk(
+            1.1 * values * value_bytes, on_flash * value_bytes, len(self.modules)
+        )
         job.source.prepare(job.work)
         check_names(job.source, self.model.model)
         self.calibrator = None

@@ -45,6 +45,8 @@ class ConvertOptions:
         group_size: Weights that share a scale (64, or what `mode` prescribes).
         mode: MLX's quantisation: "affine", "mxfp4", "mxfp8" or "nvfp4".
         resident_bits: Quantise (affine) what stays in memory.
+        share: "1/2" keeps the first of two machines' parts of the units alone.
+        shares: "2:1" with `share`, where the machines' parts are not alike.
         overwrite: Replace the destination if it is a flash folder.
         delete_source: Delete the checkpoint's weight files in the end, when every file
             of the flash folder was read again and compared with its digest.
@@ -68,6 +70,8 @@ class ConvertOptions:
     group_size: int | None = None
     mode: str = "affine"
     resident_bits: int | None = None
+    share: str | None = None
+    shares: str | None = None
     overwrite: bool = False
     delete_source: bool = False
     progress: bool = True
@@ -105,6 +109,15 @@ class ConvertOptions:
         need(
             self.calibration_tokens > 0,
             f"{self.calibration_tokens} calibration tokens are too few. Try 16384.",
+        )
+        need(
+            self.share is not None or self.shares is None,
+            f"--shares {self.shares} is for one part of several: give --share 1/2 too.",
+        )
+        need(
+            self.share is None or not self.delete_source,
+            "--delete-source would delete what the other machines' parts are made of. "
+            "Leave it out, and delete the checkpoint when every machine has its part.",
         )
         # Both raise for a quantisation that MLX does not have.
         _packing(self.bits, self.group_size, self.mode)
@@ -150,6 +163,8 @@ class ConvertOptions:
         facts["calibration"] = str(self.calibration) if self.calibration else None
         facts["quantize"] = self.packing
         facts["quantize_resident"] = self.resident_packing
+        if self.share:  # absent from what an earlier version's interrupted run noted
+            facts |= {"share": self.share, "shares": self.shares}
         return facts
 
 

@@ -18,6 +18,7 @@ from ..errors import FlashError
 from ..models.registry import get_model_classes
 from ..storage.identity import identity
 from ..storage.manifest import MANIFEST
+from ..storage.manifest_reading import parse_manifest
 from ..storage.safetensors import read_header
 from . import torch_bin
 from .arrays import load_arrays
@@ -42,7 +43,9 @@ class Source:
         self.fingerprint = self.look()
         self.config = read_config(self.folder)
         if (self.folder / MANIFEST).exists():
-            raise FlashError(f"{name} is a flash folder already.")
+            share = parse_manifest(self.folder).share
+            what = f"{share} of a flash folder" if share else "a flash folder"
+            raise FlashError(f"{name} is {what} already.")
         self._namer = self.make_model()  # knows the checkpoint's names for its own
         self.files = _weight_files(self.folder)
         self._safetensors = self.files

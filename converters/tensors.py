@@ -54,7 +54,12 @@ class TensorCutter(Cutter):
                     "that stays in memory and is not quantised already. Leave it out."
                 )
         nbytes = sum(array.nbytes for array in parameters(self._model).values())
-        job.check_disk(nbytes, len(self.modules))
+        ffn_bytes = sum(
+            array.nbytes
+            for module in self.modules.values()
+            for array in kind.arrays(module).values()
+        )
+        job.check_disk(nbytes, ffn_bytes, len(self.modules))
 
     def resume(self, done: int) -> None:
         for index in range(done):

@@ -31,6 +31,8 @@ class WorkFolder:
         partial: All that this conversion writes.
         folder: In it, what becomes the flash folder.
         layers: The manifest's entries of the layers that are done.
+        whole: Where only a part of each layer is kept, the entries as they would be
+            with all units.
         digests: SHA-256 of the files in `work` that a resumed run needs.
         facts: What `begin` was given, as the first run of this conversion was.
     """
@@ -51,6 +53,7 @@ class WorkFolder:
         self.folder = self.partial / "flash"
         self.old = self.partial / "old"
         self.layers: list[Layer] = []
+        self.whole: list[Layer] = []
         self.digests: dict[str, str] = {}
         self.facts: dict = {}
         self._dropped: list[str] = []
@@ -120,6 +123,8 @@ class WorkFolder:
             if facts.pop("sha256") != _digest(facts):
                 return
             self.digests = facts.pop("files")
+            # An earlier version's conversion, interrupted, knows of no parts.
+            self.whole = [layer_from_json(e) for e in facts.pop("whole", [])]
             self.layers = [layer_from_json(entry) for entry in facts.pop("layers")]
         except (FileNotFoundError, ValueError, LookupError, TypeError):
             return  # the machine stopped while it began
@@ -175,7 +180,9 @@ class WorkFolder:
             if folder.exists():
                 sync(folder)  # the names of what is counted
         layers = [dataclasses.asdict(layer) for layer in self.layers]
-        progress = self.facts | {"files": self.digests, "layers": layers}
+        whole = [dataclasses.asdict(layer) for layer in self.whole]
+        done = {"files": self.digests, "layers": layers, "whole": whole}
+        progress = self.facts | done
         text = json.dumps(progress | {"sha256": _digest(progress)})
         self._write(PROGRESS, lambda file: file.write(text.encode()))
         sync(self.path(""))
@@ -222,6 +229,11 @@ class WorkFolder:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+    def drop_leftovers(self) -> None:
+        """Clean up after a run that ended when the folder had its name already."""
+        if self.partial.exists() and self._is_ours():
+            self.discard()
 
     def drop_if_empty(self) -> None:
         """Leave nothing behind of a run that failed before it had much to keep."""

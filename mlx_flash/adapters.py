@@ -44,13 +44,7 @@ def apply_adapter(path: str | Path, parts: Assembled) -> Adapter:
         FlashError: If there is none, if it does not fit the model, or if it changes
             weights that are on flash in a way that needs them.
     """
-    folder = Path(path).expanduser()
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FlashError(
-                f"{folder} has no {name}, so it is no adapter. Name the folder that "
-                "mlx_lm.lora wrote."
-            )
+    folder = _find(path)
     config = read_json(folder / CONFIG)
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind not in ("lora", "dora", "full"):
@@ -68,6 +62,27 @@ def apply_adapter(path: str | Path, parts: Assembled) -> Adapter:
         ) from error
     parts.model.eval()
     return Adapter(file_sha256(folder / WEIGHTS), _nbytes(parts) - before)
+
+
+def adapter_digest(path: str | Path) -> str:
+    """A digest of all that decides what an adapter does.
+
+    Raises:
+        FlashError: If there is none.
+    """
+    folder = _find(path)
+    return file_sha256(folder / CONFIG) + file_sha256(folder / WEIGHTS)
+
+
+def _find(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FlashError(
+                f"{folder} has no {name}, so it is no adapter. Name the folder that "
+                "mlx_lm.lora wrote."
+            )
+    return folder
 
 
 def _nbytes(parts: Assembled) -> int:

@@ -5,13 +5,14 @@ read from its shards as they lie there. The unit kind finds the FFN modules, and
 those that take their places.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from .arrays import parameters
@@ -25,7 +26,8 @@ from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
 from .storage.layout import dtype_name
-from .storage.manifest import MANIFEST, Layer, Manifest, read_manifest
+from .storage.manifest import MANIFEST, Layer, Manifest
+from .storage.manifest_reading import read_manifest
 from .storage.source import Extent, bundle_extent
 
 
@@ -39,6 +41,8 @@ class Assembled:
         kind: Of the units.
         layers: The FFN modules, one for each of the manifest's layers.
         extents: Where each layer's units lie.
+        stored: Of each layer, the numbers that its units have there; None where they
+            are the same.
         shapes: For the budget.
     """
 
@@ -49,6 +53,7 @@ class Assembled:
     layers: list[FlashFFN]
     extents: list[list[Extent]]
     shapes: Shapes
+    stored: Sequence[np.ndarray | None] = ()
 
     def look_ahead(self) -> None:
         """Have every layer guess what the next one will need, where that is known."""
@@ -160,7 +165,7 @@ def _exchange(
     kind = kind_of(manifest)
     found = dict(model.named_modules())
     layers = []
-    for entry in manifest.layers:
+    for entry in manifest.whole_layers:
         if entry.module not in found:
             raise FlashError(
                 f"{folder}: the manifest exchanges {entry.module}, which a model of "

@@ -1,8 +1,12 @@
 """What a loaded model has besides what every model has: `model.flash`."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from .assembly import Assembled
 from .draft_model import DraftModel
@@ -17,11 +21,29 @@ from .memory.pool import Pool
 from .memory.slots import CLOSED
 from .memory.stats import Stats
 from .memory_size import say_memory
-from .run import Run
+from .run import RankReport, Run
 from .run_report import RunReport
 from .storage.in_use import hold, let_go
 from .storage.manifest import Manifest
 from .storage.reader import Reader
+
+
+class Machines(Protocol):
+    """What `machines.lead` and `machines.follow` do for a model."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: mx.array,
+        cache: Sequence[Any] | None,
+        run: Callable[[int], mx.array],
+    ) -> mx.array: ...
+
+    def resize(self, memory: int | float | str) -> int | float | str: ...
+
+    def ranks(self, mine: Stats) -> list[RankReport]: ...
+
+    def close(self) -> None: ...
 
 
 class Flash:
@@ -29,6 +51,7 @@ class Flash:
 
     Attributes:
         folder, manifest, kind: Where it lies, what it is, and its unit kind.
+        machines: Makes every call of the model on several machines; None on one.
         told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
@@ -63,6 +86,7 @@ class Flash:
         self.adapter: str | None = None
         self.cached_share: float | None = None
         self.closed = False
+        self.machines: Machines | None = None
         self.told_of_prompt: Callable[[int], None] = lambda tokens: None
         self._reader = reader
         self._fence = Fence()
@@ -99,11 +123,14 @@ class Flash:
             memory: As for `load`.
 
         Raises:
-            NotEnoughMemory: If the model cannot run in that. It goes on as before.
+            NotEnoughMemory: If the model cannot run in that. It goes on as before; of
+                several machines, some may have taken it over.
             FlashError: If its conversations do not fit, or if it was closed.
         """
         self.check_open()
         assert self.pool is not None
+        if self.machines is not None:
+            memory = self.machines.resize(memory)
         self.pool.resize(self.pool.bytes_of(memory) - self.draft_bytes)
 
     def follow_pressure(self) -> None:
@@ -140,7 +167,10 @@ class Flash:
 
     def report(self) -> RunReport:
         """The figures of the last generation; `str` of it is a text for a person."""
-        return RunReport.of(self)
+        report = RunReport.of(self)
+        if self.machines is not None and not self.closed:
+            report.ranks = self.machines.ranks(self.stats)
+        return report
 
     def close(self) -> None:
         """End the reader's threads, close its files, let go of the slots.
@@ -149,6 +179,8 @@ class Flash:
         """
         if self._watch is not None:
             self._watch.stop()
+        if self.machines is not None and not self.closed:
+            self.machines.close()
         with self._fence.lock:
             self.closed = True
             for layer in self.layers:

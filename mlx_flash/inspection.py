@@ -9,7 +9,8 @@ from .checkpoints.digests import ACCEPT, compare, without_digest
 from .checkpoints.hub import find_model
 from .checkpoints.record import noted_digests, record_digests
 from .errors import FlashError
-from .storage.manifest import MANIFEST, read_manifest
+from .storage.manifest import MANIFEST, StoredShare
+from .storage.manifest_reading import read_manifest
 
 
 def verify(model: str | Path, passed: Callable[[str], None]) -> list[str]:
@@ -43,6 +44,12 @@ def record(model: str | Path, noted: Callable[[str], None]) -> None:
         FlashError: If the digests cannot be written, or files differ from the hub's.
     """
     record_digests(_find(model), noted)
+
+
+def share_of(model: str | Path) -> StoredShare | None:
+    """The share of a model's units that its folder holds, None if it holds all."""
+    folder = _find(model)
+    return read_manifest(folder).share if (folder / MANIFEST).exists() else None
 
 
 def _find(model: str | Path) -> Path:

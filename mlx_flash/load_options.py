@@ -38,6 +38,9 @@ class LoadOptions:
             `memory`.
         adapter_path: A folder with an adapter that `mlx_lm.lora` trained. Its weights
             stay in memory and are taken from `memory`.
+        shares: Of the units of each layer, what each of several machines has, such as
+            "2:1". None divides them by memory and by what `mlx-flash probe` measured of
+            the disks.
         progress: Show how far loading is: True also where there is no terminal, in one
             line; None on a terminal alone.
     """
@@ -55,6 +58,7 @@ class LoadOptions:
     check: str = "sample"
     draft_model: str | Path | None = None
     adapter_path: str | Path | None = None
+    shares: str | None = None
     progress: bool | None = None
 
 
@@ -74,4 +78,5 @@ class LoadKeywords(TypedDict, total=False):
     check: str
     draft_model: str | Path | None
     adapter_path: str | Path | None
+    shares: str | None
     progress: bool | None

@@ -7,41 +7,41 @@ everything that an ordinary model does not have: figures, budget, files, `close`
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 import mlx.core as mx
 
-from .adapters import apply_adapter
+from .adapters import adapter_digest, apply_adapter
 from .assembly import Assembled, assemble, can_stream
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
-from .draft_model import DraftModel, open_draft
-from .errors import FlashError, NotEnoughMemory
+from .draft_model import open_draft
+from .errors import FlashError
 from .flash import Flash, Loaded
-from .layers.kinds import UnitKind
 from .load_options import LoadKeywords, LoadOptions
-from .memory.budget import LEAST_CONTEXT, Budget, make_budget, total_bytes
-from .memory.divide import Divide
-from .memory.footprint import Footprint
+from .machines.division import Divide, facts_of
+from .machines.follow import Follower
+from .machines.lead import Lead
+from .machines.start import start
+from .memory.budget import LEAST_CONTEXT, Budget, total_bytes
+from .memory.footprint import MAX_BATCH, MAX_PREFILL
 from .memory.page_cache import use_page_cache
-from .memory.policies import Lrfu, Lru, Window
+from .memory.policies import Lru
 from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
-from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
-from .memory_size import LEAST_BARE, say_memory
 from .progress import Bar
 from .resident import read_weights
+from .sizing import budget_of, needs_of, policy_of
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
 from .storage.reader import open_reader
-from .traces.curves import by_trace
 
-DEFAULT_CONTEXT = 2048
 READ_THREADS = 32  # the queue depth at which Apple's and other SSDs give most
 # Read over such a gap: of 0 to 32 KiB the fastest for 1 KiB bundles, in any order.
 GAP_BYTES = PAGE_BYTES
@@ -67,6 +67,7 @@ def load(
         FlashError: As `load_model`, and if the folder has no tokenizer, or another
             model's.
     """
+    follow_rank_0()
     folder = find_model(path, checkpoint=can_stream)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model, _ = load_model(folder, memory, **options)
@@ -98,13 +99,45 @@ def load_model(
             fit.
     """
     wanted = LoadOptions(**options)
+    machines = follow_rank_0()
+    if machines is None:
+        return _load(path, memory, wanted, None)
+    return machines.load(partial(_load, path, memory, wanted), path, memory, wanted)
+
+
+def follow_rank_0() -> Lead | None:
+    """On rank 0 of several machines, what leads the others; None on one machine.
+
+    On the other ranks this does what rank 0 says and ends the process. So a command
+    begins with it: what rank 0 asks and prints is not for the others.
+    """
+    machines = start()
+    if isinstance(machines, Follower):
+        machines.follow(_load)
+    return machines
+
+
+def _load(
+    path: str | Path,
+    memory: int | float | str,
+    wanted: LoadOptions,
+    divide: Divide | None,
+) -> Loaded:
+    """Load a model, or the share of it that `divide` leaves this machine."""
     folder = find_model(path, checkpoint=can_stream)
     allow_open_files(len(list(folder.rglob("*.safetensors"))))
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
-    policy = _policy(wanted, parts.kind)
-    footprint, divide = _needs(parts, policy, wanted)
+    policy = policy_of(wanted, parts.kind)
+    if divide is not None:
+        parts, memory = _share(parts, folder, memory, policy, wanted, divide)
+    elif (share := parts.manifest.share) is not None:
+        raise FlashError(
+            f"{folder} holds {share}, for as many machines. Start "
+            f"them together: mlx.launch -n {len(share.shares)} …"
+        )
+    footprint, by_layer = needs_of(parts, policy, wanted)
     adapter = None
     if wanted.adapter_path is not None:
         adapter = apply_adapter(wanted.adapter_path, parts)
@@ -113,7 +146,7 @@ def load_model(
     draft = None
     if wanted.draft_model is not None:
         draft = open_draft(wanted.draft_model, folder, footprint.context)
-    budget = _budget(memory, draft, footprint, folder, divide, least_context)
+    budget = budget_of(memory, draft, footprint, folder, by_layer, least_context)
     # Who gives more than the model can use, does no harm with it.
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
@@ -146,7 +179,7 @@ def load_model(
         flash.close()
         raise
     flash.pool = Pool(
-        budget, footprint, slots, flash._fence.lock, flash.limits, folder, divide
+        budget, footprint, slots, flash._fence.lock, flash.limits, folder, by_layer
     )
     if not (reader.direct or through):
         print(
@@ -164,50 +197,25 @@ def load_model(
     return Loaded((parts.model, parts.config))
 
 
-def _needs(
-    parts: Assembled, policy: Lru, options: LoadOptions
-) -> tuple[Footprint, Divide | None]:
-    """What the model needs besides slots, and how slots are given to layers."""
-    positions = parts.config.get("max_position_embeddings")
-    context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
-    kind, layers = parts.kind, parts.manifest.layers
-    if not options.predictor:
-        layers = tuple(replace(layer, predictor=None) for layer in layers)
-    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
-    rewards = kind_rewards(kind, asks)
-    if options.trace is None:
-        divide = divide_by(asks, LOCALITY[kind.name], rewards)
-        return footprint, divide
-    return footprint, by_trace(Path(options.trace), parts.manifest, policy, rewards)
-
-
-def _budget(
-    memory: int | float | str,
-    draft: DraftModel | None,
-    footprint: Footprint,
+def _share(
+    parts: Assembled,
     folder: Path,
-    divide: Divide | None,
-    least_context: int | None,
-) -> Budget:
-    """What a draft leaves of the memory, divided.
+    memory: int | float | str,
+    policy: Lru,
+    options: LoadOptions,
+    divide: Divide,
+) -> tuple[Assembled, int]:
+    """This machine's share of a model, and its memory in bytes.
 
-    Raises:
-        NotEnoughMemory: If that is too little, with what both need.
+    A share of memory, such as "50%", is one of the whole model.
     """
-    if draft is None:
-        return make_budget(memory, footprint, folder, divide, least_context)
-    room = max(total_bytes(memory, footprint) - draft.nbytes, LEAST_BARE)
-    try:
-        return make_budget(room, footprint, folder, divide, least_context)
-    except NotEnoughMemory as error:
-        need = error.least_bytes + draft.nbytes
-        raise NotEnoughMemory(
-            f"{folder} needs at least --memory {say_memory(need)} with the draft "
-            f"{draft.folder}, which takes {draft.nbytes / 1e6:,.1f} MB of it. Give "
-            "more, or a smaller draft.",
-            least_bytes=need,
-        ) from error
+    footprint, _ = needs_of(parts, policy, options)
+    total = total_bytes(memory, footprint)
+    beside = footprint.fixed_bytes + footprint.workspace_bytes(MAX_PREFILL, MAX_BATCH)
+    path = options.adapter_path
+    adapter = None if path is None else adapter_digest(path)
+    memory_bytes = min(total - beside, parts.manifest.ffn_bytes)
+    return divide(parts, facts_of(parts, folder, memory_bytes, adapter)), total
 
 
 def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
@@ -234,6 +242,7 @@ def _attach_slots(
             flash._fence,
             flash.stats,
             layer.apart if overlap else 0.0,
+            parts.stored[i] if parts.stored else None,
         )
         layer.attach(slots, flash.budget.batch_tokens)
         if slots.n_slots == slots.units:
@@ -241,20 +250,3 @@ def _attach_slots(
             bar.advance(parts.manifest.layers[i].nbytes)
         attached.append(slots)
     return attached
-
-
-def _policy(options: LoadOptions, kind: UnitKind) -> Lru:
-    policy = kind.policy if options.policy == "auto" else options.policy
-    if policy == "lru":
-        return Lru()
-    if policy == "lrfu":
-        return Lrfu()
-    if policy == "window":
-        if options.window < 1:
-            raise FlashError(
-                f"A window of {options.window} tokens keeps nothing. Try 4."
-            )
-        return Window(options.window)
-    if isinstance(policy, str):
-        raise FlashError(f"No policy is called {policy!r}. Try lru, lrfu or window.")
-    return policy

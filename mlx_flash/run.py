@@ -60,6 +60,27 @@ class DraftStats:
         return self.plain_bytes / self.plain_calls if self.plain_calls else None
 
 
+@dataclass(frozen=True)
+class RankReport:
+    """What one of several machines has read since the model was loaded.
+
+    Attributes:
+        name: Of the rank.
+        bytes_read: From its disk.
+        hit_rate: Share of the units asked for of it that were in its memory.
+        sums: How often results were added up over all ranks.
+    """
+
+    name: str
+    bytes_read: int
+    hit_rate: float | None
+    sums: int
+
+    def __str__(self) -> str:
+        held = "" if self.hit_rate is None else f", {self.hit_rate:.0%} was in memory"
+        return f"{self.name} read {self.bytes_read / 1e6:,.1f} MB{held}"
+
+
 @dataclass
 class Run:
     """What one generation did, kept up to date while it runs.

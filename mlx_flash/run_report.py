@@ -12,7 +12,7 @@ from .layers.kinds import BLOCK, kind_of
 from .memory.budget import Budget
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
-from .run import Run
+from .run import RankReport, Run
 from .storage.manifest import Manifest
 
 COLD = 0.01  # of the files in memory, at most
@@ -74,6 +74,8 @@ class RunReport:
     `tokens_per_call` what a call of the model brought, and `plain_bytes_per_token` what
     calls without a draft read (of blocks: any call).
 
+    `ranks` has what each of several machines read; it is empty on one.
+
     `page_cache` is whether reads went through the page cache, `cached_share` what of
     the files they could find in memory when the model was loaded: 0 is cold.
     """
@@ -113,6 +115,7 @@ class RunReport:
     draft_acceptance: float | None = None
     tokens_per_call: float | None = None
     plain_bytes_per_token: float | None = None
+    ranks: list[RankReport] = field(default_factory=list)
 
     @classmethod
     def of(cls, flash: Reported) -> RunReport:
@@ -237,6 +240,7 @@ class RunReport:
             lines.append(
                 f"predictor   found {self.predictor_recall:.1%} of the active neurons"
             )
+        lines += [f"machines    {rank}" for rank in self.ranks]
         return "\n".join(lines)
 
     def _reads_line(self) -> str:

@@ -9,7 +9,7 @@ from opt_checkpoints import load, make_checkpoint
 
 from mlx_flash.cli import main
 from mlx_flash.converters.convert import convert
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 LAYER = "model.decoder.layers"
 # Random weights are active half of the time: without `unit` they would become blocks.

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 import mlx_flash
-from mlx_flash import loading as loader
+from mlx_flash import sizing as loader
 from mlx_flash.memory.budget import make_budget
 
 COMMON = dict(

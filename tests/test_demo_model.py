@@ -8,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_flash
 from mlx_flash.cli.common import DEMO_MODEL
 from mlx_flash.inspection import verify
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 STORY = (
     "One day, a little girl named Sue went to the park with her mom. She saw a big "

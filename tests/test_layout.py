@@ -18,7 +18,9 @@ ROWS = (
     ("assembly",),
     ("run", "run_report", "resident", "draft_model", "adapters", "chunks"),
     ("flash",),
-    ("loading", "load_options"),
+    ("load_options",),
+    ("machines", "sizing"),
+    ("loading",),
     (
         "generation",
         "prompts",

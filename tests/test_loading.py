@@ -21,7 +21,7 @@ from mlx_flash.errors import FlashError
 from mlx_flash.loading import load_model
 from mlx_flash.memory.policies import Lru, Window
 from mlx_flash.memory_size import parse_memory
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 from mlx_flash.storage.native_reader import _reader
 
 TOLERANCE = 1e-4  # float32; measured 4e-7

@@ -59,6 +59,10 @@ def judge(args, group=main):
         command.make_context(name, list(rest))
 
 
+# Options of mlx.launch and mlx.distributed_config.
+OF_MLX = {"--auto-setup", "--backend", "--over", "--print-python"}
+
+
 def all_commands(group=main):
     context = click.Context(group)
     for name in group.list_commands(context):
@@ -93,6 +97,8 @@ def test_every_command_line_parses(page):
 def test_every_flag_exists(page):
     """Also those that are only spoken of, such as `--memory`."""
     known = {"--help", "--version", "-h"}
+    if page.name == "machines.md":
+        known |= OF_MLX
     if page.name == "commands.md":  # which has those of others in a table
         known |= {*hints.SAME, *hints.NOTHING}
     for command in all_commands():

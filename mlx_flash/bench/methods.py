@@ -14,7 +14,8 @@ from ..memory.fence import Fence
 from ..memory.policies import Lru, Window
 from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
-from ..storage.manifest import Layer, Manifest, read_manifest
+from ..storage.manifest import Layer, Manifest
+from ..storage.manifest_reading import read_manifest
 from ..storage.reader import Extent, Reader, open_reader
 from .landing import Landing, WholeFiles, bring, bundled, unbundled
 from .paper import TABLE_2

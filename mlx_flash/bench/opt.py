@@ -11,13 +11,8 @@ from ..converters.bundles import write_bundles
 from ..converters.resident import write_weights
 from ..errors import FlashError
 from ..layers.kinds import NEURON
-from ..storage.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    RESIDENT,
-    Manifest,
-    read_manifest,
-)
+from ..storage.manifest import FORMAT_VERSION, MANIFEST, RESIDENT, Manifest
+from ..storage.manifest_reading import read_manifest
 from ..storage.safetensors import DTYPES
 from .report import progress
 from .synthetic import (

@@ -20,13 +20,8 @@ from ..layers.predictor import Predictor, possible_bits
 from ..loading import load_model
 from ..memory.policies import Lru
 from ..memory_size import parse_memory
-from ..storage.manifest import (
-    MANIFEST,
-    PREDICTORS,
-    Manifest,
-    PredictorFacts,
-    read_manifest,
-)
+from ..storage.manifest import MANIFEST, PREDICTORS, Manifest, PredictorFacts
+from ..storage.manifest_reading import read_manifest
 from .decode import random_prompt
 from .report import progress
 from .selections import bisect, miss_share

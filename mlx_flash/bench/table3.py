@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..memory.policies import Lru
-from ..storage.manifest import read_manifest
+from ..storage.manifest_reading import read_manifest
 from . import options
 from .decode import run_model
 from .landing import KeepNothing, WholeFiles

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..errors import FlashError, printable
 from ..storage.digests import file_sha256, sample_sha256
-from ..storage.manifest import MANIFEST, Layer, SideFile, Weights, parse_manifest
+from ..storage.manifest import MANIFEST, Layer, SideFile, Weights
+from ..storage.manifest_reading import parse_manifest
 from .config import CONFIG_FILES, TEMPLATES
 
 CHECKS = ("none", "sample", "full")

@@ -11,6 +11,7 @@ import click
 
 from .._version import __version__
 from ..errors import FlashError
+from ..machines import launched
 from ..storage.open_files import check_limit
 from . import (
     bench,
@@ -23,6 +24,7 @@ from . import (
     probe,
     replay,
     serve,
+    split,
     top,
     trace,
     tune,
@@ -31,6 +33,8 @@ from .common import INTERRUPTED
 from .hints import hint
 
 TYPED = "mlx_flash.typed"  # where a context has the command line as it was
+# These run on rank 0 of several machines, and the others do what it says.
+RUN_MODELS = ("generate", "chat", "run", "serve", "bench")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -63,7 +67,8 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings=HELP)
 @click.version_option(__version__, prog_name="mlx-flash")
-def main():
+@click.pass_context
+def main(ctx):
     """Run language models larger than this machine's memory.
 
     FFN weights stay on the SSD and are read as they are needed; the rest is MLX and
@@ -71,12 +76,17 @@ def main():
     """
     # Else transformers, of which only tokenizers are used, asks for PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if launched() and ctx.invoked_subcommand in RUN_MODELS:
+        from ..loading import follow_rank_0
+
+        follow_rank_0()
 
 
 for command in (
     generate.generate,
     chat.chat,
     convert.convert,
+    split.split,
     serve.serve,
     top.top,
     inspect.info,

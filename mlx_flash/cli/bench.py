@@ -20,6 +20,7 @@ from .tables import markdown_option, print_report
 BENCHMARKS = {
     "compare": "Two reports of a benchmark side by side.",
     "families": "Compare every family from flash with the same model in memory.",
+    "machines": "One model on several ranks of this machine, beside one.",
     "memory": "What processes that convert and generate hold.",
     "moe": "A mixture of experts larger than its memory.",
     "overlap": "Reading while MLX computes, and reading early.",
@@ -43,6 +44,7 @@ BENCHMARKS = {
 MODULES = {
     "compare": "compare_reports",
     "families": "families.table",
+    "machines": "machines.compare",
     "peers": "peers.compare",
     "peers-dense": "peers.dense",
     "peers-moe": "peers.experts",

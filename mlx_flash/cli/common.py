@@ -175,6 +175,14 @@ revision_option = click.option(
 )
 
 
+shares_option = click.option(
+    "--shares",
+    metavar="2:1",
+    help="With mlx.launch: how the units of each layer are shared out over the "
+    "machines.  [default: by their memory and disks]",
+)
+
+
 elastic_option = click.option(
     "--elastic/--no-elastic",
     default=None,

@@ -72,6 +72,16 @@ from .common import revision_option
 )
 @click.option("--resident-bits", type=int, help="Quantise what stays in memory.")
 @click.option(
+    "--share",
+    metavar="1/2",
+    help="Keep only one part's units, for one of several machines.  [default: all]",
+)
+@click.option(
+    "--shares",
+    metavar="2:1",
+    help="How the parts share out the units, with --share.  [default: all alike]",
+)
+@click.option(
     "--delete-source",
     is_flag=True,
     help="Delete the checkpoint's weights when the result was verified.",
@@ -87,6 +97,7 @@ def convert(source, output, quiet, **options):
     Examples:
       mlx-flash convert facebook/opt-6.7b -o opt-6.7b-flash --calibration notes.txt
       mlx-flash convert ./my-opt -o my-opt-flash --dtype float16
+      mlx-flash convert ./my-opt -o my-opt-flash --share 1/2
     """
     from ..converters.convert import convert as run
     from ..library.opening import convert_to_shelf
@@ -98,5 +109,15 @@ def convert(source, output, quiet, **options):
         click.echo("Interrupted. The same command goes on where it stopped.", err=True)
         raise
     if not quiet:
-        name = output or source
-        click.echo(f'{name} is ready: mlx-flash generate "…" --model {name}', err=True)
+        click.echo(_ready(output or source, options["share"]), err=True)
+
+
+def _ready(name: str, share: str | None) -> str:
+    """What to do now that the conversion is there."""
+    run = f'mlx-flash generate "…" --model {name}'
+    if share is None:
+        return f"{name} is ready: {run}"
+    return (
+        f"Part {share} of {name} is ready. Convert the other parts on the other "
+        f"machines, under the same path, and run them together: mlx.launch … {run}"
+    )

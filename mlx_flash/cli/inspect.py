@@ -79,6 +79,8 @@ def verify(model, record, budgets, prompt, max_tokens):
         return
     for name in inspection.verify(model, lambda name: click.echo(f"ok  {name}")):
         click.echo(f"no digest  {printable(name)}")
+    if share := inspection.share_of(model):
+        click.echo(f"{printable(str(model))} is {share}")
 
 
 def _verify_outputs(model, budgets, prompt, max_tokens) -> None:

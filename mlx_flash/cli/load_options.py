@@ -5,7 +5,12 @@ from typing import Any
 
 import click
 
-from .common import check_option, elastic_option, page_cache_option
+from .common import (
+    check_option,
+    elastic_option,
+    page_cache_option,
+    shares_option,
+)
 from .gathered import gathered
 
 WINDOW = 4  # tokens, the paper's number
@@ -25,6 +30,7 @@ class LoadingOptions:
     page_cache: str
     elastic: bool | None
     check: str
+    shares: str | None
     trust_remote_code: bool
 
     def arguments(self) -> dict[str, Any]:
@@ -46,6 +52,7 @@ class LoadingOptions:
             "page_cache": self.page_cache,
             "elastic": self.elastic,
             "check": self.check,
+            "shares": self.shares,
         }
 
 
@@ -96,6 +103,7 @@ loading_options = gathered(
         page_cache_option,
         elastic_option,
         check_option,
+        shares_option,
         click.option(
             "--trust-remote-code",
             is_flag=True,

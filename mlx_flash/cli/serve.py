@@ -12,6 +12,7 @@ from .common import (
     memory_option,
     model_folder,
     page_cache_option,
+    shares_option,
     yes_option,
 )
 from .serve_options import (
@@ -37,6 +38,7 @@ PROMPT_CACHE_GB = 8.0
 @page_cache_option
 @elastic_option
 @check_option
+@shares_option
 @listening_options
 @answer_options
 @model_and_cache_options
@@ -48,6 +50,7 @@ def serve(
     page_cache,
     elastic,
     check,
+    shares,
     adapter_path,
     draft_model,
     trust_remote_code,
@@ -90,6 +93,7 @@ def serve(
         page_cache=page_cache,
         elastic=elastic,
         check=check,
+        shares=shares,
         adapter_path=adapter_path,
         draft_model=draft_model,
         trust_remote_code=trust_remote_code,

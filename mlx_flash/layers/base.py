@@ -17,6 +17,7 @@ from ..errors import FlashError
 from ..memory.fence import evaluate
 from ..memory.footprint import MAX_BATCH
 from ..memory.slots import CLOSED, UnitSlots
+from .part import ALL, Part
 
 # x, and how many units each token takes where the kind has such a number → a choice:
 # bool [T, n], or unit ids of any shape.
@@ -42,10 +43,12 @@ class FlashFFN(nn.Module):
         batch_tokens: How many tokens are multiplied at once. A prompt chunk has more:
             they go through every wave batch by batch, so that hidden values take the
             same memory however long the chunk is.
+        part: Which of the layer's units the slots are for.
     """
 
     apart = 0.0
     batch_tokens = MAX_BATCH
+    part: Part = ALL
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class FlashFFN(nn.Module):
         if guess is None or self._ahead is None:
             return
         slots = self._ahead.layer.slots
-        units = chosen_units(guess)
+        units = self._ahead.layer.part.here(chosen_units(guess))
         slots.read_early(units[units < slots.units])
 
 

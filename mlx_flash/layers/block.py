@@ -88,13 +88,9 @@ class BlockFFN(SlotFFN):
 
     def stream(self, batches: list[mx.array]) -> mx.array:
         slots = self.slots
-        width = self.neurons // slots.units
 
         def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:
-            runs = [
-                (run, mx.array((units[:, None] * width + np.arange(width)).ravel()))
-                for run, units in _runs(wave)
-            ]
+            runs = [(run, self.neurons_of(units)) for run, units in _runs(wave)]
 
             def sum_runs(i: int, x: mx.array) -> mx.array:
                 total = totals[i] if totals else None

@@ -21,7 +21,6 @@ from ..memory.slot_cache import Wave
 from .base import (
     FlashFFN,
     NoSuchWeight,
-    chosen_units,
     each,
     hide,
     join,
@@ -88,25 +87,45 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """The outputs [..., K, D] of the experts `indices` [..., K] of x [..., D]."""
         tokens = x.reshape(-1, x.shape[-1])
+        indices = self.part.agreed(indices)
         if self.slots.holds_all:
-            y = join(self._tokens(tokens, indices.reshape(len(tokens), -1)))
+            y = self._held(tokens, indices.reshape(len(tokens), -1))
         else:
             y = self._stream(tokens, indices)
-        return y.reshape(*indices.shape, -1)
+        return self.part.sum(y.reshape(*indices.shape, -1))
+
+    def _held(self, x: mx.array, indices: mx.array) -> mx.array:
+        """The outputs [T, K, D] where no expert of this machine has to be read.
+
+        Experts of other machines give zeros. The host does not look which ones these
+        are, so any expert is multiplied in their place.
+        """
+        if not self.part.shared:
+            return join(self._tokens(x, indices))
+        places = mx.array(self.part.places(np.arange(self.experts)))[indices]
+        slots = mx.maximum(places, 0).astype(mx.uint32)
+        return mx.where((places >= 0)[..., None], join(self._tokens(x, slots)), 0)
 
     def _stream(self, x: mx.array, indices: mx.array) -> mx.array:
-        """The same of x [T, D], as [T, K, D] or [T * K, D]."""
+        """The same of x [T, D], as [T, K, D] or [T * K, D].
+
+        What experts of other machines would give is zero.
+        """
         guess = None
         if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
             guess = self.guess_next(x, indices.shape[-1])
         self.slots.wait_for(indices, guess)
-        chosen = np.asarray(indices).reshape(len(x), -1)
-        needed, K = chosen_units(indices), chosen.shape[-1]
-        pairs = chosen.reshape(-1)
+        chosen = self.part.places(np.asarray(indices).reshape(len(x), -1))
+        pairs, K = chosen.reshape(-1), chosen.shape[-1]
+        needed = np.unique(pairs[pairs >= 0]).astype(np.intp)
+        elsewhere = (pairs < 0).any()
+        if not len(needed):
+            self.read_next(guess)
+            return self._nothing(x, len(pairs))
         done: list[np.ndarray] = []
 
         def multiply(outputs: list[mx.array] | None, wave: Wave) -> list[mx.array]:
-            if len(wave.units) == len(needed):
+            if len(wave.units) == len(needed) and not elsewhere:
                 return self._tokens(x, mx.array(wave.slots_of(chosen), mx.uint32))
             mine = np.flatnonzero(np.isin(pairs, wave.units))
             _, most = self._pairs_of_a_call(len(pairs), K)
@@ -121,18 +140,29 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
 
         def finish(outputs: list[mx.array]) -> mx.array:
             y = join(outputs)
-            return y[mx.array(np.argsort(np.concatenate(done)))] if done else y
+            if not done:
+                return y
+            rows = np.full(len(pairs), len(y), np.intp)
+            rows[np.concatenate(done)] = np.arange(len(y))
+            if elsewhere:
+                y = mx.concatenate([y, mx.zeros((1, y.shape[-1]), y.dtype)])
+            return y[mx.array(rows)]
 
-        y = self.slots.run(
+        last = pairs[-K:]
+        return self.slots.run(
             needed,
             multiply,
             tokens=len(x),
-            keep=np.unique(pairs[-K:]),  # the next token needs some of the last one's
+            keep=np.unique(last[last >= 0]),  # the next token needs some of the last's
             meanwhile=lambda: self.read_next(guess),
             finish=finish,
         )
-        assert y is not None  # a token has experts
-        return y
+
+    def _nothing(self, x: mx.array, rows: int) -> mx.array:
+        """Zeros [rows, D] as the experts give them, where none of this machine's is
+        asked for."""
+        like = self._bound()(x[:1], mx.zeros((1, 1), mx.uint32))  # never evaluated
+        return mx.zeros((rows, like.shape[-1]), like.dtype)
 
     def _tokens(self, x: mx.array, slots: mx.array) -> list[mx.array]:
         """The outputs [t, K, D] of all tokens x [T, D], whose experts are all there."""

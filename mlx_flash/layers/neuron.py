@@ -57,7 +57,7 @@ class NeuronFFN(SlotFFN):
         if "predictor" in self:
             chosen = self.predictor(batches[last])
             slots.wait_for(chosen)
-            keep = np.flatnonzero(np.asarray(chosen[-1]))
+            keep = self.part.here(np.flatnonzero(np.asarray(chosen[-1])))
         found: list[mx.array] = []
 
         def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:
@@ -85,7 +85,7 @@ class NeuronFFN(SlotFFN):
         """The neurons that are predicted for each of a few tokens x [T, D]."""
         chosen, guess = self.predictor(x), self.guess_next(x)
         self.slots.wait_for(chosen, guess)
-        needed = chosen_units(chosen)
+        needed = self.part.here(chosen_units(chosen))
 
         def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:
             rows, units, wanted = self._cover(wave)
@@ -110,7 +110,7 @@ class NeuronFFN(SlotFFN):
         return self.finish([mx.zeros_like(x)]) if y is None else y
 
     def _cover(self, wave: Wave) -> tuple[mx.array | None, mx.array, mx.array | None]:
-        """(slots, their units, which of them count) to multiply for a wave.
+        """(slots, their units in the whole layer, which count) to multiply for a wave.
 
         Gathering copies rows, in round numbers of them: MLX can use a freed buffer
         again only for an array of nearly the same size. When most slots are wanted,
@@ -124,11 +124,12 @@ class NeuronFFN(SlotFFN):
             if rounded > count:
                 wanted = mx.arange(rounded) < count
             rows = mx.array(np.resize(wave.slots, rounded).astype(np.uint32))
-            return rows, mx.array(np.resize(wave.units, rounded)), wanted
+            units = self.part.all_numbers(np.resize(wave.units, rounded))
+            return rows, mx.array(units), wanted
         marks = np.zeros(slots.n_slots, bool)
         marks[wave.slots] = True
-        units = mx.array(np.maximum(slots.cache.unit_of, 0))
-        return None, units, None if marks.all() else mx.array(marks)
+        held = self.part.all_numbers(np.maximum(slots.cache.unit_of, 0))
+        return None, mx.array(held), None if marks.all() else mx.array(marks)
 
 
 def _recalled(h: mx.array, chosen: mx.array, wanted: mx.array | None) -> mx.array:

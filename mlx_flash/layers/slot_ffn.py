@@ -12,6 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .adapted import AdaptedInto, AdaptedOutOf
 from .base import FlashFFN, NoSuchWeight, each, hide, join, with_children
@@ -168,18 +169,39 @@ class SlotFFN(FlashFFN):
     def __call__(self, x: mx.array) -> mx.array:
         tokens = self.batches(x.reshape(-1, x.shape[-1]))
         if self.slots.holds_all:
-            parts = self.slots.parts
-            y = self.finish(each(tokens, lambda _, rows: self.compute(rows, parts)))
+            parts, here = self.slots.parts, self._neurons_here()
+
+            def compute(_: int, rows: mx.array) -> mx.array:
+                return self.compute(rows, parts, neurons=here)
+
+            y = self.finish(each(tokens, compute))
         else:
             y = self.stream(tokens)
         return y.astype(x.dtype).reshape(x.shape)
 
     def finish(self, totals: list[mx.array]) -> mx.array:
-        """All tokens [T, D], with the bias of the last projection if it has one."""
+        """All tokens [T, D], with the bias of the last projection if it has one.
+
+        What several machines add up to is summed in float32.
+        """
         y, out = join(totals), self[self._names[-1]]
+        if self.part.shared:
+            y = self.part.sum(y.astype(mx.float32))
         if isinstance(out, AdaptedOutOf):
             out = out.linear
         return y + out.bias if "bias" in out else y
+
+    def neurons_of(self, units: np.ndarray) -> mx.array:
+        """The neurons of units that are numbered as the slots number them."""
+        width = self.neurons // self.part.total(self.slots.units)
+        first = self.part.all_numbers(units)[:, None] * width
+        return mx.array((first + np.arange(width)).ravel())
+
+    def _neurons_here(self) -> mx.array | None:
+        """Those of all slots of a layer held whole; None for all, in order."""
+        if not self.part.shared:
+            return None
+        return self.neurons_of(np.arange(self.slots.units))
 
     def stream(self, batches: list[mx.array]) -> mx.array:
         """The finished FFN of batches [t, D] of tokens, units brought as needed.

@@ -38,6 +38,7 @@ def load(
         FlashError: As `load_model`, and if the folder has no tokenizer, or another
             model's.
     """
+    loading.follow_rank_0()
     found = _find(path, convert)
     return loading.load(found, memory, trust_remote_code, **options)
 
@@ -61,6 +62,7 @@ def load_model(
         FlashError: If the model is missing, damaged, altered or newer, has to be
             converted first, or does not fit.
     """
+    loading.follow_rank_0()
     return loading.load_model(_find(path, convert), memory, **options)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..checkpoints.hub import has_weights, hub_cache
 from ..checkpoints.shelf import Shelved, all_shelved
 from ..errors import FlashError
-from ..storage.manifest import MANIFEST, parse_manifest
+from ..storage.manifest import MANIFEST
+from ..storage.manifest_reading import parse_manifest
 from ..tables import Table
 from .opening import needs_conversion
 
@@ -75,7 +76,8 @@ def _converted(place: Shelved) -> Listed:
 
 def _kind(folder: Path) -> str:
     try:
-        return f"{parse_manifest(folder).unit}s"
+        manifest = parse_manifest(folder)
+        return f"{manifest.unit}s" + (f", {manifest.share}" if manifest.share else "")
     except FlashError:
         return "damaged: see mlx-flash verify"
 

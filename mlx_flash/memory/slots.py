@@ -53,6 +53,7 @@ class UnitSlots:
         fence: Fence,
         stats: Stats,
         apart: float = 0.0,
+        stored: np.ndarray | None = None,
     ):
         self.listener: Listener | None = None
         self.asked = Asked(layer.units)
@@ -63,7 +64,8 @@ class UnitSlots:
         )
         self._reader = reader
         self._fence = fence
-        self._source = reader.add_source(extents, self._held.views, layer.units)
+        views = self._held.views
+        self._source = reader.add_source(extents, views, layer.units, stored)
         self.files = Identities(extent.path for extent in extents)
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped

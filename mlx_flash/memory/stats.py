@@ -35,6 +35,11 @@ class Stats:
     swept_active: int = 0
     swept_predicted: int = 0
 
+    @classmethod
+    def of(cls, found: dict) -> Stats:
+        """Those of the figures by name that are counters."""
+        return cls(**{f.name: found[f.name] for f in dataclasses.fields(cls)})
+
     @property
     def asked(self) -> int:
         """How often a unit was needed."""

@@ -13,7 +13,8 @@ from ..checkpoints.config import read_config
 from ..checkpoints.hub import find_config
 from ..errors import printable
 from ..layers.kinds import NEURON, kind_of
-from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest, read_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest, StoredShare
+from ..storage.manifest_reading import parse_manifest, read_manifest
 from ..tables import Table
 from .outline import Outline, outline
 
@@ -51,6 +52,9 @@ class Info:
             "layers": len(layers),
             "units_per_layer": _common([x.units for x in layers]),
             "unit_bytes": _common([x.unit_bytes for x in layers]),
+            "share": str(manifest.share) if manifest.share else None,
+            "shares": list(manifest.share.shares) if manifest.share else None,
+            "whole_model_bytes": manifest.whole_model_bytes,
             "model_bytes": manifest.model_bytes,
             "resident_bytes": manifest.resident.bytes,
             "predictor_bytes": manifest.predictor_bytes,
@@ -71,13 +75,16 @@ class Info:
         revision = f"@{manifest.revision}" if manifest.revision else ""
         known = manifest.activation if kind_of(manifest) is NEURON else None
         about = ", ".join(filter(None, (manifest.model_type, known, manifest.dtype)))
-        origin = f", from {manifest.source}{revision}" if not self.state else ""
+        converted = not self.state or manifest.share
+        origin = f", from {manifest.source}{revision}" if converted else ""
         packings = sorted({_words(found, manifest.dtype) for found in self.on_flash})
+        share = [self._share_row(manifest.share)] if manifest.share else []
         lines = [
             printable(self.name + (f": {self.state}" if self.state else "")),
             printable(about + origin),
             "",
-            f"model       {size(total)}",
+            *share,
+            f"{'this part' if share else 'model':12}{size(total)}",
             f"resident    {size(manifest.resident.bytes)}  "
             f"{_words(self.resident, manifest.dtype)}",
             f"on flash    {size(manifest.ffn_bytes)}  as {manifest.unit}s, "
@@ -90,6 +97,10 @@ class Info:
                 f"on {c.held_out_tokens:,} others"
             )
         return "\n".join(lines)
+
+    def _share_row(self, share: StoredShare) -> str:
+        whole, parts = self.manifest.whole_model_bytes, ":".join(map(str, share.shares))
+        return f"whole model {whole / 1e6:10,.1f} MB          shared out {parts}"
 
     def layers(self) -> Table:
         """A row for each layer, or for a run of layers that are alike."""
@@ -127,7 +138,8 @@ def look_at(name: str | Path) -> Info:
         for path, found in named.items()
         if isinstance(found, dict) and {"bits", "group_size"} <= found.keys()
     }
-    return _info(str(folder), "", manifest, packings)
+    state = str(manifest.share) if manifest.share else ""
+    return _info(str(folder), state, manifest, packings)
 
 
 def _of_checkpoint(found: Outline, name: str) -> Info:

@@ -19,7 +19,8 @@ from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..memory.footprint import Shapes
 from ..models.registry import get_model_classes
-from ..storage.manifest import MANIFEST, Layer, Manifest, parse_manifest
+from ..storage.manifest import MANIFEST, Layer, Manifest
+from ..storage.manifest_reading import parse_manifest
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Outline:
         download_bytes: Of weights that are still on the hub.
         disk_bytes: What it takes on disk besides the download, to be run.
         in_place: Whether experts are read where the checkpoint has them.
+        share: Of each layer's units, in the manifest: on one of several machines.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Outline:
     download_bytes: int
     disk_bytes: int = 0
     in_place: bool = False
+    share: float = 1.0
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:

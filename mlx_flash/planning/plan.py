@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import FlashError
 from ..layers.kinds import BLOCK, NEURON, kind_of
-from ..loading import DEFAULT_CONTEXT
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
 from ..memory.division import Divider, as_divided
 from ..memory.footprint import Footprint
 from ..memory.whole import LOCALITY, divide_by, kind_rewards
 from ..profile import Profile
+from ..sizing import DEFAULT_CONTEXT
 from .cost import Cost, Work, load_s, token_bytes, token_cost
 from .outline import Outline, outline
 from .prompt import first_prompt
@@ -116,7 +117,25 @@ def make_plan(
         FlashError: If there is no such model, it is not supported, or does not fit.
     """
     found = outline(name, revision)
+    return plan_of(found, name, memory, profile, context, prompt_tokens, hit_rate)
+
+
+def plan_of(
+    found: Outline,
+    name: str | Path,
+    memory: int | float | str,
+    profile: Profile | None = None,
+    context: int | None = None,
+    prompt_tokens: int = 128,
+    hit_rate: float | None = None,
+) -> Plan:
+    """`make_plan` of a model whose configuration was read before."""
     manifest = found.manifest
+    if manifest.share is not None:
+        raise FlashError(
+            f"{name} holds {manifest.share} alone, and a plan is made from the whole "
+            "model. Give the checkpoint, or the flash folder that was split."
+        )
     positions = found.config.get("max_position_embeddings")
     wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     footprint = Footprint(manifest, found.shapes, kind_of(manifest), wanted)

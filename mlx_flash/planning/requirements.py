@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.kinds import NEURON, kind_of, value_bytes
+from ..layers.kinds import EXPERT, NEURON, kind_of, value_bytes
 from ..memory.budget import Budget
 from ..memory.whole import LOCALITY, Ask, asks_of, hit_share
 from ..storage.layout import dtype_name
@@ -145,6 +145,12 @@ def _flash_layer(
     chosen = asked is not None and slots < units
     selected = float(units) if asked is None else asked
     computed, kernel = selected, "matmul"
+    if kind is EXPERT and found.share < 1:
+        # Of a token's experts other machines have the rest. Where nobody looks which
+        # ones, because all are in memory, another is multiplied in place of each.
+        chosen_of_all = float(found.shapes.experts_per_token)
+        selected = chosen_of_all * found.share
+        computed = selected if chosen else chosen_of_all
     hits = slots / units
     if asked is not None:
         kernel = KERNELS[kind.name]

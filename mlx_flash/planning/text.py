@@ -2,6 +2,7 @@
 
 from ..profile import Profile
 from .plan import Plan
+from .several import Several
 
 
 def plan_text(p: Plan) -> str:
@@ -57,6 +58,47 @@ def _speed(p: Plan) -> list[str]:
         f"machine      {p.machine}"
         + ("" if p.cold else "; flash figures not surely cold"),
     ]
+
+
+def several_text(one: Plan, s: Several) -> str:
+    """Several machines beside one, in the lines of a small table."""
+    shares = ":".join(map(str, s.shares))
+    rows = [
+        ("", "1 machine", f"{s.machines} machines"),
+        ("in memory", f"{one.held_share:.0%}", f"{s.held_share:.0%}"),
+        (
+            "MB read by each",
+            _between(one.bytes_per_token, 1e-6, 1),
+            _between(s.bytes_per_token, 1e-6, 1),
+        ),
+        (
+            "sums per token",
+            "–",
+            f"{s.sums_per_token} of {s.bytes_per_sum / 1e3:.1f} KB",
+        ),
+        ("ms in sums", "–", f"{s.sum_ms:,.1f} + {s.call_ms:,.1f} to agree"),
+    ]
+    if one.ms_per_token and one.tokens_per_s and s.ms_per_token and s.tokens_per_s:
+        rows += [
+            (
+                "ms per token",
+                _between(one.ms_per_token, 1, 1),
+                _between(s.ms_per_token, 1, 1),
+            ),
+            (
+                "tokens/s",
+                _between(one.tokens_per_s, 1, 2),
+                _between(s.tokens_per_s, 1, 2),
+            ),
+        ]
+    lines = [
+        f"{s.machines} machines like this one, shares {shares}, "
+        f"{_size(s.memory_bytes)} on each (the least is {_size(s.least_bytes)}); "
+        "modelled, nothing of it was measured:",
+        *(f"{name:<16}{alone:>18}{many:>28}".rstrip() for name, alone, many in rows),
+        *(f"assumed      {line}" for line in s.assumed),
+    ]
+    return "\n".join(lines)
 
 
 def _sum(parts: dict[str, float]) -> str:

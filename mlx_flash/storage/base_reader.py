@@ -62,7 +62,11 @@ class Reader:
         return self._files.direct
 
     def add_source(
-        self, extents: Sequence[Extent], slots: Sequence[np.ndarray], n_units: int
+        self,
+        extents: Sequence[Extent],
+        slots: Sequence[np.ndarray],
+        n_units: int,
+        stored: np.ndarray | None = None,
     ) -> int:
         """Register a layer; the arguments are those of `make_source`.
 
@@ -70,7 +74,7 @@ class Reader:
             The source's number, for `submit`.
         """
         self._check_open()
-        source = make_source(extents, slots, n_units, self._files)
+        source = make_source(extents, slots, n_units, self._files, stored)
         self._sources.append((source, self._register(source)))
         return len(self._sources) - 1
 
@@ -99,6 +103,10 @@ class Reader:
         if units.size != slots.size:
             raise ValueError(f"{units.size} units for {slots.size} slots")
         facts, registered = self._sources[source]
+        if facts.stored is not None:
+            if units.size and not 0 <= units.min() <= units.max() < len(facts.stored):
+                raise ValueError(f"a unit is not in [0, {len(facts.stored)})")
+            units = _ids("units", facts.stored[units])
         return Ticket(facts, self._submit(registered, units, slots))
 
     def wait(self, ticket: Ticket) -> ReadResult:

@@ -19,17 +19,13 @@ compared by `checkpoints/digests.py`.
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from ..errors import FlashError
-from .files import read_json
-from .safetensors import DTYPES, read_header
 from .typed_json import from_json
 
 FORMAT_VERSION = 1
+SHARE_VERSION = 2  # of a folder that holds a share of the units
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
@@ -122,10 +118,29 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class StoredShare:
+    """Which units of each layer a folder holds, for one of several machines.
+
+    `shares` are those of all parts, and this is number `part` of them, from 0 on: which
+    units that are, `machines.shares.owned` says. `units` are those of each whole layer,
+    and `model` is a digest of the whole folder that was split.
+    """
+
+    shares: tuple[int, ...]
+    part: int
+    units: tuple[int, ...]
+    model: str
+
+    def __str__(self) -> str:
+        return f"part {self.part + 1} of {len(self.shares)}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights.
 
-    `side_files` is empty in folders that an earlier version wrote.
+    `side_files` is empty in folders that an earlier version wrote. `layers` describe
+    what the folder holds, also where that is a share.
     """
 
     format_version: int
@@ -140,6 +155,15 @@ class Manifest:
     calibration: Calibration | None
     layers: tuple[Layer, ...]
     side_files: tuple[SideFile, ...] = ()
+    share: StoredShare | None = None
+
+    @property
+    def whole_layers(self) -> tuple[Layer, ...]:
+        """The layers with all of their units, wherever these are."""
+        if self.share is None:
+            return self.layers
+        pairs = zip(self.layers, self.share.units, strict=True)
+        return tuple(dataclasses.replace(layer, units=n) for layer, n in pairs)
 
     @property
     def ffn_bytes(self) -> int:
@@ -154,122 +178,18 @@ class Manifest:
         """The model itself: resident weights and FFNs, predictors not counted."""
         return self.resident.bytes + self.ffn_bytes
 
+    @property
+    def whole_model_bytes(self) -> int:
+        """The same with the units that other machines have."""
+        return self.resident.bytes + sum(layer.nbytes for layer in self.whole_layers)
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read `flash.json` and hold it against the files it names.
-
-    Raises:
-        FlashError: If the folder is no flash folder, was written by a newer version,
-            lacks a file, or if sizes, shapes or offsets contradict each other.
-    """
-    manifest = parse_manifest(folder)
-    check_manifest(manifest, folder)
-    return manifest
-
-
-def parse_manifest(folder: Path) -> Manifest:
-    """Read `flash.json` alone, whose files need not be there yet."""
-    path = folder / MANIFEST
-    try:
-        raw = read_json(path)
-    except FileNotFoundError:
-        raise FlashError(
-            f"{folder} is not a flash folder (no {MANIFEST}). "
-            f"Make one: mlx-flash convert {folder} -o {folder.name}-flash"
-        ) from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if type(version) is not int or version < 1:
-        raise FlashError(f"{path} is damaged: it has no valid format_version.")
-    if version > FORMAT_VERSION:
-        raise FlashError(
-            f"{path} has format version {version}, this mlx-flash reads up to "
-            f"{FORMAT_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
-        )
-    return from_json(Manifest, raw, path, "manifest")
+        fields = dataclasses.asdict(self)
+        if self.share is None:
+            del fields["share"]
+        return json.dumps(fields, indent=1) + "\n"
 
 
 def layer_from_json(entry: dict) -> Layer:
     """A layer's entry as `dataclasses.asdict` and JSON left it."""
     return from_json(Layer, json.loads(json.dumps(entry)), Path(MANIFEST), "layer")
-
-
-def check_manifest(manifest: Manifest, folder: Path) -> None:
-    """Hold every size, shape and offset of a manifest against the files."""
-    if manifest.unit not in UNITS:
-        raise FlashError(f"{folder / MANIFEST}: unknown unit kind {manifest.unit!r}.")
-    if manifest.dtype not in DTYPES or "float" not in manifest.dtype:
-        raise FlashError(f"{folder / MANIFEST}: unknown dtype {manifest.dtype!r}.")
-    if not manifest.layers:
-        raise FlashError(f"{folder / MANIFEST} names no FFN layer.")
-    for weights in filter(None, (manifest.resident, manifest.predictors)):
-        path = _inside(folder, weights.file)
-        header, _ = read_header(path)
-        stored = sum(
-            e["data_offsets"][1] - e["data_offsets"][0] for e in header.values()
-        )
-        if stored != weights.bytes:
-            raise FlashError(
-                f"{path} holds {stored:,} bytes of weights, {MANIFEST} says "
-                f"{weights.bytes:,}. Check the folder: mlx-flash verify {folder}"
-            )
-    for layer in manifest.layers:
-        _check_layer(layer, folder)
-        if layer.predictor and layer.predictor.rank > manifest.predictor_bytes:
-            raise FlashError(
-                f"{folder / MANIFEST}, {layer.module}: a predictor of rank "
-                f"{layer.predictor.rank:,} in {manifest.predictor_bytes:,} bytes."
-            )
-    for field in ("module", "file"):
-        named = {Path(getattr(layer, field)) for layer in manifest.layers}
-        if len(named) < len(manifest.layers):
-            raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
-
-
-def _check_layer(layer: Layer, folder: Path) -> None:
-    where = f"{folder / MANIFEST}, {layer.module}"
-    if layer.units < 1 or layer.unit_bytes < 1 or not layer.parts:
-        raise FlashError(f"{where}: a layer without units, bytes or parts.")
-    end = 0
-    for part in layer.parts:
-        if part.dtype not in DTYPES or any(n < 1 for n in part.shape):
-            raise FlashError(f"{where}: part {part.name} has a wrong dtype or shape.")
-        if prod(part.shape) * DTYPES[part.dtype][1] != part.bytes:
-            raise FlashError(
-                f"{where}: part {part.name} of shape {list(part.shape)} and "
-                f"{part.dtype} cannot have {part.bytes:,} bytes."
-            )
-        if part.offset < end or part.offset + part.bytes > layer.unit_bytes:
-            raise FlashError(f"{where}: part {part.name} lies outside its bundle.")
-        end = part.offset + part.bytes
-    path = _inside(folder, layer.file)
-    header, data_offset = read_header(path)
-    entry = header.get(BUNDLES)
-    if (
-        data_offset != layer.data_offset
-        or entry is None
-        or entry["data_offsets"] != [0, layer.nbytes]
-        or entry["shape"] != [layer.units, layer.unit_bytes]
-    ):
-        raise FlashError(
-            f"{path}: {MANIFEST} speaks of {layer.units:,} bundles of "
-            f"{layer.unit_bytes:,} bytes from offset {layer.data_offset:,}, which is "
-            f"not what the file holds. Check the folder: mlx-flash verify {folder}"
-        )
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file the manifest names, refused if it leads out of the folder."""
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise FlashError(
-            f"{folder / MANIFEST} names a file outside its folder: {name}."
-        )
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise FlashError(
-            f"{path} is missing. Restore it or convert the model again: "
-            "mlx-flash convert --overwrite"
-        )
-    return path

@@ -70,7 +70,7 @@ def write_safetensors(
                 digest.update(data)
                 out.write(data)
 
-            put(_header(tensors, align_bytes))
+            put(header_bytes(tensors, align_bytes))
             for name, tensor in tensors.items():
                 before = out.tell()
                 for chunk in tensor.chunks():
@@ -100,7 +100,7 @@ def write_error(path: Path, error: OSError) -> FlashError:
     return FlashError(f"{path} could not be written: {error.strerror or error}.")
 
 
-def _header(tensors: dict[str, Tensor], align_bytes: int) -> bytes:
+def header_bytes(tensors: dict[str, Tensor], align_bytes: int) -> bytes:
     entries, offset = {}, 0
     for name, tensor in tensors.items():
         entries[name] = {

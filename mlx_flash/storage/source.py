@@ -93,6 +93,7 @@ class Source:
         opened: The file of each extent.
         slots: The arrays, which must live for as long as reads may write to them.
         files: Keeps the descriptors open.
+        stored: Which units of the files are read, by their numbers there; None for all.
     """
 
     extents: tuple[Extent, ...]
@@ -101,6 +102,7 @@ class Source:
     n_units: int
     n_slots: int
     files: OpenFiles
+    stored: np.ndarray | None = None
 
 
 def make_source(
@@ -108,14 +110,17 @@ def make_source(
     slots: Sequence[np.ndarray],
     n_units: int,
     files: OpenFiles,
+    stored: np.ndarray | None = None,
 ) -> Source:
     """Check that every read of a layer is possible.
 
     Args:
         extents: Where the units lie. Together they fill each slot array once.
         slots: One uint8 array [n_slots, part bytes] per part, C-contiguous.
-        n_units: How many units each extent holds.
+        n_units: How many units are read, from 0 on.
         files: Opens the extents' files.
+        stored: The numbers that these units have in the extents, ascending; None where
+            they are the same.
 
     Raises:
         FlashError: A file is missing, unreadable or too short.
@@ -124,8 +129,12 @@ def make_source(
     arrays = tuple(slots)
     n_slots = _check_slots(arrays)
     checked = tuple(_check_extents(extents, arrays, n_units))
+    if stored is not None:
+        if len(stored) != n_units or stored[0] < 0 or (np.diff(stored) < 1).any():
+            raise ValueError(f"{n_units} units that are stored as {stored}")
+        n_units = int(stored[-1]) + 1
     opened = tuple(_open(extent, n_units, files) for extent in checked)
-    return Source(checked, opened, arrays, n_units, n_slots, files)
+    return Source(checked, opened, arrays, n_units, n_slots, files, stored)
 
 
 def move_source(source: Source, slots: Sequence[np.ndarray]) -> Source:

@@ -17,7 +17,7 @@ from mlx_flash.bench.report import Row, Sample
 from mlx_flash.cli import main
 from mlx_flash.cli.bench import BENCHMARKS
 from mlx_flash.memory.stats import Stats
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 WORDS = "Once upon a time there was a little girl. She had a red ball. " * 60
 SMALL_MOE = {

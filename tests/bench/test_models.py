@@ -12,7 +12,8 @@ from mlx_flash.bench.decode import decode, random_prompt, random_sampler
 from mlx_flash.bench.peers import exports
 from mlx_flash.cli import main
 from mlx_flash.models.registry import get_model_classes
-from mlx_flash.storage.manifest import PREDICTORS, read_manifest
+from mlx_flash.storage.manifest import PREDICTORS
+from mlx_flash.storage.manifest_reading import read_manifest
 
 SHAPE = opt.Shape(3, 128, 2048, heads=2, vocab=96, positions=512, dtype="float32")
 MEMORY = "50%"

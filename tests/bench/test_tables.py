@@ -18,7 +18,7 @@ from mlx_flash.cli import main
 from mlx_flash.memory.policies import Window
 from mlx_flash.memory.slot_cache import SlotCache
 from mlx_flash.memory.stats import Stats
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 SHAPE = opt.Shape(2, 64, 512, heads=2, vocab=96, positions=256, dtype="float32")
 SMALL = ["--shape", "2x64x512", "--vocab", "96"]

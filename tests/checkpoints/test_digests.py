@@ -21,7 +21,7 @@ from mlx_flash.converters.convert import convert
 from mlx_flash.errors import FlashError
 from mlx_flash.inspection import record, verify
 from mlx_flash.loading import load_model
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 WEIGHTS = [
     "resident.safetensors",

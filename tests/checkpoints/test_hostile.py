@@ -275,14 +275,14 @@ def test_integers_where_floats_should_be_are_one_line(own_folder):
 
 
 def test_weights_that_cannot_be_read_are_one_line(own_folder, monkeypatch):
-    from mlx_flash import loading
+    from mlx_flash import sizing
 
     def cut(*_, **__):
         os.truncate(own_folder / "resident.safetensors", 2000)
         return real(*_, **__)
 
-    real = loading.make_budget
-    monkeypatch.setattr(loading, "make_budget", cut)
+    real = sizing.make_budget
+    monkeypatch.setattr(sizing, "make_budget", cut)
     with pytest.raises(FlashError, match="cannot be read"):
         load_model(own_folder)
 

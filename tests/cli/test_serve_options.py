@@ -59,7 +59,7 @@ def test_every_option_reaches_the_server(tmp_path):
         *("--prefill-step-size", "512", "--prompt-cache-size", "3"),
         *("--prompt-cache-bytes", "2MB", "--prompt-cache-dir", str(tmp_path)),
         *("--prompt-cache-gb", "1.5", "--context", "99", "--memory", "7GB"),
-        *("--page-cache", "off", "--no-elastic", "--check", "full"),
+        *("--page-cache", "off", "--no-elastic", "--check", "full", "--shares", "2:1"),
         *("--decode-concurrency", "1", "--prompt-concurrency", "1"),
     )
     assert code == 0, error
@@ -91,6 +91,7 @@ def test_every_option_reaches_the_server(tmp_path):
         "page_cache": "off",
         "elastic": False,
         "check": "full",
+        "shares": "2:1",
         "adapter_path": "a",
         "draft_model": "d",
         "trust_remote_code": True,

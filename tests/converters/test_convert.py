@@ -14,7 +14,7 @@ from mlx_flash.converters.calibrate import layerwise, text
 from mlx_flash.converters.convert import convert
 from mlx_flash.converters.source import Source
 from mlx_flash.planning.outline import outline
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "opt"
 

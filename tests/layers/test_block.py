@@ -14,7 +14,7 @@ from stock_checkpoints import LLAMA, stream, write_checkpoint
 import mlx_flash
 from mlx_flash.errors import FlashError
 from mlx_flash.layers import block
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 CONFIG = LLAMA | {"intermediate_size": 256, "mlp_bias": True}
 FUSED = CONFIG | {"model_type": "phi3"}  # gate_up_proj: all gate rows, then all up rows

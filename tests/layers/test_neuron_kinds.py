@@ -17,7 +17,7 @@ from mlx_flash.converters import convert as converting
 from mlx_flash.errors import FlashError
 from mlx_flash.layers.projections import neuron_rows
 from mlx_flash.models.registry import get_model_classes
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 LLAMA = COMMON | {"model_type": "llama", "intermediate_size": 128}
 KINDS = {

@@ -18,7 +18,7 @@ from mlx_flash.cli import main
 from mlx_flash.converters import conversion
 from mlx_flash.errors import FlashError
 from mlx_flash.library.opening import converted, runnable
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 NEXT = "f" * 40  # another commit
 CONFIG = LLAMA | {"vocab_size": 2048}

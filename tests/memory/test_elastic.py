@@ -193,7 +193,7 @@ def until(done, wait=0.01):
 
 def test_a_ballast_takes_40_percent_and_gives_them_back(blocks, monkeypatch):
     """The same text as undisturbed, and the report says when and how much."""
-    model_bytes = mlx_flash.storage.manifest.read_manifest(blocks).model_bytes
+    model_bytes = mlx_flash.storage.manifest_reading.read_manifest(blocks).model_bytes
     with mlx_flash.load(blocks, "60%", context=256) as (model, tokenizer):
         tokenizer.eos_token_ids = set()
         expected = text_of(model, tokenizer, 60)

@@ -9,7 +9,7 @@ from stock_checkpoints import LLAMA, QWEN3, write_checkpoint
 import mlx_flash
 from mlx_flash.converters.convert import convert
 from mlx_flash.errors import NotEnoughMemory
-from mlx_flash.storage.manifest import read_manifest
+from mlx_flash.storage.manifest_reading import read_manifest
 
 PACKED = {"group_size": 32, "bits": 4}
 PROMPT = mx.array([5 + i % 90 for i in range(100)])

@@ -131,7 +131,7 @@ class FakeReader:
         self.views, self.batches, self.fails = [], [], []
         self.calls, self.interrupt = 0, None
 
-    def add_source(self, extents, views, units):
+    def add_source(self, extents, views, units, stored=None):
         self.views += views
         return len(self.views) - 1
 

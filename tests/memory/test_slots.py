@@ -39,7 +39,7 @@ class FakeReader:
         self.batches = []
         self.waited = self.drained = 0
 
-    def add_source(self, extents, views, units):
+    def add_source(self, extents, views, units, stored=None):
         self.views = views
         return 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mlx_flash
 from mlx_flash import DEMO_MODEL, cli
-from mlx_flash import loading as loader
+from mlx_flash import sizing as loader
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import stream_generate
 from mlx_flash.memory.policies import Lrfu, Lru, Window

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_resident
 from mlx_lm.utils import quantize_model
 
-from ... import loading
+from ... import loading, sizing
 from ...arrays import parameters
 from ...converters.convert import convert
 from ...errors import FlashError
@@ -158,7 +158,7 @@ def load_few_slots(folder: Path) -> Loaded:
         slots = (max(layer.units // 4, 1) for layer in footprint.manifest.layers)
         return replace(budget, slots=tuple(slots))
 
-    with mock.patch.object(loading, "make_budget", of_a_quarter):
+    with mock.patch.object(sizing, "make_budget", of_a_quarter):
         return loading.load_model(
             folder, "1GB", predictor=False, context=128, page_cache=True
         )

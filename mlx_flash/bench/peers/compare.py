@@ -22,7 +22,7 @@ import psutil
 from ...errors import FlashError
 from ...memory_size import parse_memory
 from ...storage.direct_io import drop_cached
-from ...storage.manifest import read_manifest
+from ...storage.manifest_reading import read_manifest
 from .. import options
 from ..opt import Shape, checkpoint, flash_folder
 from ..process import call_apart

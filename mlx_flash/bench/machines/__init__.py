@@ -1,0 +1,1 @@
+"""Several ranks on this machine, beside one: `mlx-flash bench machines`."""

@@ -1,0 +1,39 @@
+"""Where a model lies on every machine: under the same name, as far as one can be."""
+
+from pathlib import Path
+
+from .. import DEMO_MODEL
+
+DEMO = "the demo model"
+
+
+def part_name(part: int, parts: int) -> str:
+    """The folder that `mlx-flash split` writes for one of several machines.
+
+    >>> part_name(0, 2)
+    'part-1-of-2'
+    """
+    return f"part-{part + 1}-of-{parts}"
+
+
+def portable(path: str | Path) -> str:
+    """A path or a hub name as another machine understands it."""
+    place = Path(path)
+    if place == DEMO_MODEL:
+        return DEMO
+    if place.is_absolute() and place.is_relative_to(Path.home()):
+        return f"~/{place.relative_to(Path.home())}"
+    return str(path)
+
+
+def on_rank(path: str, rank: int, size: int) -> str | Path:
+    """What `portable` gave on rank 0, as it is on another rank.
+
+    Rank 0's part of a split model stands for the part of each.
+    """
+    if path == DEMO:
+        return DEMO_MODEL
+    place = Path(path)
+    if place.name == part_name(0, size):
+        path = str(place.with_name(part_name(rank, size)))
+    return Path(path).expanduser() if path.startswith("~") else path
