@@ -54,13 +54,18 @@ def test_it_is_what_split_makes_of_the_whole_conversion(tmp_path, kind):
 @pytest.mark.parametrize(
     "owner, name, call, after",
     [
-        (conversion, "write_bundles", 2, False),
-        (conversion, "whole_sha256", 2, False),
         (conversion, "whole_sha256", 2, True),
         (WorkFolder, "note", 1, True),
-        (WorkFolder, "note", 2, False),
-        (conversion, "copy_config", 1, True),
-        (WorkFolder, "publish", 1, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (conversion, "write_bundles", 2, False),
+                (conversion, "whole_sha256", 2, False),
+                (WorkFolder, "note", 2, False),
+                (conversion, "copy_config", 1, True),
+                (WorkFolder, "publish", 1, True),
+            )
+        ),
     ],
 )
 def test_an_interrupted_one_goes_on(tmp_path, monkeypatch, owner, name, call, after):

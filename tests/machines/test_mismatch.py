@@ -20,7 +20,9 @@ def write_model(folder, seed):
     ("second", "said"),
     [
         ("other", "Rank 1 (HOST) has another model than Rank 0 (HOST)"),
-        ("none", "Rank 1 (HOST): model does not exist"),
+        pytest.param(
+            "none", "Rank 1 (HOST): model does not exist", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_another_model_is_refused_on_every_rank(tmp_path, second, said):

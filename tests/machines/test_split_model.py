@@ -43,7 +43,7 @@ def run_ranks(ranks: int, folder: Path, out: Path, *shares: str):
 @pytest.mark.parametrize(
     "kind, shares",
     [
-        ("blocks", "2:1"),
+        pytest.param("blocks", "2:1", marks=SLOW),
         pytest.param("neurons", "1:1", marks=SLOW),
         pytest.param("neurons", "1:1:2", marks=SLOW),
         pytest.param("experts", "1:1", marks=SLOW),
