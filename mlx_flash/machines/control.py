@@ -27,6 +27,7 @@ Message = dict[str, Any]
 
 BEAT_S, SILENT_S = 1.0, 7.0
 IDLE_S = 0.5  # between two looks whether memory has to give way
+BEAT = b"{}\n"
 LEAVE_S = 5.0  # after a goodbye
 FAILED = 1  # exit code
 FLUSH_S = 0.5  # for what was printed before the end
@@ -103,13 +104,20 @@ class Link:
 
     def _beat(self) -> None:
         while not self._ended:
-            self.send({})
             silent_s = time.monotonic() - self._heard_s
             if silent_s > SILENT_S:
                 self._tell(
                     f"{self.name} has not answered for {silent_s:.0f} s. All ranks "
                     "stop."
                 )
+            # A message that is being sent is a sign of life, too, and may wait for a
+            # rank that reads nothing any more.
+            if self._sending.acquire(blocking=False):
+                try:
+                    with contextlib.suppress(OSError):
+                        self._connection.send(BEAT, socket.MSG_DONTWAIT)
+                finally:
+                    self._sending.release()
             time.sleep(BEAT_S)
 
     def _tell(self, why: str) -> None:

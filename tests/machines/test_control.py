@@ -1,6 +1,7 @@
 """Ranks notice when another one is gone, and only then."""
 
 import socket
+import threading
 import time
 from queue import Empty
 
@@ -105,3 +106,20 @@ def test_rank_0_is_where_the_hostfile_says(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_JACCL_COORDINATOR", "10.0.0.9:1234")
     assert control.own_addresses()[0] == "10.0.0.9"
     assert control.own_addresses()[-1] == "127.0.0.1"
+
+
+def test_a_rank_that_reads_nothing_is_a_loss_also_while_much_is_sent(monkeypatch):
+    monkeypatch.setattr(control, "BEAT_S", 0.05)
+    monkeypatch.setattr(control, "SILENT_S", 1.0)
+    ours, theirs = socket.socketpair()
+    lost = []
+    link = Link(ours, "Rank 1 (b)", lost.append)
+    sending = threading.Thread(target=link.send, args=({"tokens": "w" * 5_000_000},))
+    sending.start()  # fills what the system keeps for a reader, and waits
+    try:
+        until(lambda: lost)
+        assert "has not answered" in lost[0]
+    finally:
+        theirs.close()
+        sending.join()
+        link.close()
