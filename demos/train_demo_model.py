@@ -70,6 +70,13 @@ def split_stories(text: str) -> list[str]:
     return [story.strip() for story in stories if story.strip()]
 
 
+def hold_back(stories: list[str]) -> tuple[list[str], list[str]]:
+    """Stories to train on, and those that begin in the last twentieth of the text."""
+    ends = itertools.accumulate(map(len, reversed(stories)))
+    n = 1 + sum(end < 0.05 * sum(map(len, stories)) for end in ends)
+    return stories[:-n], stories[-n:]
+
+
 def make_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.normalizer = normalizers.Sequence(
@@ -231,6 +238,18 @@ def train(model, activations, stream, held_out, args) -> dict:
     }
 
 
+def save(model, tokenizer, folder: Path) -> None:
+    """Write the model in float16, with its tokenizer."""
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes a class name that transformers 4 does not know.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="stories, separated by one newline")
@@ -249,11 +268,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     text = args.text.read_text()
-    stories = split_stories(text)
-    # Those that begin in the last twentieth of the text are kept back.
-    ends = itertools.accumulate(map(len, reversed(stories)))
-    n = 1 + sum(end < 0.05 * sum(map(len, stories)) for end in ends)
-    stories, kept_back = stories[:-n], stories[-n:]
+    stories, kept_back = hold_back(split_stories(text))
     tokenizer = make_tokenizer(stories)
     stream = encode(tokenizer, stories)
     held_out = encode(tokenizer, kept_back)
@@ -280,14 +295,7 @@ def main() -> None:
         "sparsity": args.sparsity,
         "seed": args.seed,
     }
-    model.half().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    # transformers 5 writes a class name that transformers 4 does not know.
-    path = args.out / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    (args.out / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
+    save(model, tokenizer, args.out)
     print(json.dumps(report))
 
 
