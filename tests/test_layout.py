@@ -8,7 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mlx_flash"
 # From the bottom up; modules of one row may import each other, but in no circle.
 ROWS = (
-    ("errors", "_version", "memory_size", "arrays", "tables", "progress"),
+    (
+        "errors",
+        "_version",
+        "demo_models",
+        "memory_size",
+        "arrays",
+        "tables",
+        "progress",
+    ),
     ("storage",),
     ("profile",),
     ("memory",),

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import DEMO_MODEL
+from ..demo_models import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
 from ..tracing import PIECE_TOKENS as LENGTH

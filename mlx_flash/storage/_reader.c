@@ -190,7 +190,9 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     PyObject *capsule, *source;
     unsigned long long units, slots;
     long long n;
-    if (!PyArg_ParseTuple(args, "OOKKL", &capsule, &source, &units, &slots, &n))
+    int guess;
+    if (!PyArg_ParseTuple(args, "OOKKLp", &capsule, &source, &units, &slots, &n,
+                          &guess))
         return NULL;
     Reader *r = get_reader(capsule);
     Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
@@ -206,7 +208,8 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
                       (size_t)most * (sizeof(Piece) + sizeof(Job)));
     if (!b)
         return PyErr_NoMemory();
-    *b = (Batch){.source = s, .submitted = submitted, .ended = submitted};
+    *b = (Batch){
+        .source = s, .submitted = submitted, .ended = submitted, .guess = guess};
     b->picks = (Pick *)(b + 1);
     b->pieces = (Piece *)(b->picks + n);
     b->jobs = (Job *)(b->pieces + most);
@@ -286,7 +289,7 @@ static PyMethodDef methods[] = {
     {"move_source", py_move_source, METH_VARARGS,
      "move_source(reader, source, parts, n_slots)"},
     {"submit", py_submit, METH_VARARGS,
-     "submit(reader, source, address of units, of slots, length) -> ticket"},
+     "submit(reader, source, address of units, of slots, length, guess) -> ticket"},
     {"wait", py_wait, METH_VARARGS, "wait(ticket) -> what it read, or what failed"},
     {"drain", py_drain, METH_O, "drain(reader): waits until nothing is in flight"},
     {"close", py_close, METH_O, "close(reader): ends all flights, joins the threads"},

@@ -164,19 +164,25 @@ static int reserve(Reader *r, int64_t jobs, int most)
     return wake;
 }
 
-/* The lock is taken twice per thread and batch, never per read. A batch has ended
-   when it has left the queue, all its jobs claimed, and its last user lets go. */
+static Queue *queue_of(Reader *r, const Batch *b)
+{
+    return b->guess ? &r->guessed : &r->needed;
+}
+
+/* The lock is taken twice per thread and batch, never per read, but where a thread
+   leaves a guess to read what is needed. A batch has ended when it has left the queue,
+   all its jobs claimed, and its last user lets go. */
 void *read_batches(void *arg)
 {
     Reader *r = arg;
     uint8_t *buffer = NULL;
     pthread_mutex_lock(&r->lock);
     for (;;) {
-        while (!r->head && !r->stop) {
+        Batch *b;
+        while (!(b = r->needed.head) && !(b = r->guessed.head) && !r->stop) {
             r->idle++;
             pthread_cond_wait(&r->work, &r->lock);
         }
-        Batch *b = r->head;
         if (!b)
             break; /* stopped, and nothing left in flight to claim */
         b->users++;
@@ -187,7 +193,8 @@ void *read_batches(void *arg)
 
         int64_t i, got;
         int error = 0;
-        while (!error && (i = atomic_fetch_add(&b->claimed, 1)) < b->n_jobs)
+        while (!error && !(b->guess && atomic_load(&r->waiting)) &&
+               (i = atomic_fetch_add(&b->claimed, 1)) < b->n_jobs)
             error = run_job(b, &b->jobs[i], &buffer, &got);
         if (error) /* the batch is lost: leave the rest unread */
             atomic_store(&b->claimed, b->n_jobs);
@@ -198,9 +205,12 @@ void *read_batches(void *arg)
             b->failed = i;
             b->got = got;
         }
-        if (r->head == b)
-            r->head = b->next;
-        if (--b->users == 0) {
+        Queue *queue = queue_of(r, b);
+        int claimed = atomic_load(&b->claimed) >= b->n_jobs;
+        if (claimed && queue->head == b)
+            queue->head = b->next;
+        atomic_store(&r->waiting, r->needed.head != NULL);
+        if (--b->users == 0 && claimed) {
             b->ended = monotonic_s();
             b->done = 1;
             r->in_flight--;
@@ -221,11 +231,13 @@ int queue_batch(Reader *r, Batch *b)
     if (stop) {
         b->done = 1;
     } else if (b->n_jobs) {
-        if (r->head)
-            r->tail->next = b;
+        Queue *queue = queue_of(r, b);
+        if (queue->head)
+            queue->tail->next = b;
         else
-            r->head = b;
-        r->tail = b;
+            queue->head = b;
+        queue->tail = b;
+        atomic_store(&r->waiting, r->needed.head != NULL);
         r->in_flight++;
         wake = reserve(r, 1, 1);
     }

@@ -58,14 +58,20 @@ typedef struct Batch { /* one block of memory, with the arrays that it points to
     atomic_llong claimed;
     /* Under the reader's lock: */
     int users, done, abandoned, error; /* error: an errno or SHORT_READ */
+    int guess;                         /* gives way to batches that are none */
     int64_t failed, got;               /* the job that failed, how far it came */
     double submitted, ended;
 } Batch;
 
+typedef struct { /* in submit order; only the head is being claimed */
+    Batch *head, *tail;
+} Queue;
+
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
-    Batch *head, *tail; /* in submit order; only the head is being claimed */
+    Queue needed, guessed;
+    atomic_int waiting; /* whether jobs of `needed` are left to claim */
     Source *sources;
     int stop, joined, n_threads, idle; /* idle: asleep, and not being woken */
     int64_t in_flight; /* batches that have not ended */

@@ -37,10 +37,11 @@ class NativeReader(Reader):
         _reader.move_source(self._reader, registered, _parts(source), source.n_slots)
         return registered
 
-    def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:
-        return _reader.submit(
-            self._reader, registered, address(units), address(slots), units.size
-        )
+    def _submit(
+        self, registered: Any, units: np.ndarray, slots: np.ndarray, guess: bool
+    ) -> Any:
+        where = address(units), address(slots), units.size
+        return _reader.submit(self._reader, registered, *where, guess)
 
     def _wait(self, handle: Any) -> tuple:
         return _reader.wait(handle)

@@ -50,6 +50,7 @@ class Batch:
     jobs: deque[Job]
     submitted: float
     left: int
+    first: "deque[Batch]"  # whose jobs go before its own
     done: Any = field(default_factory=threading.Lock)
     changes: Any = field(default_factory=threading.Lock)
     bytes_read: int = 0
@@ -68,6 +69,7 @@ class PythonReader(Reader):
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "mlx-flash-reader")
         self._batches: set[Batch] = set()
+        self._needed: deque[Batch] = deque(maxlen=1)  # the last that is no guess
         self._pid = os.getpid()
         self._stop_with(_abandon, self._pool, self._batches)
 
@@ -82,12 +84,18 @@ class PythonReader(Reader):
     def _move(self, registered: Source, source: Source) -> Source:
         return source
 
-    def _submit(self, registered: Source, units: np.ndarray, slots: np.ndarray):
+    def _submit(
+        self, registered: Source, units: np.ndarray, slots: np.ndarray, guess: bool
+    ) -> Batch:
         self._check_process()
         submitted = time.perf_counter()
         _check_ids(registered, units, slots)
         jobs = deque(_jobs(registered, units, slots))
-        batch = Batch(registered, jobs, submitted, len(jobs), ended=submitted)
+        first: deque[Batch] = self._needed if guess else deque()
+        ended = submitted
+        batch = Batch(registered, jobs, submitted, len(jobs), first, ended=ended)
+        if not guess:
+            self._needed.append(batch)
         batch.done.acquire()
         self._batches.add(batch)
         for _ in range(min(self._threads, len(jobs))):
@@ -151,28 +159,35 @@ def _jobs(source: Source, units: np.ndarray, slots: np.ndarray) -> Iterator[Job]
 
 def _work(batch: Batch) -> None:
     """Read jobs of a batch until none is left; runs in a thread of the pool."""
-    while True:
-        try:
-            job = batch.jobs.popleft()
-        except IndexError:
-            return
-        start, asked, got, error = job.offset, job.size, 0, errno.EIO
-        try:
-            start, asked, got = _read(batch.source, job)
-            error = 0 if got >= job.offset + job.size - start else SHORT_READ
-        except OSError as failed:
-            error = failed.errno or error
-        finally:
-            with batch.changes:
-                batch.reads += 1
-                batch.bytes_read += asked
-                batch.left -= 1
-                if error:  # the batch is lost: leave the rest unread
-                    batch.failure = error, job.extent, start, asked, got
-                    batch.left -= _clear(batch.jobs)
-                if not batch.left:
-                    batch.ended = time.perf_counter()
-                    batch.done.release()
+    while (found := _next_job(batch)) is not None:
+        _run(*found)
+
+
+def _next_job(batch: Batch) -> tuple[Batch, Job] | None:
+    for queue in (*tuple(batch.first), batch):
+        with contextlib.suppress(IndexError):
+            return queue, queue.jobs.popleft()
+    return None
+
+
+def _run(batch: Batch, job: Job) -> None:
+    start, asked, got, error = job.offset, job.size, 0, errno.EIO
+    try:
+        start, asked, got = _read(batch.source, job)
+        error = 0 if got >= job.offset + job.size - start else SHORT_READ
+    except OSError as failed:
+        error = failed.errno or error
+    finally:
+        with batch.changes:
+            batch.reads += 1
+            batch.bytes_read += asked
+            batch.left -= 1
+            if error:  # the batch is lost: leave the rest unread
+                batch.failure = error, job.extent, start, asked, got
+                batch.left -= _clear(batch.jobs)
+            if not batch.left:
+                batch.ended = time.perf_counter()
+                batch.done.release()
 
 
 def _clear(jobs: deque[Job]) -> int:
