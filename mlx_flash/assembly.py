@@ -21,9 +21,11 @@ from .checkpoints.in_place import describe_in_place
 from .checkpoints.stock import load_stock
 from .errors import FlashError, reason_of
 from .layers.attention import in_pieces
-from .layers.base import FlashFFN
+from .layers.base import FlashFFN, Guess
+from .layers.foresight import Foresight
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
+from .memory.trial import Trial
 from .models.registry import get_model_classes
 from .storage.layout import dtype_name
 from .storage.manifest import MANIFEST, Layer, Manifest
@@ -55,15 +57,27 @@ class Assembled:
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
 
-    def look_ahead(self) -> None:
-        """Have every layer guess what the next one will need, where that is known."""
+    def look_ahead(
+        self, learned: Sequence[Foresight] = (), trial: Trial | None = None
+    ) -> None:
+        """Have every layer guess what the next one will need, where that is known.
+
+        Args:
+            learned: What to guess by, one for each layer. Without, the next layer's
+                own router or predictor guesses.
+            trial: Says whether guessing pays; None guesses always.
+        """
         modules = dict(self.model.named_modules())
+        guess: Guess | None
         for i, entry in enumerate(self.manifest.layers[1:]):
             layer, following = self.layers[i : i + 2]
-            block = modules[entry.module.rpartition(".")[0]]
-            guess = self.kind.guess_of(layer, block, following)
+            if learned:
+                guess = learned[i].next_units
+            else:
+                block = modules[entry.module.rpartition(".")[0]]
+                guess = self.kind.guess_of(layer, block, following)
             if guess is not None:
-                layer.look_ahead(following, guess)
+                layer.look_ahead(following, guess, trial, first=i == 0)
 
 
 def assemble(folder: Path, predictor: bool = True) -> Assembled:

@@ -21,7 +21,8 @@ class LoadOptions:
             model's positions, fewer where memory is short).
         overlap: Read what a layer lacks while MLX multiplies what is there.
         look_ahead: Read also what the next layer will probably need, judged by this
-            layer's input.
+            layer's input. None does so where `mlx-flash learn` taught how to judge it
+            and tokens come faster with it, which the run finds out.
         page_cache: Let the operating system cache what is read: "on" or True, "off" or
             False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
@@ -50,7 +51,7 @@ class LoadOptions:
     window: int = 4
     context: int | None = None
     overlap: bool = True
-    look_ahead: bool = False
+    look_ahead: bool | None = None
     page_cache: bool | str = "auto"
     native: bool | None = None
     elastic: bool | None = None
@@ -70,7 +71,7 @@ class LoadKeywords(TypedDict, total=False):
     window: int
     context: int | None
     overlap: bool
-    look_ahead: bool
+    look_ahead: bool | None
     page_cache: bool | str
     native: bool | None
     elastic: bool | None

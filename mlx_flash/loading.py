@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from .adapters import adapter_digest, apply_adapter
 from .assembly import Assembled, assemble, can_stream
+from .checkpoints.foresight_file import find_foresight, read_foresight
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
@@ -22,6 +23,8 @@ from .chunks import in_chunks
 from .draft_model import open_draft
 from .errors import FlashError
 from .flash import Flash, Loaded
+from .layers.expert import ExpertFFN
+from .layers.foresight import Foresight
 from .load_options import LoadKeywords, LoadOptions
 from .machines.division import Divide, facts_of
 from .machines.follow import Follower
@@ -34,6 +37,7 @@ from .memory.policies import Lru
 from .memory.pool import Pool
 from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
+from .memory.trial import Trial
 from .progress import Bar
 from .resident import read_weights
 from .sizing import budget_of, needs_of, policy_of
@@ -129,7 +133,8 @@ def _load(
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
-    policy = policy_of(wanted, parts.kind)
+    learned = _learned(parts, folder, wanted)
+    policy = policy_of(wanted, parts.kind, foreseen=bool(learned))
     if divide is not None:
         parts, memory = _share(parts, folder, memory, policy, wanted, divide)
     elif (share := parts.manifest.share) is not None:
@@ -142,6 +147,8 @@ def _load(
     if wanted.adapter_path is not None:
         adapter = apply_adapter(wanted.adapter_path, parts)
         footprint = replace(footprint, adapter_bytes=adapter.nbytes)
+    more = footprint.adapter_bytes + sum(one.nbytes for one in learned)
+    footprint = replace(footprint, adapter_bytes=more)
     least_context = None if wanted.context else LEAST_CONTEXT
     draft = None
     if wanted.draft_model is not None:
@@ -187,14 +194,28 @@ def _load(
             "page cache, so timings are not those of the disk.",
             file=sys.stderr,
         )
+    for layer, one in zip(parts.layers, learned, strict=False):
+        layer.foresee(one)
     if wanted.look_ahead:
-        parts.look_ahead()
+        parts.look_ahead(learned)
+    elif learned and wanted.look_ahead is None:
+        parts.look_ahead(learned, Trial())
     if wanted.elastic or (wanted.elastic is None and str(memory).lower() == "auto"):
         flash.follow_pressure()
     flash.stats.reset()
     parts.model.flash = flash
     in_chunks(parts.model)
     return Loaded((parts.model, parts.config))
+
+
+def _learned(parts: Assembled, folder: Path, options: LoadOptions) -> list[Foresight]:
+    """What was learned of the model, if anything is asked of it; [] without."""
+    path = find_foresight(folder, parts.manifest)
+    if path is None or (options.look_ahead is False and options.policy != "auto"):
+        return []
+    first = parts.layers[0]
+    assert isinstance(first, ExpertFFN)
+    return read_foresight(path, parts.manifest, first.dims)
 
 
 def _share(

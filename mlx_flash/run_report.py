@@ -213,7 +213,8 @@ class RunReport:
             lines += self._draft_lines()
         if self.early_precision is not None:
             lines.append(
-                f"look-ahead  {self.early_precision:.0%} of the guesses were right"
+                f"look-ahead  {self.early_share:.0%} of what had to be read was begun "
+                f"early, {self.early_precision:.0%} of the guesses were right"
             )
         lines += [
             f"memory      {self.peak_memory_bytes / 1e6:.1f} MB at most, budget "

@@ -40,7 +40,7 @@ ROWS = (
         "kv_cache",
         "prompt_cache",
     ),
-    ("inspection", "same_output", "server", "tracing"),
+    ("inspection", "same_output", "server", "tracing", "learning"),
     ("planning", "converters"),
     ("library",),
     ("bench",),

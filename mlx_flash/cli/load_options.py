@@ -24,7 +24,7 @@ class LoadingOptions:
     window: int | None
     trace: str | None
     no_predictor: bool
-    look_ahead: bool
+    look_ahead: bool | None
     draft_model: str | None
     adapter_path: str | None
     page_cache: str
@@ -64,7 +64,8 @@ loading_options = gathered(
             "--policy",
             type=click.Choice(["lru", "lrfu", "window"]),
             help="What stays in memory: what was used last, what was used often and "
-            "lately, or a window.  [default: lrfu for neurons, lru for others]",
+            "lately, or a window.  [default: lrfu, with what mlx-flash learn taught; "
+            "lru for blocks]",
         ),
         click.option(
             "--window",
@@ -83,9 +84,10 @@ loading_options = gathered(
             "--no-predictor", is_flag=True, help="Compute every neuron: exact, slow."
         ),
         click.option(
-            "--look-ahead",
-            is_flag=True,
-            help="Read early what the next layer will need.",
+            "--look-ahead/--no-look-ahead",
+            default=None,
+            help="Read early what the next layer will need.  [default: where mlx-flash "
+            "learn taught what that is, and it pays]",
         ),
         click.option(
             "--draft-model",

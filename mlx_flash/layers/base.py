@@ -17,19 +17,30 @@ from ..errors import FlashError
 from ..memory.fence import evaluate
 from ..memory.footprint import MAX_BATCH
 from ..memory.slots import CLOSED, UnitSlots
+from ..memory.trial import Trial
+from .foresight import Foresight
 from .part import ALL, Part
 
 # x, and how many units each token takes where the kind has such a number → a choice:
 # bool [T, n], or unit ids of any shape.
 Guess = Callable[[mx.array, int], mx.array]
+# x [T, D] of a call, and its choice: unit ids [T, K].
+Watcher = Callable[[mx.array, mx.array], None]
 
 
 @dataclass(frozen=True)
 class LookAhead:
-    """The next layer, and how to guess from this layer's input what it will need."""
+    """The next layer, and how to guess from this layer's input what it will need.
+
+    Attributes:
+        trial: Says whether to guess at all; None where somebody wants it always.
+        first: Whether this layer is the model's first, with which a token begins.
+    """
 
     layer: FlashFFN
     guess: Guess
+    trial: Trial | None = None
+    first: bool = False
 
 
 class FlashFFN(nn.Module):
@@ -49,11 +60,14 @@ class FlashFFN(nn.Module):
     apart = 0.0
     batch_tokens = MAX_BATCH
     part: Part = ALL
+    foresight: Foresight | None
 
     def __init__(self) -> None:
         super().__init__()
         self._slots: UnitSlots | None = None
         self._ahead: LookAhead | None = None
+        self._watcher: Watcher | None = None
+        hide(self, "foresight", None)
 
     @property
     def slots(self) -> UnitSlots:
@@ -85,14 +99,42 @@ class FlashFFN(nn.Module):
             self._slots.close()
             self._slots = None
 
-    def look_ahead(self, layer: FlashFFN, guess: Guess) -> None:
-        """Begin to read what `layer`, the next one, will need by the `guess` of it."""
-        self._ahead = LookAhead(layer, guess)
+    def look_ahead(
+        self,
+        layer: FlashFFN,
+        guess: Guess,
+        trial: Trial | None = None,
+        first: bool = False,
+    ) -> None:
+        """Begin to read what `layer`, the next one, will need by the `guess` of it.
+
+        `trial` and `first` are those of `LookAhead`.
+        """
+        self._ahead = LookAhead(layer, guess, trial, first)
+
+    def foresee(self, foresight: Foresight) -> None:
+        """Tell the policy from now on which units will be wanted soon."""
+        hide(self, "foresight", foresight)
+
+    def expected(self, x: mx.array) -> mx.array | None:
+        """What `foresight` expects of the tokens after x [T, D]; lazy."""
+        if self.foresight is None or self.part.shared:
+            return None
+        return self.foresight.expected(x)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have `watcher` told of every call's input and of what it chose."""
+        self._watcher = watcher
 
     def guess_next(self, x: mx.array, per_token: int = 0) -> mx.array | None:
         """The choice that the next layer would make if its input were x; lazy."""
         if self._ahead is None:
             return None
+        if (trial := self._ahead.trial) is not None:
+            if self._ahead.first:
+                trial.next_token()
+            if not trial.on:
+                return None
         slots = self._ahead.layer._slots
         if slots is None or slots.holds_all:
             return None

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..memory.footprint import Shapes
+from ..memory.policies import Lrfu
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
 from .base import FlashFFN, Guess
@@ -32,6 +33,7 @@ class UnitKind:
     Attributes:
         name: As the manifest and the figures call it.
         policy: What stays in memory unless somebody chooses: "lru" or "lrfu".
+        half_life: Tokens in which LRFU forgets half of a use.
         activation: What the manifest says of the non-linearity where nothing is known.
         same_dtypes: Whether bundles have the model's dtype, whatever they came from.
         gathered: The largest share of a layer's slots that a step may copy, to have
@@ -42,6 +44,7 @@ class UnitKind:
 
     name: str
     policy = "lru"
+    half_life = Lrfu.HALF_LIFE
     activation = "module"
     same_dtypes = False
     gathered = 0.0
@@ -193,6 +196,10 @@ class Experts(UnitKind):
     """A mixture of experts; a unit is all projections of one of them."""
 
     name = "expert"
+    # On the demo mixture it hits 4 to 7 points more than LRU does, with 64 tokens a
+    # point more than with 16.
+    policy = "lrfu"
+    half_life = 64
     activation = "switch"
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:

@@ -85,16 +85,21 @@ class SlotCache:
         self.policy.use(self, units)
         slots = self.slot_of[units]
         self._marks[slots] = self.now  # what this step needs is not evicted
-        absent = np.flatnonzero(slots == EMPTY)
+        present = slots != EMPTY
+        absent = np.flatnonzero(~present)
         missing = units[absent]
         room = len(self.unit_of) - len(units) + len(missing)
         if len(missing) > room:
             yield from self._sweep(units, slots, keep)
-        elif 0 < len(missing) < len(units) <= self.apart * len(self.unit_of):
-            taken, none = self._assign(missing), missing[:0]
-            present = slots != EMPTY
-            yield Wave(units[present], slots[present], none, none, ahead=True)
-            yield Wave(missing, taken, missing, taken)
+            return
+        # What is under way on a guess comes as late as what is missing.
+        there = present & self.valid[slots]
+        count, none = int(there.sum()), missing[:0]
+        apart = len(units) <= self.apart * len(self.unit_of)
+        if apart and 0 < count < len(units):
+            taken = slots[absent] = self._assign(missing)
+            yield Wave(units[there], slots[there], none, none, ahead=True)
+            yield Wave(units[~there], slots[~there], missing, taken)
         else:
             taken = slots[absent] = self._assign(missing)
             yield Wave(units, slots, missing, taken)

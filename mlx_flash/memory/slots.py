@@ -26,8 +26,9 @@ from .stats import Stats
 CLOSED = "This model was closed. Load it again to use it."
 
 Total = TypeVar("Total")
-# Told of every step: the units it asks for, its tokens, the units it wants kept.
-Listener = Callable[[np.ndarray, int, np.ndarray | None], None]
+# Told of every step: the units it asks for, its tokens, the units it wants kept, and
+# how soon each unit of the layer is expected.
+Listener = Callable[[np.ndarray, int, np.ndarray | None, np.ndarray | None], None]
 
 
 class UnitSlots:
@@ -154,6 +155,7 @@ class UnitSlots:
         keep: np.ndarray | None = None,
         meanwhile: Callable[[], None] | None = None,
         finish: Callable[[Total], Any] | None = None,
+        soon: np.ndarray | None = None,
     ) -> Any:
         """Bring `units` in waves, and fold `multiply` over the waves.
 
@@ -164,6 +166,7 @@ class UnitSlots:
                 from slots so far. The next wave is read meanwhile where slots allow it.
             tokens, keep: As `SlotCache.waves` takes them.
             meanwhile: Called once, when the first wave is there.
+            soon: How soon each unit of the layer is expected, as the policy takes it.
             finish: The last total → what is made of all of it, and returned. The total
                 itself can go then: a model holds nothing but the latest result.
 
@@ -177,12 +180,16 @@ class UnitSlots:
             if self._closed:
                 raise FlashError(CLOSED)
             if self.listener is not None:
-                self.listener(units, tokens, keep)
+                self.listener(units, tokens, keep, soon)
             self.asked.count(units)
             self._begin_step()
-            self._finish_early(units)
+            if self._early is not None:
+                self._early = self._early.counted(units, self.stats)
+            if soon is not None:
+                self.cache.policy.expect(soon)
             waves = self.cache.waves(units, tokens, keep)
             result = self._fold(waves, multiply, meanwhile)
+            self._finish_early()  # what was guessed wrongly
             if finish is not None and result is not None:
                 result = finish(result)
             self._fence.hold(result, self._owner)
@@ -239,7 +246,7 @@ class UnitSlots:
             missing, slots = self.cache.early(units.astype(np.intp, copy=False))
             self.stats.cache_s += time.perf_counter() - since
             if len(missing):
-                ticket = self._reader.submit(self._source, missing, slots)
+                ticket = self._reader.submit(self._source, missing, slots, guess=True)
                 self._early = Early(missing, slots, ticket)
             self._in_step = False
 
@@ -259,11 +266,15 @@ class UnitSlots:
             self._reader.move_source(self._source, self._held.views)
         self._in_step = True
 
-    def _finish_early(self, units: np.ndarray) -> None:
-        """Wait for what `read_early` began, and count what of it `units` needs."""
-        early, self._early = self._early, None
-        if early is not None:
-            early.finish(units, self._reader, self._held, self.files, self.stats)
+    def _finish_early(self, slots: np.ndarray | None = None) -> None:
+        """Wait for what `read_early` began, if it reads into some of `slots`."""
+        early = self._early
+        if early is None or not (slots is None or early.uses(slots)):
+            return
+        self._early = None
+        since = time.perf_counter()
+        early.finish(self._reader, self._source, self._held, self.files, self.stats)
+        self.stats.io_s += time.perf_counter() - since
 
     def _submit_next(
         self, waves: Iterator[Wave], total: object
@@ -282,6 +293,7 @@ class UnitSlots:
             stats.waits_for_slots += 1
         if not len(wave.missing):
             return wave, None
+        self._finish_early(wave.missing_slots)  # one slot is not read into twice
         self._fence.settle(self._owner)
         since = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
@@ -289,7 +301,8 @@ class UnitSlots:
         return wave, ticket
 
     def _await(self, wave: Wave, ticket: Ticket | None) -> None:
-        """Wait for a wave's reads. Nothing else makes a slot VALID."""
+        """Wait for a wave's reads, also for those that were begun on a guess."""
+        self._finish_early(wave.slots)
         if ticket is None:
             return
         since = time.perf_counter()
