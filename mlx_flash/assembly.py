@@ -28,7 +28,7 @@ from .models.registry import get_model_classes
 from .storage.layout import dtype_name
 from .storage.manifest import MANIFEST, Layer, Manifest
 from .storage.manifest_reading import read_manifest
-from .storage.source import Extent, bundle_extent
+from .storage.extents import Region, bundle_extent
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Assembled:
     manifest: Manifest
     kind: UnitKind
     layers: list[FlashFFN]
-    extents: list[list[Extent]]
+    extents: list[list[Region]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
 

@@ -11,7 +11,7 @@ from ..layers.kinds import EXPERT
 from ..storage.layout import lay_out
 from ..storage.manifest import Manifest
 from ..storage.safetensors import DTYPES
-from ..storage.source import Extent
+from ..storage.extents import Extent
 from .stock import Stock
 from .weight_format import layer_of, manifest_of
 

@@ -44,7 +44,7 @@ from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
 from mlx_flash.storage.manifest_reading import read_manifest
 from mlx_flash.storage.reader import open_reader
-from mlx_flash.storage.source import bundle_extent
+from mlx_flash.storage.extents import bundle_extent
 
 # ------------------------------------------------------------- one switch layer
 
