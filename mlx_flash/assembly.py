@@ -121,7 +121,9 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     in_pieces(model)
     layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
-    extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
+    extents: list[list[Region]] = [
+        [bundle_extent(layer, folder)] for layer in manifest.layers
+    ]
     kind = kind_of(manifest)
     return Assembled(model, config, manifest, kind, layers, extents, shapes)
 
