@@ -41,7 +41,7 @@ class TensorCutter(Cutter):
         self._model = stock.model
         self.dtype = job.options.dtype or stock.dtype()
         self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
-        stock.raw.clear()  # it would keep all that is ever evaluated
+        stock.forget()
         self.modules = kind.find(self._model)
         if job.options.packing:
             _quantize(self.modules, job.options.packing, job.source.name)

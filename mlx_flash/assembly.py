@@ -25,10 +25,10 @@ from .layers.base import FlashFFN
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
+from .storage.extents import Region, bundle_extent
 from .storage.layout import dtype_name
 from .storage.manifest import MANIFEST, Layer, Manifest
 from .storage.manifest_reading import read_manifest
-from .storage.extents import Region, bundle_extent
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 mlx-lm's own loader builds the model, renames and quantises; arrays are not read until
 they are evaluated. An expert tensor that reached the model as it came from the file can
-be streamed from there; one that was stacked or transposed on the way cannot.
+be streamed from there. `origins.py` follows one that was stacked or split on the way.
 """
 
 import contextlib
 import glob
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
 from ..storage.open_files import allow_open_files
 from ..storage.safetensors import read_header
-from .config import read_config
+from .config import make_model, read_config
 from .weight_format import main_dtype
 
 
@@ -38,14 +38,28 @@ class Place:
 class Stock:
     """A checkpoint as mlx-lm loads it, nothing evaluated.
 
-    `raw` are the tensors as the files name them, `places` where each of these lies.
+    Attributes:
+        raw: The tensors as the files name them.
+        made: What mlx-lm's `sanitize` made of these, under the model's names.
+        places: Where each tensor of `raw` lies.
     """
 
     folder: Path
     model: nn.Module
     config: dict
     raw: dict[str, mx.array]
+    made: dict[str, mx.array]
     places: dict[str, Place]
+
+    def forget(self) -> None:
+        """Let go of all tensors, which would keep whatever is evaluated of them."""
+        self.raw.clear()
+        self.made.clear()
+
+    def sanitizer(self) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+        """What mlx-lm made `made` by, of a model of its own: this one may be packed."""
+        config = read_config(self.folder)
+        return make_model(*get_model_classes(config), config, self.folder).sanitize
 
     def place(self, array: mx.array) -> Place | None:
         """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
@@ -72,6 +86,7 @@ def load_stock(folder: Path) -> Stock:
     places = _places(folder)
     allow_open_files(len({place.file for place in places.values()}))
     raw: dict[str, mx.array] = {}
+    made: dict[str, mx.array] = {}
 
     def watched(config: dict) -> tuple[Any, type]:
         model_class, args_class = get_model_classes(config)
@@ -82,7 +97,9 @@ def load_stock(folder: Path) -> Stock:
 
             def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 raw.update(weights)
-                return inherited(weights)
+                result = inherited(weights)
+                made.update(result)
+                return result
 
             model.sanitize = sanitize
             return model
@@ -102,7 +119,7 @@ def load_stock(folder: Path) -> Stock:
             "Check config.json and the checkpoint's shards, or update mlx-lm."
         ) from error
     del model.sanitize  # which holds the model: neither would go before a collection
-    return Stock(folder, model, config, raw, places)
+    return Stock(folder, model, config, raw, made, places)
 
 
 @contextlib.contextmanager

@@ -101,22 +101,6 @@ def indexed_names(folder: Path) -> set[str]:
         return set()
 
 
-def has_experts_apart(folder: Path) -> bool:
-    """Whether a checkpoint's experts are tensors of their own: `.experts.0.…`.
-
-    They have to be brought together before they can be read as they lie.
-    """
-    names = indexed_names(folder)
-    if not names:
-        names = set(header_tensors(sorted(folder.glob("model*.safetensors"))))
-    return apart(names)
-
-
-def apart(names: Iterable[str]) -> bool:
-    """The same by the names of the tensors."""
-    return any(".experts.0." in name for name in names)
-
-
 def named_dtype(config: dict) -> str | None:
     """The float dtype that config.json names for the weights."""
     text = config.get("text_config") or {}

@@ -13,7 +13,13 @@ import mlx.nn as nn
 from ..assembly import empty_model, shapes_of
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
-from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
+from ..checkpoints.hub import (
+    find_config,
+    has_weights,
+    remote_tensors,
+    weight_sizes,
+)
+from ..checkpoints.in_place import runs_in_place
 from ..checkpoints.units import find_units
 from ..layers.kinds import EXPERT, NEURON
 from ..layers.predictor import Predictor, default_rank, possible_bits
@@ -95,7 +101,9 @@ def _of_checkpoint(
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
-    in_place = kind is EXPERT and not weight_format.apart(names)
+    # Of what is on the hub, only loading it will tell how it holds its experts.
+    here = has_weights(folder)
+    in_place = kind is EXPERT and (not here or runs_in_place(folder))
     return Outline(
         kind="checkpoint",
         model=model,
