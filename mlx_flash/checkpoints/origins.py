@@ -1,7 +1,7 @@
 """Where the bytes of an array come from that mlx-lm made out of a checkpoint's tensors.
 
-Each model of mlx-lm renames, stacks and splits tensors in its own `sanitize`. Nothing of
-that is known here: MLX writes down what `sanitize` did, and what only moved bytes is
+Each model of mlx-lm renames, stacks and splits tensors in its own `sanitize`. Nothing
+of that is known here: MLX writes down what `sanitize` did, and what only moved bytes is
 followed back to the tensor that holds them. What came out is tried on small tensors
 before it is believed.
 """
