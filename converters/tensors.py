@@ -13,11 +13,12 @@ import mlx.nn as nn
 
 from ..arrays import parameters
 from ..checkpoints.stock import load_stock
+from ..checkpoints.weight_format import packing_of
 from ..errors import FlashError
 from ..layers.kinds import UnitKind
 from .arrays import finite, release
 from .conversion import Cutter, Job
-from .resident import packing_of, quantize_modules
+from .resident import quantize_modules
 
 PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 
