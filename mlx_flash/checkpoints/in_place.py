@@ -83,7 +83,6 @@ def _values(stock: Stock, arrays: dict[str, mx.array]) -> dict[str, Value]:
     Raises:
         NotInPlace: If the bytes of an expert's part do not lie side by side there.
     """
-    raw_names = {id(array): name for name, array in stock.raw.items()}
     made_names = {id(array): name for name, array in stock.made.items()}
     values: dict[str, Value] = {}
     moved: dict[str, str] = {}  # by the names that mlx-lm has for them
@@ -92,7 +91,7 @@ def _values(stock: Stock, arrays: dict[str, mx.array]) -> dict[str, Value]:
         for name, array in arrays.items():
             if dtype_name(array.dtype) not in DTYPES:
                 raise Unreadable(f"its dtype is {dtype_name(array.dtype)}")
-            tensor = raw_names.get(id(array))
+            tensor = stock.tensor(array)
             if tensor is not None and stock.places[tensor].bytes == array.nbytes:
                 values[name] = (whole(tensor, array.shape, array.dtype.size),)
             elif id(array) in made_names:

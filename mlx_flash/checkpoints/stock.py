@@ -10,6 +10,7 @@ import glob
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,20 @@ class Stock:
         """Let go of all tensors, which would keep whatever is evaluated of them."""
         self.raw.clear()
         self.made.clear()
+        self._names.clear()
 
     def sanitizer(self) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
         """What mlx-lm made `made` by, of a model of its own: this one may be packed."""
         config = read_config(self.folder)
         return make_model(*get_model_classes(config), config, self.folder).sanitize
 
-    def place(self, array: mx.array) -> Place | None:
-        """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
-        names = (name for name, raw in self.raw.items() if raw is array)
-        return self.places.get(next(names, ""))
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(array): name for name, array in self.raw.items()}
+
+    def tensor(self, array: mx.array) -> str | None:
+        """The tensor that `array` is, None if mlx-lm made it out of what files hold."""
+        return self._names.get(id(array))
 
     def dtype(self) -> str:
         """The dtype of most unquantised values: what the model computes in."""
