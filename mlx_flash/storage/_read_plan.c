@@ -7,6 +7,9 @@
 
 #include <stdlib.h>
 
+/* As calls, planning takes half as long again (2,048 neurons: 66 µs, not 45). */
+#define INLINED static inline __attribute__((always_inline))
+
 static int by_unit(const void *a, const void *b)
 {
     int64_t x = ((const Pick *)a)->unit, y = ((const Pick *)b)->unit;
@@ -23,8 +26,8 @@ void sort_picks(Batch *b, int64_t n) { qsort(b->picks, (size_t)n, sizeof(Pick), 
 
 /* Adds a piece to the last job if one read may serve both, else opens a new job.
    `gap` is how many unwanted bytes, beyond alignment, are worth reading over. */
-static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
-                      int64_t gap)
+INLINED void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
+                       int64_t gap)
 {
     int64_t start = floor_to(piece.offset, e->align);
     int64_t end = ceil_to(piece.offset + piece.bytes, e->align);
@@ -54,8 +57,8 @@ static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
 
 /* Adds a part of a unit; large ones are cut at a page of the file. Returns the index
    of the next piece. */
-static int32_t add_part(Batch *b, const Extent *e, Piece part, int32_t index,
-                        int64_t gap)
+INLINED int32_t add_part(Batch *b, const Extent *e, Piece part, int32_t index,
+                         int64_t gap)
 {
     int64_t at = part.offset, stop = at + part.bytes;
     while (at < stop) {
