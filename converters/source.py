@@ -21,7 +21,7 @@ from ..checkpoints.weight_format import (
     packing_of,
     quantize,
 )
-from ..errors import FlashError
+from ..errors import FlashError, reason_of
 from ..layers.projections import PACKED, unpack
 from ..models.registry import get_model_classes
 from ..storage.identity import identity
@@ -86,8 +86,23 @@ class Source:
         found = self.config.get("quantization")
         if not found or self.files[0].suffix == ".bin":
             return {}
+        file = self.folder / "config.json"
+        if not isinstance(found, dict) or not {"group_size", "bits"} <= found.keys():
+            raise FlashError(
+                f"{file}: quantization has no group_size or no bits. Copy the original "
+                "file again."
+            )
+        names = set(self.stored())
+        if not any(name.endswith(".scales") for name in names):
+            return {}
         model = self.make_model()
-        quantize(model, found, set(self.stored()))
+        try:
+            quantize(model, found, names)
+        except Exception as error:  # MLX's, of sizes and modes that are none
+            raise FlashError(
+                f"{file}: its quantization is not possible: {reason_of(error)}. Copy "
+                "the original file again."
+            ) from error
         return packing_of(model)
 
     def weights(self) -> dict[str, mx.array]:
@@ -96,7 +111,13 @@ class Source:
         for path, how in self.packing.items():
             names = {k: f"{path}.{k}" for k in PACKED if f"{path}.{k}" in weights}
             arrays = {key: weights.pop(name) for key, name in names.items()}
-            weights[f"{path}.weight"] = unpack(arrays, how)
+            try:
+                weights[f"{path}.weight"] = unpack(arrays, how)
+            except (ValueError, KeyError) as error:
+                raise FlashError(
+                    f"{self.name}: {path} is not packed as config.json says: "
+                    f"{reason_of(error)}. Download the checkpoint again."
+                ) from error
         return weights
 
     def stored(self) -> dict[str, mx.array]:

@@ -195,3 +195,24 @@ def test_widths_that_are_no_whole_groups(tmp_path):
         down.weight = through(down.weight, how)
     assert_parity(flash, reference, tolerance=1e-5)
     assert np.isfinite(np.array(reference(mx.array([[1]])))).all()
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"bits": 4}, "group_size"),
+        ([4], "group_size"),
+        (FOUR | {"bits": 9}, "config.json"),
+        (FOUR | {"bits": 8}, "is not packed as config.json says"),
+        (FOUR | {"mode": "none"}, "config.json"),
+        (FOUR | {"group_size": "many"}, "config.json"),
+    ],
+)
+def test_a_config_that_lies_about_the_packing(tmp_path, change, word):
+    checkpoint, _ = write_packed(tmp_path, "nemotron", FOUR)
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text()) | {"quantization": change}
+    file.write_text(json.dumps(config))
+    with pytest.raises(FlashError, match=word):
+        mlx_flash.convert(checkpoint, tmp_path / "flash", rank=0, progress=False)
+    assert not (tmp_path / "flash").exists()
