@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as mlx_load_model
 from published import (
@@ -88,6 +89,27 @@ def test_gates_and_ups_in_one_tensor_are_one_read(tmp_path):
     assert both.stride == sum(size for _, _, size in both.parts)
 
 
+def test_gates_and_ups_in_one_tensor_for_each_expert(tmp_path, monkeypatch):
+    """No family of mlx-lm's has it: parts that begin within tensors of their own."""
+    real = qwen3_moe.Model.sanitize
+
+    def sanitize(self, weights):
+        for name in [n for n in weights if "gate_up_proj" in n]:
+            gate, up = mx.split(weights.pop(name), 2, axis=0)
+            weights[name.replace("gate_up_proj", "gate_proj")] = gate
+            weights[name.replace("gate_up_proj", "up_proj")] = up
+        return real(self, weights)
+
+    monkeypatch.setattr(qwen3_moe.Model, "sanitize", sanitize)
+    config, weights = published_weights("qwen3_moe")
+    published = MLP(weights)
+    for name in [n for n in published if ".experts." in n and "gate_proj" in n]:
+        up = published.pop(name.replace("gate_proj", "up_proj"))
+        both = mx.concatenate([published.pop(name), up])
+        published[name.replace("gate_proj", "gate_up_proj")] = both
+    check_parity(save(tmp_path / "model", config, published))
+
+
 @pytest.mark.parametrize("family", ELSEWHERE)
 def test_experts_that_are_no_runs_of_bytes_say_why(family, tmp_path):
     lay_out, why = ELSEWHERE[family]
@@ -166,8 +188,6 @@ def test_a_trace_that_is_wrong_is_found_before_it_is_believed(tmp_path, monkeypa
 
 
 def test_a_sanitize_that_looks_at_values_is_not_followed(tmp_path, monkeypatch):
-    from mlx_lm.models import qwen3_moe
-
     folder = write_published(tmp_path / "model", "qwen3_moe", MLP)
     real = qwen3_moe.Model.sanitize
 
