@@ -95,7 +95,7 @@ def _fill(
     """Write the flash folder in the work folder, all of it or what is missing."""
     kind, reason = choose(source, asked.unit)
     asked.check_used(kind.name, source.name)
-    if kind is NEURON and asked.dtype is None:
+    if kind is NEURON and asked.dtype is None and not source.packing:
         asked = dataclasses.replace(asked, dtype=source.dtype())
     job = Job(source, work, asked, portion)
     # MLX keeps freed memory for reuse; a conversion would rather not hold it.

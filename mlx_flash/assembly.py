@@ -27,10 +27,10 @@ from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
 from .memory.trial import Trial
 from .models.registry import get_model_classes
+from .storage.extents import Region, bundle_extent
 from .storage.layout import dtype_name
 from .storage.manifest import MANIFEST, Layer, Manifest
 from .storage.manifest_reading import read_manifest
-from .storage.source import Extent, bundle_extent
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Assembled:
     manifest: Manifest
     kind: UnitKind
     layers: list[FlashFFN]
-    extents: list[list[Extent]]
+    extents: list[list[Region]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
 
@@ -135,7 +135,9 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     in_pieces(model)
     layers = _exchange(model, manifest, predictor, folder)
     _load_resident(model, manifest, predictor, folder)
-    extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
+    extents: list[list[Region]] = [
+        [bundle_extent(layer, folder)] for layer in manifest.layers
+    ]
     kind = kind_of(manifest)
     return Assembled(model, config, manifest, kind, layers, extents, shapes)
 

@@ -21,7 +21,15 @@ from .expert import ExpertFFN, switch_layers, switch_parts
 from .lookahead import router_guess
 from .neuron import NeuronFFN
 from .predictor import Predictor
-from .projections import known_projections, neuron_rows, pack, packing, projections
+from .projections import (
+    by_neuron,
+    count_neurons,
+    known_projections,
+    neuron_parts,
+    pack,
+    packing,
+    projections,
+)
 
 # The least that a layer of neurons works with is one slot for so many of them.
 NEURONS_PER_SLOT = 64
@@ -135,7 +143,7 @@ class UnitKind:
 
 
 class Neurons(UnitKind):
-    """An FFN with exact zeros; a unit is one row of each projection."""
+    """An FFN with exact zeros; a unit is the rows of one neuron."""
 
     name = "neuron"
     # On the demo model it hits 3 to 5 points more than LRU does.
@@ -143,12 +151,8 @@ class Neurons(UnitKind):
     same_dtypes = True
     gathered = 0.5
 
-    def arrays(self, module: nn.Module) -> dict[str, mx.array]:
-        return {f"{name}.weight": module[name].weight for name in neuron_rows(module)}
-
     def split(self, module: nn.Module) -> dict[str, mx.array]:
-        rows = neuron_rows(module).items()
-        return {f"{name}.weight": weight for name, weight in rows}
+        return neuron_parts(module)
 
     def parts(
         self, module: nn.Module, units: int, dtype: mx.Dtype
@@ -157,15 +161,18 @@ class Neurons(UnitKind):
         if (names := projections(module)) is None:
             return {}
         ins, out = names
-        neurons, dims = len(module[ins[0]].weight), len(module[out].weight)
-        if units != neurons:
+        if units != count_neurons(module[out]):
             return {}
         # Nothing evaluates these: it is their shapes that are asked for.
-        rows = mx.zeros((neurons, dims), dtype)
+        dims = len(module[out].weight)
+        rows = {out: mx.zeros((units, dims), dtype)}
+        for name in ins:
+            whole = mx.zeros((len(module[name].weight), dims), dtype)
+            rows[name] = by_neuron(module, name, whole)
         return {
             f"{name}.{key}": array
             for name in (*ins, out)
-            for key, array in pack(rows, packing(module[name])).items()
+            for key, array in pack(rows[name], packing(module[name])).items()
         }
 
     def make(self, module: nn.Module, layer: Layer, predictor: bool) -> NeuronFFN:

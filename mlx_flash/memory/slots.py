@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
-from ..storage.reader import Extent, Reader, Ticket
+from ..storage.reader import Reader, Region, Ticket
 from .asked import Asked
 from .early import Early
 from .fence import Fence, begin, evaluate
@@ -47,7 +47,7 @@ class UnitSlots:
     def __init__(
         self,
         layer: Layer,
-        extents: Sequence[Extent],
+        extents: Sequence[Region],
         n_slots: int,
         policy: Lru,
         reader: Reader,

@@ -84,7 +84,6 @@ static PyObject *py_create(PyObject *Py_UNUSED(self), PyObject *args)
     PyObject *capsule = PyCapsule_New(r, "reader", free_reader);
     if (!capsule)
         return NULL;
-
     if ((error = start_threads(r, threads))) {
         Py_DECREF(capsule);
         errno = error;
@@ -205,7 +204,8 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     }
     double submitted = monotonic_s();
     Batch *b = malloc(sizeof *b + (size_t)n * sizeof(Pick) +
-                      (size_t)most * (sizeof(Piece) + sizeof(Job)));
+                      (size_t)most * (sizeof(Piece) + sizeof(Job)) +
+                      (size_t)(n * s->n_parts) * sizeof(Piece));
     if (!b)
         return PyErr_NoMemory();
     *b = (Batch){
@@ -213,6 +213,7 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     b->picks = (Pick *)(b + 1);
     b->pieces = (Piece *)(b->picks + n);
     b->jobs = (Job *)(b->pieces + most);
+    b->places = (Piece *)(b->jobs + most);
     const int64_t *from = (int64_t *)(uintptr_t)units;
     const int64_t *to = (int64_t *)(uintptr_t)slots;
     if (!check_picks(b, s, from, to, n)) {
@@ -221,7 +222,6 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     }
     plan_reads(b, n, r->max_gap);
     b->done = b->n_jobs == 0;
-
     PyObject *ticket = PyCapsule_New(b, "ticket", NULL);
     if (!ticket || PyCapsule_SetContext(ticket, capsule) ||
         PyCapsule_SetDestructor(ticket, free_ticket)) {

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import FlashError
-from .source import Extent, OpenFiles, Source, make_source, move_source
+from .extents import Region
+from .source import OpenFiles, Source, make_source, move_source
 
 SHORT_READ = -1  # beside the errnos: the file ends too early
 
@@ -63,7 +64,7 @@ class Reader:
 
     def add_source(
         self,
-        extents: Sequence[Extent],
+        extents: Sequence[Region],
         slots: Sequence[np.ndarray],
         n_units: int,
         stored: np.ndarray | None = None,
