@@ -72,7 +72,7 @@ class Assembled:
         for i, entry in enumerate(self.manifest.layers[1:]):
             layer, following = self.layers[i : i + 2]
             if learned:
-                guess = learned[i].next_units
+                guess = learned[i].next_scores
             else:
                 block = modules[entry.module.rpartition(".")[0]]
                 guess = self.kind.guess_of(layer, block, following)

@@ -178,7 +178,7 @@ def _fit_ahead(
     rest, truth = mx.array(x[fit.stop :]), marks[fit.stop :]
     cut = _cut_for_precision(np.array(one.ahead(rest)), truth)
     one.ahead.bias = one.ahead.bias - cut
-    guess = np.array(one.next_units(rest))
+    guess = np.array(one.next_scores(rest)) > 0
     both = (guess & truth).sum()
     return float(both / max(guess.sum(), 1)), float(both / max(truth.sum(), 1))
 

@@ -109,6 +109,7 @@ class RunReport:
     read_gb_per_s: float | None = None
     read_hidden_share: float | None = None
     early_precision: float | None = None
+    early_share: float | None = None
     hit_rate: float | None = None
     waits_per_token: float | None = None
     predictor_recall: float | None = None
@@ -189,6 +190,7 @@ class RunReport:
         self.read_gb_per_s = decode.read_gb_per_s
         self.read_hidden_share = decode.read_hidden_share
         self.early_precision = decode.early_precision
+        self.early_share = decode.early_share
         self.hit_rate = decode.hit_rate
         self.waits_per_token = decode.waits / steps
 
@@ -211,7 +213,7 @@ class RunReport:
             lines += self._decoding_lines()
         if self.draft_acceptance is not None:
             lines += self._draft_lines()
-        if self.early_precision is not None:
+        if self.early_precision is not None and self.early_share is not None:
             lines.append(
                 f"look-ahead  {self.early_share:.0%} of what had to be read was begun "
                 f"early, {self.early_precision:.0%} of the guesses were right"

@@ -22,7 +22,7 @@ from .foresight import Foresight
 from .part import ALL, Part
 
 # x, and how many units each token takes where the kind has such a number → a choice:
-# bool [T, n], or unit ids of any shape.
+# bool [T, n], float32 scores [T, n], or unit ids of any shape.
 Guess = Callable[[mx.array, int], mx.array]
 # x [T, D] of a call, and its choice: unit ids [T, K].
 Watcher = Callable[[mx.array, mx.array], None]
@@ -144,18 +144,25 @@ class FlashFFN(nn.Module):
         """Begin to read what an evaluated guess names."""
         if guess is None or self._ahead is None:
             return
-        slots = self._ahead.layer.slots
-        units = self._ahead.layer.part.here(chosen_units(guess))
-        slots.read_early(units[units < slots.units])
+        layer = self._ahead.layer
+        units = layer.part.here(chosen_units(guess))
+        units = units[units < layer.slots.units]
+        likely = None
+        if mx.issubdtype(guess.dtype, mx.floating) and not layer.part.shared:
+            likely = 1 / (1 + np.exp(-np.asarray(guess).max(axis=0)))
+        layer.slots.read_early(units, likely)
 
 
 def chosen_units(choice: mx.array) -> np.ndarray:
     """The unit ids, sorted and unique, that an evaluated choice names.
 
     Args:
-        choice: bool [T, n], or ids of any shape.
+        choice: bool [T, n], scores [T, n] that are above zero for those that are
+            meant, or ids of any shape.
     """
     named = np.asarray(choice)
+    if np.issubdtype(named.dtype, np.floating):
+        named = named > 0
     if named.dtype == bool:
         return np.flatnonzero(named.any(axis=0))
     return np.unique(named).astype(np.intp)

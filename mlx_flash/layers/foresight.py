@@ -36,10 +36,11 @@ class Foresight(nn.Module):
         """What its arrays take."""
         return sum(array.nbytes for array in parameters(self).values())
 
-    def next_units(self, x: mx.array, per_token: int = 0) -> mx.array:
-        """bool [T, m]: what the next layer will probably choose for x [T, D]."""
+    def next_scores(self, x: mx.array, per_token: int = 0) -> mx.array:
+        """[T, m]: above zero where the next layer will probably choose a unit for x
+        [T, D]."""
         assert self.ahead is not None
-        return self.ahead(x.astype(mx.float32)) > 0
+        return self.ahead(x.astype(mx.float32))
 
     def expected(self, x: mx.array) -> mx.array:
         """[n]: how soon units will be wanted after the last of x [T, D]."""

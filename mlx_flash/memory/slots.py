@@ -227,7 +227,7 @@ class UnitSlots:
         evaluate(*choices)
         self.stats.waits += 1
 
-    def read_early(self, units: np.ndarray) -> None:
+    def read_early(self, units: np.ndarray, likely: np.ndarray | None = None) -> None:
         """Begin to read what the next step will probably ask for.
 
         A wrong guess costs reads and slots, never correctness; so does a failed read,
@@ -235,6 +235,8 @@ class UnitSlots:
 
         Args:
             units: int array of unit ids, sorted, unique.
+            likely: How likely it will ask for each unit of the layer: what is less
+                likely makes room first.
         """
         with self._fence.lock:
             busy = self._early is not None or self._in_step
@@ -243,7 +245,7 @@ class UnitSlots:
             self._in_step = True
             self._fence.settle(self._owner)
             since = time.perf_counter()
-            missing, slots = self.cache.early(units.astype(np.intp, copy=False))
+            missing, slots = self.cache.early(units.astype(np.intp, copy=False), likely)
             self.stats.cache_s += time.perf_counter() - since
             if len(missing):
                 ticket = self._reader.submit(self._source, missing, slots, guess=True)
