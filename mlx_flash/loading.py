@@ -37,6 +37,7 @@ from .memory.system import check_gpu_memory
 from .progress import Bar
 from .resident import read_weights
 from .sizing import budget_of, needs_of, policy_of
+from .skipping import skip_neurons
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -129,6 +130,8 @@ def _load(
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
+    if wanted.skip:
+        skip_neurons(parts, wanted.skip, folder)
     policy = policy_of(wanted, parts.kind)
     if divide is not None:
         parts, memory = _share(parts, folder, memory, policy, wanted, divide)
@@ -166,6 +169,7 @@ def _load(
     )
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
+    flash.skip = wanted.skip or 0.0
     files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()

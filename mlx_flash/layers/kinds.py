@@ -17,6 +17,7 @@ from .base import FlashFFN, Guess
 from .block import BlockFFN, block_parts, cut_blocks, ffn_arrays
 from .dense import dense_ffns
 from .expert import ExpertFFN, switch_layers, switch_parts
+from .gated import GatedFFN, without_gate
 from .lookahead import router_guess
 from .neuron import NeuronFFN
 from .predictor import Predictor
@@ -189,6 +190,30 @@ class Neurons(UnitKind):
         return None if predicted is None else predicted * layer.units
 
 
+class GatedNeurons(Neurons):
+    """An FFN whose gates stay in memory; a unit is what else belongs to a neuron."""
+
+    name = "gated neuron"
+
+    def arrays(self, module: nn.Module) -> dict[str, mx.array]:
+        return without_gate(module, super().arrays(module))
+
+    def split(self, module: nn.Module) -> dict[str, mx.array]:
+        return without_gate(module, super().split(module))
+
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
+        parts = super().parts(module, units, dtype)
+        return without_gate(module, parts) if parts else {}
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> NeuronFFN:
+        return GatedFFN(module)
+
+    def token_bytes(self, layers, value_bytes, shapes) -> int:
+        return max(layer.units for layer in layers) * value_bytes  # its gates
+
+
 class Experts(UnitKind):
     """A mixture of experts; a unit is all projections of one of them."""
 
@@ -256,8 +281,10 @@ class Blocks(UnitKind):
         return int(rows * 4 * value_bytes * share) + 1
 
 
-NEURON, EXPERT, BLOCK = Neurons(), Experts(), Blocks()
-KINDS: Mapping[str, UnitKind] = {kind.name: kind for kind in (NEURON, EXPERT, BLOCK)}
+NEURON, GATED, EXPERT, BLOCK = Neurons(), GatedNeurons(), Experts(), Blocks()
+KINDS: Mapping[str, UnitKind] = {
+    kind.name: kind for kind in (NEURON, GATED, EXPERT, BLOCK)
+}
 
 
 def kind_of(manifest: Manifest) -> UnitKind:
