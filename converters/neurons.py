@@ -41,13 +41,13 @@ class NeuronCutter(Cutter):
         # float16 is emulated on MLX's CPU backend, many times slower than float32.
         on_cpu = mx.default_device() == mx.cpu
         self.model = LayerwiseModel(job.source, mx.float32 if on_cpu else self._cast_to)
-        self.modules = NEURON.find(self.model.model)
+        self.modules = self.kind.find(self.model.model)
         self._check_packing()
         values = sum(w.size for w in parameters(self.model.model).values())
         on_flash = sum(
             array.size
             for ffn in self.modules.values()
-            for array in NEURON.arrays(ffn).values()
+            for array in self.kind.arrays(ffn).values()
         )
         value_bytes = DTYPES[self.dtype][1]
         # A tenth for predictors and the states of the calibration text.
@@ -56,11 +56,13 @@ class NeuronCutter(Cutter):
         )
         job.source.prepare(job.work)
         check_names(job.source, self.model.model)
-        self.calibrator = None
-        if job.options.rank != 0:
-            self.calibrator = Calibrator(
-                job, self.model, list(self.modules), self._cast_to
-            )
+        self.calibrator = self.make_calibrator()
+
+    def make_calibrator(self) -> Calibrator | None:
+        """What fits predictors, and finds an order for the neurons."""
+        if self.job.options.rank == 0:
+            return None
+        return Calibrator(self.job, self.model, list(self.modules), self._cast_to)
 
     def resume(self, done: int) -> None:
         if self.calibrator:
@@ -74,9 +76,11 @@ class NeuronCutter(Cutter):
         for name, weight in parameters(ffn).items():
             finite(f"{path}.{name}", weight)
         rows = slice(None) if order is None else order
+        on_flash = self.kind.arrays(ffn)
         parts = {
             f"{name}.{key}": array
             for name, weight in neuron_rows(ffn).items()
+            if f"{name}.weight" in on_flash
             for key, array in pack(weight[rows], self.job.options.packing).items()
         }
         order_name = "checkpoint" if order is None else "coactivation"
@@ -92,7 +96,7 @@ class NeuronCutter(Cutter):
         on_flash = {
             f"{path}.{name}"
             for path, ffn in self.modules.items()
-            for name in NEURON.arrays(ffn)
+            for name in self.kind.arrays(ffn)
         }
         kept = {
             name: weight.astype(self._cast_to)

@@ -91,7 +91,7 @@ class Calibrator:
         length = self.tokens.shape[1]
         inputs = self.model.run_text(index, path, self.hidden, self.tokens)
         ffn = self.model.load_module(path, self.dtype)
-        self._as_stored(ffn)
+        as_stored(ffn, asked.packing, mx.float32)
         rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
         arrays, facts = fit_predictor(
             inputs,
@@ -144,18 +144,18 @@ class Calibrator:
             held_out_tokens=held_out.stop - held_out.start,
         )
 
-    def _as_stored(self, ffn: nn.Module) -> None:
-        """Give an FFN the values its bundles have, in float32."""
-        packing = self.options.packing
-        for name, rows in neuron_rows(ffn).items():
-            if packing:
-                packed = pack(rows, packing)
-                weight, scales = packed["weight"], packed["scales"]
-                rows = mx.dequantize(weight, scales, packed.get("biases"), **packing)
-            if rows.shape != ffn[name].weight.shape:
-                rows = rows.T
-            ffn[name].weight = rows
-        ffn.set_dtype(mx.float32)
+
+def as_stored(ffn: nn.Module, packing: dict | None, dtype: mx.Dtype) -> None:
+    """Give an FFN the values its bundles have, as `dtype`."""
+    for name, rows in neuron_rows(ffn).items():
+        if packing:
+            packed = pack(rows, packing)
+            weight, scales = packed["weight"], packed["scales"]
+            rows = mx.dequantize(weight, scales, packed.get("biases"), **packing)
+        if rows.shape != ffn[name].weight.shape:
+            rows = rows.T
+        ffn[name].weight = rows
+    ffn.set_dtype(dtype)
 
 
 def _order_by_use(
