@@ -64,6 +64,13 @@ class LayerwiseModel:
         first = next(n for n, m in self.model.named_modules() if m is self.layers[0])
         self._prefix = first.removesuffix("0")
         self._modules = dict(self.model.named_modules())
+        # The list that is walked through: `model.layers` of some models is a copy of it.
+        self._walked = next(
+            value
+            for module in self.model.modules()
+            for value in module.values()
+            if isinstance(value, list) and value and value[0] is self.layers[0]
+        )
 
     def load_outer(self) -> None:
         """Load embeddings, final norm and head: all that belongs to no layer."""
@@ -157,11 +164,11 @@ class LayerwiseModel:
     def _call_with(
         self, probe: _Probe, tokens: mx.array, cache: list | None = None
     ) -> mx.array:
-        self.model.layers[:] = [probe]
+        self._walked[:] = [probe]
         try:
             return self.model(tokens, cache=cache)
         finally:
-            self.model.layers[:] = self.layers
+            self._walked[:] = self.layers
 
     def _load(
         self,
