@@ -1,9 +1,10 @@
 """Cut a model whose neurons have gates: the gates stay in memory.
 
 A bundle is the up row and the down column of a neuron. The gates are resident, in as
-many bits as the bundles. While the layers are cut, calibration text runs through them:
-each gets thresholds for shares of its neurons to skip, and the perplexity of skipping
-them is measured (calibrate/gates.py).
+many bits as the bundles, or as the rest of what is resident where bundles are not
+quantised. While the layers are cut, calibration text runs through them: each gets
+thresholds for shares of its neurons to skip, and the perplexity of skipping them is
+measured (calibrate/gates.py).
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import mlx.core as mx
 
 from ..layers.kinds import GATED
 from ..layers.projections import known_projections, pack
-from .calibrate.gates import GateCalibrator
+from .calibrate.gates import GateCalibrator, gate_packing
 from .conversion import Job
 from .neurons import NeuronCutter
 
@@ -43,10 +44,10 @@ class GatedCutter(NeuronCutter):
 
     def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         kept, packed = super().rest()
-        packing = self.job.options.packing
         for path, ffn in self.modules.items():
+            packing = gate_packing(self.job.options, ffn)
             if packing is None:
-                break
+                continue
             gate = f"{path}.{known_projections(ffn)[0][0]}"
             rows = kept.pop(f"{gate}.weight")
             kept |= {f"{gate}.{k}": a for k, a in pack(rows, packing).items()}

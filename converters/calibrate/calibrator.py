@@ -145,13 +145,24 @@ class Calibrator:
         )
 
 
-def as_stored(ffn: nn.Module, packing: dict | None, dtype: mx.Dtype) -> None:
-    """Give an FFN the values its bundles have, as `dtype`."""
-    for name, rows in neuron_rows(ffn).items():
-        if packing:
-            packed = pack(rows, packing)
+def as_stored(
+    ffn: nn.Module,
+    packing: dict | None,
+    dtype: mx.Dtype,
+    gate_packing: dict | None = None,
+) -> None:
+    """Give an FFN the values that a folder has of it, as `dtype`.
+
+    Args:
+        packing: Of its projections.
+        gate_packing: Of the first one, where `packing` is None.
+    """
+    packings = [packing or gate_packing, *[packing] * 2]
+    for (name, rows), how in zip(neuron_rows(ffn).items(), packings, strict=False):
+        if how:
+            packed = pack(rows, how)
             weight, scales = packed["weight"], packed["scales"]
-            rows = mx.dequantize(weight, scales, packed.get("biases"), **packing)
+            rows = mx.dequantize(weight, scales, packed.get("biases"), **how)
         if rows.shape != ffn[name].weight.shape:
             rows = rows.T
         ffn[name].weight = rows

@@ -18,6 +18,7 @@ from ...layers.projections import known_projections
 from ...storage.manifest import Calibration
 from ...storage.skipping import MEASURED, SHARES, Skipping
 from ..arrays import release
+from ..options import ConvertOptions
 from .calibrator import Calibrator, as_stored
 from .fit import split
 from .layerwise import Recorder
@@ -56,7 +57,8 @@ class GateCalibrator(Calibrator):
         layer = self.model.load_layer(index)
         ffn = self.model.module(path)
         ffn.set_dtype(self.dtype)
-        as_stored(ffn, self.options.packing, self.model.dtype)
+        gates = gate_packing(self.options, ffn)
+        as_stored(ffn, self.options.packing, self.model.dtype, gates)
         recorder = Recorder(ffn)
         tokens = self.tokens[: self._fitted]
         self.model.walk(index, path, recorder, self.hidden, tokens)
@@ -99,6 +101,15 @@ class GateCalibrator(Calibrator):
             logits[0, :-1].astype(mx.float32), tokens[0, 1:], reduction="sum"
         )
         return float(losses)
+
+
+def gate_packing(options: ConvertOptions, ffn: nn.Module) -> dict | None:
+    """How resident gates are quantised: as the bundles, else as what is resident."""
+    (gate, *_), _ = known_projections(ffn)
+    packing = options.packing or options.resident_packing
+    if packing and ffn[gate].weight.shape[-1] % packing["group_size"]:
+        return None  # what has such rows stays as it is in the whole model
+    return packing
 
 
 class _Skips(nn.Module):

@@ -64,7 +64,7 @@ class LayerwiseModel:
         first = next(n for n, m in self.model.named_modules() if m is self.layers[0])
         self._prefix = first.removesuffix("0")
         self._modules = dict(self.model.named_modules())
-        # The list that is walked through: `model.layers` of some models is a copy of it.
+        # The list that is walked through, of which some models' `layers` is a copy.
         self._walked = next(
             value
             for module in self.model.modules()

@@ -144,6 +144,24 @@ def test_quantised_as_a_whole(make, share):
         model.flash.close()
 
 
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_gates_are_quantised_as_what_is_resident(make, share):
+    checkpoint, flash = make("llama", resident_bits=8)
+
+    def resident(path, module):
+        return hasattr(module, "to_quantized") and not path.endswith(
+            ("up_proj", "down_proj")
+        )
+
+    reference = in_memory("llama", checkpoint, flash, share)
+    nn.quantize(reference, group_size=64, bits=8, class_predicate=resident)
+    expected = read_in(reference, [23])
+    for slots in (5, UNITS):
+        model = stream(flash, slots, skip=share)
+        assert difference(read_in(model, [20, 1, 1, 1]), expected) < 1e-5
+        model.flash.close()
+
+
 @pytest.mark.parametrize("share", [None, 0.5])
 def test_half_precision(tmp_path, share):
     weights = dict(tree_flatten(make_weights(LLAMA, dtype=mx.float16).parameters()))
