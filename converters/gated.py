@@ -44,7 +44,8 @@ class GatedCutter(NeuronCutter):
 
     def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         kept, packed = super().rest()
-        for path, ffn in self.modules.items():
+        for index, (path, ffn) in enumerate(self.modules.items()):
+            kept[f"{path}.gains"] = self.gates.gains(index).astype(self._cast_to)
             packing = gate_packing(self.job.options, ffn)
             if packing is None:
                 continue

@@ -1,8 +1,9 @@
 """Find each layer's thresholds for skipping neurons, and measure what skipping costs.
 
-A layer's thresholds are quantiles of the activations of its gates on calibration text
-(CATS, arXiv 2404.08763). Other text is taken through the model several times side by
-side, once for each share to measure, with every token skipping, as in a run.
+On calibration text each neuron gets its gain, the root mean square of its up value, and
+a layer's thresholds are quantiles of |act(g)| times the gain. Other text is taken
+through the model several times side by side, once for each share to measure, with every
+token skipping, as in a run.
 Shapes: S shares measured, n sequences, L their length, D model width, N neurons.
 """
 
@@ -62,16 +63,21 @@ class GateCalibrator(Calibrator):
         recorder = Recorder(ffn)
         tokens = self.tokens[: self._fitted]
         self.model.walk(index, path, recorder, self.hidden, tokens)
-        thresholds = _thresholds(ffn, np.concatenate(recorder.inputs))
+        gains, thresholds = _fit(ffn, np.concatenate(recorder.inputs))
         every = Skipping(SHARES, MEASURED, (), 0)
         for share, states in zip(MEASURED, self.held_out, strict=True):
             threshold = every.threshold(thresholds, share)
-            skips = _Skips(ffn, threshold) if share else ffn
+            skips = _Skips(ffn, gains, threshold) if share else ffn
             self.model.walk(index, path, skips, states, self._measured)
         release(layer)
+        self.work.save_array(f"gains_{index:02d}.npy", np.array(gains))
         self.work.save_array(f"hidden_{index + 1:02d}.npy", self.hidden)
         self.work.save_array(f"held_out_{index + 1:02d}.npy", self.held_out)
         return thresholds
+
+    def gains(self, index: int) -> mx.array:
+        """Of a layer that was fitted, [N] float32."""
+        return mx.array(self.work.load_array(f"gains_{index:02d}.npy"))
 
     def finish(self, index: int) -> None:
         super().finish(index)
@@ -115,25 +121,27 @@ def gate_packing(options: ConvertOptions, ffn: nn.Module) -> dict | None:
 class _Skips(nn.Module):
     """Stands in for an FFN, and skips neurons."""
 
-    def __init__(self, ffn: nn.Module, threshold: float):
+    def __init__(self, ffn: nn.Module, gains: mx.array, threshold: float):
         super().__init__()
-        self.ffn = ffn
+        self.ffn, self.gains = ffn, gains
         (gate, up), out = known_projections(ffn)
         self._names = gate, up, out
         self._threshold = threshold
 
     def __call__(self, x: mx.array) -> mx.array:
         gate = self._names[0]
-        gates = loud(self.ffn, self._names, self.ffn[gate](x), self._threshold)
+        gates = self.ffn[gate](x)
+        gates = loud(self.ffn, self._names, gates, self.gains, self._threshold)
         return with_children(self.ffn, {gate: given(gates)})(x)
 
 
-def _thresholds(ffn: nn.Module, inputs: np.ndarray) -> tuple[float, ...]:
-    """Quantiles of |act(g)| for x [T, D], float32, rising from 0."""
+def _fit(ffn: nn.Module, inputs: np.ndarray) -> tuple[mx.array, tuple[float, ...]]:
+    """Gains [N], and thresholds that rise from 0, for x [T, D], float32."""
     (gate, up), out = known_projections(ffn)
     rows = max(MOST_VALUES // len(ffn[gate].weight), 1)
-    x = mx.array(inputs[:: max(len(inputs) // rows, 1)])
-    gates = ffn[gate](x.astype(ffn[up].weight.dtype))
-    said = mx.abs(activations(ffn, (gate, up, out), gates)).astype(mx.float32)
-    found = np.quantile(np.array(said).ravel(), SHARES[1:])
-    return (0.0, *(float(value) for value in found))
+    some = mx.array(inputs[:: max(len(inputs) // rows, 1)])
+    x = some.astype(ffn[up].weight.dtype)
+    gains = mx.sqrt(mx.mean(mx.square(ffn[up](x).astype(mx.float32)), axis=0))
+    said = mx.abs(activations(ffn, (gate, up, out), ffn[gate](x))) * gains
+    found = np.quantile(np.array(said.astype(mx.float32)).ravel(), SHARES[1:])
+    return gains, (0.0, *(float(value) for value in found))

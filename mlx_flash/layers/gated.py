@@ -1,9 +1,10 @@
 """FFNs whose gates stay in memory: they say which neurons a token needs.
 
 A neuron's hidden value is act(g) · u. Its gate g comes from resident rows, so nothing
-has to be predicted: where |act(g)| is no larger than a threshold, the neuron is left
-out, and its up row and down column need not be read. (CATS, arXiv 2404.08763.) Without
-a threshold every neuron is computed.
+has to be predicted: where |act(g)| times what u mostly is (its gain) is no larger than
+a threshold, the neuron is left out, and its up row and down column need not be read.
+(CATS, arXiv 2404.08763, which knows no gains: see docs/experiments.md.) Without a
+threshold every neuron is computed.
 Shapes: T tokens, D model width, N neurons.
 """
 
@@ -25,7 +26,8 @@ class GatedFFN(NeuronFFN):
     cut, or on whether the layer is held whole.
 
     Attributes:
-        threshold: Up to which a gate's activation is skipped, None to skip none.
+        gains: [N], by which gates' activations are compared.
+        threshold: Up to which a neuron is skipped, None to skip none.
     """
 
     threshold: float | None = None
@@ -34,6 +36,7 @@ class GatedFFN(NeuronFFN):
         super().__init__(ffn)
         self._gate, self._up, self._out = self._names
         self[self._gate] = ffn[self._gate]
+        self.gains = mx.ones((self.neurons,))
 
     @property
     def sparse(self) -> bool:
@@ -43,9 +46,8 @@ class GatedFFN(NeuronFFN):
         """The gates [T, N], 0 where a neuron is skipped: then it adds nothing."""
         gates = self[self._gate](x)
         if self.threshold is not None:
-            gates = loud(
-                self._ffn, (self._gate, self._up, self._out), gates, self.threshold
-            )
+            names = self._gate, self._up, self._out
+            gates = loud(self._ffn, names, gates, self.gains, self.threshold)
         return {self._gate: gates}
 
     def chosen(self, x: mx.array, known: Arrays) -> mx.array:
@@ -66,10 +68,15 @@ def activations(
 
 
 def loud(
-    ffn: nn.Module, names: tuple[str, str, str], gates: mx.array, threshold: float
+    ffn: nn.Module,
+    names: tuple[str, str, str],
+    gates: mx.array,
+    gains: mx.array,
+    threshold: float,
 ) -> mx.array:
-    """The gates, 0 where their activation is no larger than `threshold`."""
-    return mx.where(mx.abs(activations(ffn, names, gates)) > threshold, gates, 0)
+    """The gates, 0 where their activation times a gain is at most `threshold`."""
+    said = mx.abs(activations(ffn, names, gates)) * gains
+    return mx.where(said > threshold, gates, 0)
 
 
 def without_gate(
