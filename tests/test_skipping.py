@@ -63,13 +63,13 @@ def test_a_run_says_that_it_is_lossy(flash):
     assert found.measured == MEASURED and sorted(found.perplexity)[0] > 1
     costs = dict(zip(found.measured, found.perplexity, strict=True))
     said = f"skip 50%: lossy, perplexity {costs[0]:,.2f} → {costs[0.5]:,.2f} on calib"
-    with mlx_flash.load(flash, "350KB", context=64, skip=0.5) as (model, tokenizer):
+    with mlx_flash.load(flash, "450KB", context=64, skip=0.5) as (model, tokenizer):
         answer(model, tokenizer)
         report = model.flash.report()
         assert said in str(report) and report.to_dict()["skip"] == 0.5
         assert said in report.to_dict()["lossy"]
         assert report.waits_per_token > 0
-    with mlx_flash.load(flash, "350KB", context=64) as (model, tokenizer):
+    with mlx_flash.load(flash, "450KB", context=64) as (model, tokenizer):
         answer(model, tokenizer)
         report = model.flash.report()
         assert "lossy" not in str(report) and report.lossy is None
@@ -114,7 +114,7 @@ def test_drafts_give_the_same_answer(flash):
 def test_caches_of_other_shares_are_others(flash):
     found = set()
     for skip in (None, 0.0, 0.3, 0.5):
-        with mlx_flash.load(flash, "350KB", context=64, skip=skip) as (model, _):
+        with mlx_flash.load(flash, "450KB", context=64, skip=skip) as (model, _):
             found.add(model_identity(model.flash))
     assert len(found) == 3  # none and 0 are one
 
@@ -277,7 +277,7 @@ def test_options_that_go_with_predictors(checkpoint, tmp_path, options, said):
     "owner, name, call, after",
     [
         (LayerwiseModel, "walk", 8, False),
-        (WorkFolder, "save_array", 4, True),
+        (WorkFolder, "save_array", 5, True),
         (conversion, "write_bundles", 2, True),
         (WorkFolder, "note", 2, True),
         (conversion, "copy_config", 1, False),

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .dense import hidden_of
 from .neuron import NeuronFFN
-from .projections import known_projections
+from .projections import projections
 from .slot_ffn import Arrays
 
 
@@ -82,8 +82,9 @@ def loud(
 def without_gate(
     module: nn.Module, arrays: Mapping[str, mx.array]
 ) -> dict[str, mx.array]:
-    """All but the arrays of the first of two ways in; {} where there is one alone."""
-    (gate, *others), _ = known_projections(module)
-    if not others:
+    """All but the arrays of the first of two ways in; {} where there are no two."""
+    names = projections(module)
+    if names is None or len(names[0]) < 2:
         return {}
+    gate = names[0][0]
     return {k: a for k, a in arrays.items() if not k.startswith(f"{gate}.")}

@@ -204,11 +204,14 @@ class GatedNeurons(Neurons):
     def parts(
         self, module: nn.Module, units: int, dtype: mx.Dtype
     ) -> dict[str, mx.array]:
-        parts = super().parts(module, units, dtype)
-        return without_gate(module, parts) if parts else {}
+        return without_gate(module, super().parts(module, units, dtype))
 
     def make(self, module: nn.Module, layer: Layer, predictor: bool) -> NeuronFFN:
         return GatedFFN(module)
+
+    def hidden_bytes(self, layers, value_bytes, experts_per_token, share) -> int:
+        made = 3 * self.token_bytes(layers, value_bytes, None)  # of gates, to compare
+        return made + super().hidden_bytes(layers, value_bytes, 0, share)
 
     def token_bytes(self, layers, value_bytes, shapes) -> int:
         return max(layer.units for layer in layers) * value_bytes  # its gates
@@ -282,9 +285,7 @@ class Blocks(UnitKind):
 
 
 NEURON, GATED, EXPERT, BLOCK = Neurons(), GatedNeurons(), Experts(), Blocks()
-KINDS: Mapping[str, UnitKind] = {
-    kind.name: kind for kind in (NEURON, GATED, EXPERT, BLOCK)
-}
+KINDS: Mapping[str, UnitKind] = {x.name: x for x in (NEURON, GATED, EXPERT, BLOCK)}
 
 
 def kind_of(manifest: Manifest) -> UnitKind:
