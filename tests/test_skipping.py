@@ -63,16 +63,19 @@ def test_a_run_says_that_it_is_lossy(flash):
     assert found.measured == MEASURED and sorted(found.perplexity)[0] > 1
     costs = dict(zip(found.measured, found.perplexity, strict=True))
     said = f"skip 50%: lossy, perplexity {costs[0]:,.2f} → {costs[0.5]:,.2f} on calib"
-    with mlx_flash.load(flash, "450KB", context=64, skip=0.5) as (model, tokenizer):
+    tokenizer = load_tokenizer(flash)
+    for skip in (0.5, None):
+        model = stream(flash, 48, skip=skip)
         answer(model, tokenizer)
         report = model.flash.report()
-        assert said in str(report) and report.to_dict()["skip"] == 0.5
-        assert said in report.to_dict()["lossy"]
-        assert report.waits_per_token > 0
-    with mlx_flash.load(flash, "450KB", context=64) as (model, tokenizer):
-        answer(model, tokenizer)
-        report = model.flash.report()
-        assert "lossy" not in str(report) and report.lossy is None
+        figures = report.to_dict()
+        if skip:
+            assert said in str(report) and said in figures["lossy"]
+            assert figures["skip"] == 0.5 and report.waits_per_token == 2
+        else:
+            assert "lossy" not in str(report) and figures["lossy"] is None
+            assert figures["skip"] == 0 and report.waits_per_token == 0
+        model.flash.close()
 
 
 def test_fewer_neurons_are_read(flash):
