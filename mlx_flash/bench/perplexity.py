@@ -96,7 +96,8 @@ def cut(tokenizer, text: Path, count: int) -> np.ndarray:
 def perplexity(model: nn.Module, rows: np.ndarray) -> float:
     """Of all tokens but the first of each row, given those before it."""
     for layer in model.flash.layers:
-        layer.sweep_tokens = rows.size  # predict for all: each token gets its own
+        if "predictor" in layer:  # predict for all: each token gets its own
+            layer.sweep_tokens = rows.size
     loss = 0.0
     for row in progress(rows, "reading", "piece"):
         logits = model(mx.array(row[None]))[0, :-1].astype(mx.float32)
