@@ -29,6 +29,7 @@ from ..storage.manifest import (
     Manifest,
 )
 from ..storage.manifest_reading import check_manifest
+from ..storage.skipping import Skipping
 from .bundles import CutBundles, whole_sha256, write_bundles
 from .options import ConvertOptions
 from .portion import Portion
@@ -85,6 +86,7 @@ class Cutter:
         activation, dtype: What the manifest says of them.
         modules: The FFNs by path, in the order of the layers.
         calibration: The text that predictors were fitted to, if there are any.
+        skipping: What it costs to skip neurons, if that is possible.
     """
 
     kind: UnitKind
@@ -92,6 +94,7 @@ class Cutter:
     dtype: str
     modules: dict[str, nn.Module]
     calibration: Calibration | None = None
+    skipping: Skipping | None = None
 
     def resume(self, done: int) -> None:
         """Get ready for the first layer, or the next after `done` finished ones."""
@@ -182,6 +185,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         layers=tuple(job.work.layers),
         side_files=side_digests(folder),
         share=share,
+        skipping=cutter.skipping,
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read
         raise job.work.source_changed()

@@ -12,6 +12,7 @@ Shapes: D model width, N neurons.
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..arrays import parameters
 from ..checkpoints.units import activation
@@ -45,18 +46,21 @@ class NeuronCutter(Cutter):
         # float16 is emulated on MLX's CPU backend, many times slower than float32.
         on_cpu = mx.default_device() == mx.cpu
         self.model = LayerwiseModel(job.source, mx.float32 if on_cpu else self._cast_to)
-        self.modules = NEURON.find(self.model.model)
+        self.modules = self.kind.find(self.model.model)
         self._check_packing()
         nbytes, ffn_bytes = self._sizes()
         # A tenth for predictors and the states of the calibration text.
         job.check_disk(1.1 * nbytes, ffn_bytes, len(self.modules))
         job.source.prepare(job.work)
         check_names(job.source, self.model.model)
-        self.calibrator = None
-        if job.options.rank != 0:
-            self.calibrator = Calibrator(
-                job, self.model, list(self.modules), self._cast_to, self.packings
-            )
+        self.calibrator = self.make_calibrator()
+
+    def make_calibrator(self) -> Calibrator | None:
+        """What fits predictors, and finds an order for the neurons."""
+        if self.job.options.rank == 0:
+            return None
+        paths = list(self.modules)
+        return Calibrator(self.job, self.model, paths, self._cast_to, self.packings)
 
     def resume(self, done: int) -> None:
         self._say_packing()
@@ -71,6 +75,8 @@ class NeuronCutter(Cutter):
         for name, weight in parameters(ffn).items():
             finite(f"{path}.{name}", weight)
         parts = self.packings.parts(path, ffn, self._cast_to, order)
+        on_flash = self._on_flash(ffn)
+        parts = {k: a for k, a in parts.items() if k.rpartition(".")[0] in on_flash}
         order_name = "checkpoint" if order is None else "coactivation"
         return parts, {"order": order_name, "predictor": facts}
 
@@ -84,7 +90,7 @@ class NeuronCutter(Cutter):
         projections = {
             f"{path}.{name}": self.packings.of(path, name)
             for path, ffn in self.modules.items()
-            for name in neuron_rows(ffn)
+            for name in self._on_flash(ffn)
         }
         on_flash = {f"{path}.{key}" for path in projections for key in PACKED}
         # What is packed in the checkpoint and stays in memory keeps its arrays.
@@ -156,13 +162,18 @@ class NeuronCutter(Cutter):
         else:
             self.job.say("Its FFNs are quantised, and are unpacked for the bundles.")
 
+    def _on_flash(self, ffn: nn.Module) -> list[str]:
+        """The projections of which neurons' rows go to flash."""
+        arrays = self.kind.arrays(ffn)
+        return [name for name in neuron_rows(ffn) if f"{name}.weight" in arrays]
+
     def _sizes(self) -> tuple[float, float]:
         """(all bytes, those of the bundles) of what is going to be written."""
         value_bytes = DTYPES[self.dtype][1]
         names = {
             f"{path}.{name}.weight"
             for path, ffn in self.modules.items()
-            for name in neuron_rows(ffn)
+            for name in self._on_flash(ffn)
         }
         on_flash = rest = 0.0
         if self.packings.own:

@@ -55,7 +55,7 @@ class Heard:
 
 def learn(
     model, pieces: list[list[int]], progress: bool | None = True
-) -> tuple[list, dict]:
+) -> tuple[list[Foresight], dict]:
     """Foresight of every layer of a loaded mixture of experts.
 
     Args:
@@ -84,7 +84,9 @@ def learn(
     heard = _record(model, pieces, progress)
     lengths = [len(piece) for piece in pieces]
     held = sum(lengths[int(len(pieces) * (1 - HELD_OUT)) :])
-    learned, facts = [], {"tokens": sum(lengths), "precision": [], "recall": []}
+    learned: list[Foresight] = []
+    precisions: list[float] = []
+    recalls: list[float] = []
     layers = list(zip(heard, [*heard[1:], None], strict=True))
     for i, (layer, following) in enumerate(bars(layers, "learning", progress)):
         units = flash.manifest.whole_layers[i].units
@@ -94,9 +96,10 @@ def learn(
         _fit_keep(one, layer.x, layer.marks, lengths, half_life)
         if following is not None:
             precision, recall = _fit_ahead(one, layer.x, following.marks, held)
-            facts["precision"].append(round(precision, 3))
-            facts["recall"].append(round(recall, 3))
+            precisions.append(round(precision, 3))
+            recalls.append(round(recall, 3))
         learned.append(one)
+    facts = {"tokens": sum(lengths), "precision": precisions, "recall": recalls}
     return learned, facts
 
 
@@ -174,6 +177,7 @@ def _fit_ahead(
         mx.eval(weights, optimizer.state)
     weight = np.array(weights["w"]) / scale
     bias = np.array(weights["b"]) - weight @ mean
+    assert one.ahead is not None
     _store(one.ahead, weight, bias)
     rest, truth = mx.array(x[fit.stop :]), marks[fit.stop :]
     cut = _cut_for_precision(np.array(one.ahead(rest)), truth)

@@ -13,6 +13,10 @@ class LoadOptions:
 
     Attributes:
         predictor: False computes every neuron of every token: exact, and slow.
+        skip: The share of the neurons of each layer that a token leaves out, those
+            whose gates say least: 0.5. The output is then another one than the model's
+            own; `model.flash.lossy` says what was measured of it. None or 0 is exact.
+            For folders of `convert --skippable`.
         policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
             "window" (the paper's: what the last tokens used), or an object of such a
             class. "auto" is what suits the unit kind.
@@ -47,6 +51,7 @@ class LoadOptions:
     """
 
     predictor: bool = True
+    skip: float | None = None
     policy: str | Lru = "auto"
     window: int = 4
     context: int | None = None
@@ -67,6 +72,7 @@ class LoadKeywords(TypedDict, total=False):
     """The same as keywords, for editors and type checkers: see `LoadOptions`."""
 
     predictor: bool
+    skip: float | None
     policy: str | Lru
     window: int
     context: int | None

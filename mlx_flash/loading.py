@@ -41,6 +41,7 @@ from .memory.trial import Trial
 from .progress import Bar
 from .resident import read_weights
 from .sizing import budget_of, needs_of, policy_of
+from .skipping import skip_neurons
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -133,6 +134,8 @@ def _load(
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
+    if wanted.skip:
+        skip_neurons(parts, wanted.skip, folder)
     learned = _learned(parts, folder, wanted)
     policy = policy_of(wanted, parts.kind, foreseen=bool(learned))
     if divide is not None:
@@ -173,6 +176,7 @@ def _load(
     )
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
+    flash.skip = wanted.skip or 0.0
     files = {extent.path for extents in parts.extents for extent in extents}
     try:
         mx.reset_peak_memory()

@@ -29,7 +29,8 @@ def needs_of(
     kind, layers = parts.kind, parts.manifest.layers
     if not options.predictor:
         layers = tuple(replace(layer, predictor=None) for layer in layers)
-    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
+    needed = 1 - options.skip if options.skip else None
+    asks = asks_of(kind, layers, parts.shapes.experts_per_token, needed)
     rewards = kind_rewards(kind, asks)
     if options.trace is None:
         divide = divide_by(asks, LOCALITY[kind.name], rewards)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...layers.dense import hidden_values
 from ...layers.predictor import Predictor, default_rank
-from ...layers.projections import from_neurons
+from ...layers.projections import from_neurons, neuron_rows, pack
 from ...storage.manifest import Calibration, PredictorFacts
 from ..arrays import load_arrays, release
 from ..conversion import Job
@@ -159,6 +159,30 @@ class Calibrator:
             ffn[name].weight = from_neurons(ffn, name, known[name])
         ffn[out].weight = known[out].T
         ffn.set_dtype(mx.float32)
+
+
+def as_stored(
+    ffn: nn.Module,
+    packing: dict | None,
+    dtype: mx.Dtype,
+    gate_packing: dict | None = None,
+) -> None:
+    """Give an FFN the values that a folder has of it, as `dtype`.
+
+    Args:
+        packing: Of its projections.
+        gate_packing: Of the first one, where `packing` is None.
+    """
+    packings = [packing or gate_packing, *[packing] * 2]
+    for (name, rows), how in zip(neuron_rows(ffn).items(), packings, strict=False):
+        if how:
+            packed = pack(rows, how)
+            weight, scales = packed["weight"], packed["scales"]
+            rows = mx.dequantize(weight, scales, packed.get("biases"), **how)
+        if rows.shape != ffn[name].weight.shape:
+            rows = rows.T
+        ffn[name].weight = rows
+    ffn.set_dtype(dtype)
 
 
 def _order_by_use(

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import mlx.core as mx
+from safetensors import SafetensorError, safe_open
 
 from ..arrays import parameters
 from ..errors import FlashError
@@ -123,7 +124,7 @@ def write_foresight(
 def _metadata(path: Path) -> dict[str, str]:
     """The file's metadata; {} of one that is damaged."""
     try:
-        found = mx.load(str(path), return_metadata=True)
-    except RuntimeError:
+        with safe_open(str(path), "np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
         return {}
-    return found[1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from ..bench.options import MemoryType
+from ..bench.options import MemoryType, ShareType
 from ..demo_models import DEMO_MODEL, demo_model
 from ..errors import FlashError, NotEnoughMemory
 
@@ -30,6 +30,14 @@ def memory_option(default: str | None, note: str = "") -> Callable:
         envvar="MLX_FLASH_MEMORY",
         help=f"All that the model may hold.{note}",
     )
+
+
+skip_option = click.option(
+    "--skip",
+    type=ShareType(),
+    help="Leave out this share of the neurons, such as 50%: faster and lossy. For "
+    "folders of convert --skippable.",
+)
 
 
 def run_options(command: Callable) -> Callable:

@@ -50,9 +50,11 @@ def learn(text, tokens, output, model, memory, quiet):
 
     words = None if text is None else read_text(text)
     folder, memory = chosen_model(model, memory)
-    options = {"context": PIECE_TOKENS, "look_ahead": False}
     shown = False if quiet else None
-    with load(folder, memory, **options) as (network, tokenizer):
+    with load(folder, memory, context=PIECE_TOKENS, look_ahead=False) as (
+        network,
+        tokenizer,
+    ):
         if words is None:
             pieces = sampled_pieces(network, tokenizer, tokens, shown)
         else:

@@ -10,6 +10,7 @@ from .common import (
     elastic_option,
     page_cache_option,
     shares_option,
+    skip_option,
 )
 from .gathered import gathered
 
@@ -24,6 +25,7 @@ class LoadingOptions:
     window: int | None
     trace: str | None
     no_predictor: bool
+    skip: float | None
     look_ahead: bool | None
     draft_model: str | None
     adapter_path: str | None
@@ -43,6 +45,7 @@ class LoadingOptions:
             raise click.UsageError("--window goes with --policy window.")
         return {
             "predictor": not self.no_predictor,
+            "skip": self.skip,
             "policy": self.policy or ("window" if self.window else "auto"),
             "window": self.window or WINDOW,
             "trace": self.trace,
@@ -83,6 +86,7 @@ loading_options = gathered(
         click.option(
             "--no-predictor", is_flag=True, help="Compute every neuron: exact, slow."
         ),
+        skip_option,
         click.option(
             "--look-ahead/--no-look-ahead",
             default=None,

@@ -60,14 +60,18 @@ class FlashFFN(nn.Module):
     apart = 0.0
     batch_tokens = MAX_BATCH
     part: Part = ALL
-    foresight: Foresight | None
+    foresight: Foresight | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a few tokens need some units alone, where more are given them all."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
         self._slots: UnitSlots | None = None
         self._ahead: LookAhead | None = None
         self._watcher: Watcher | None = None
-        hide(self, "foresight", None)
 
     @property
     def slots(self) -> UnitSlots:
@@ -227,3 +231,8 @@ def with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
     dict.update(copy, module)
     dict.update(copy, children)
     return copy
+
+
+def given(values: mx.array) -> Callable[[mx.array], mx.array]:
+    """Stands in for a projection of which is known what it gives."""
+    return lambda x: values

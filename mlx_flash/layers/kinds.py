@@ -18,6 +18,7 @@ from .base import FlashFFN, Guess
 from .block import BlockFFN, block_parts, cut_blocks, ffn_arrays
 from .dense import dense_ffns
 from .expert import ExpertFFN, switch_layers, switch_parts
+from .gated import GatedFFN, without_gate
 from .lookahead import router_guess
 from .neuron import NeuronFFN
 from .predictor import Predictor
@@ -199,6 +200,33 @@ class Neurons(UnitKind):
         return None if predicted is None else predicted * layer.units
 
 
+class GatedNeurons(Neurons):
+    """An FFN whose gates stay in memory; a unit is what else belongs to a neuron."""
+
+    name = "gated neuron"
+
+    def arrays(self, module: nn.Module) -> dict[str, mx.array]:
+        return without_gate(module, super().arrays(module))
+
+    def split(self, module: nn.Module) -> dict[str, mx.array]:
+        return without_gate(module, super().split(module))
+
+    def parts(
+        self, module: nn.Module, units: int, dtype: mx.Dtype
+    ) -> dict[str, mx.array]:
+        return without_gate(module, super().parts(module, units, dtype))
+
+    def make(self, module: nn.Module, layer: Layer, predictor: bool) -> NeuronFFN:
+        return GatedFFN(module)
+
+    def hidden_bytes(self, layers, value_bytes, experts_per_token, share) -> int:
+        made = 3 * self.token_bytes(layers, value_bytes, None)  # of gates, to compare
+        return made + super().hidden_bytes(layers, value_bytes, 0, share)
+
+    def token_bytes(self, layers, value_bytes, shapes) -> int:
+        return max(layer.units for layer in layers) * value_bytes  # its gates
+
+
 class Experts(UnitKind):
     """A mixture of experts; a unit is all projections of one of them."""
 
@@ -270,8 +298,8 @@ class Blocks(UnitKind):
         return int(rows * 4 * value_bytes * share) + 1
 
 
-NEURON, EXPERT, BLOCK = Neurons(), Experts(), Blocks()
-KINDS: Mapping[str, UnitKind] = {kind.name: kind for kind in (NEURON, EXPERT, BLOCK)}
+NEURON, GATED, EXPERT, BLOCK = Neurons(), GatedNeurons(), Experts(), Blocks()
+KINDS: Mapping[str, UnitKind] = {x.name: x for x in (NEURON, GATED, EXPERT, BLOCK)}
 
 
 def kind_of(manifest: Manifest) -> UnitKind:

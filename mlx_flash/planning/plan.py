@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FlashError
-from ..layers.kinds import BLOCK, NEURON, kind_of
+from ..layers.kinds import NEURON, kind_of
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
 from ..memory.division import Divider, as_divided
@@ -231,8 +231,8 @@ def _parts(cost: Cost, scale: float) -> dict[str, float]:
 
 def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
     kind = kind_of(found.manifest)
-    if kind is BLOCK:
-        return ["every block is needed for every token"]
+    if kind.name not in MEASURED:
+        return [f"every {kind.name} is needed for every token"]
     lines = []
     if kind is NEURON:
         facts = [x.predictor for x in found.manifest.layers if x.predictor]

@@ -22,6 +22,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .skipping import Skipping
 from .typed_json import from_json
 
 FORMAT_VERSION = 1
@@ -30,7 +31,8 @@ MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
-UNITS = ("neuron", "expert", "block")
+UNITS = ("neuron", "gated neuron", "expert", "block")
+GATED = "gated neuron"  # whose gates are resident
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Layer:
     """One FFN on flash. `module` is its path in the model's module tree.
 
     `sample` is of some pieces of the file (`digests.sample_sha256`). It is empty in
-    folders that an earlier version wrote.
+    folders that an earlier version wrote. `thresholds` are those of gated neurons.
     """
 
     module: str
@@ -81,6 +83,7 @@ class Layer:
     order: str
     predictor: PredictorFacts | None
     sample: str = ""
+    thresholds: tuple[float, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +113,7 @@ class SideFile:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text the predictors were trained on: a file's name or `sampled`."""
+    """The text of predictors or thresholds: a file's name or `sampled`."""
 
     text: str
     tokens: int
@@ -156,6 +159,7 @@ class Manifest:
     layers: tuple[Layer, ...]
     side_files: tuple[SideFile, ...] = ()
     share: StoredShare | None = None
+    skipping: Skipping | None = None
 
     @property
     def whole_layers(self) -> tuple[Layer, ...]:
@@ -185,8 +189,12 @@ class Manifest:
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
-        if self.share is None:
-            del fields["share"]
+        for name in ("share", "skipping"):
+            if fields[name] is None:
+                del fields[name]
+        for layer in fields["layers"]:
+            if not layer["thresholds"]:
+                del layer["thresholds"]
         return json.dumps(fields, indent=1) + "\n"
 
 

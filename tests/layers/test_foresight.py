@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from stock_checkpoints import MODELS, assert_same, run, stream, write_checkpoint
+from stock_checkpoints import QWEN3, assert_same, run, stream, write_checkpoint
 
 from mlx_flash.checkpoints import foresight_file
 from mlx_flash.checkpoints.foresight_file import (
@@ -24,7 +24,7 @@ NAME = "qwen3_moe"
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASH_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / NAME
-    write_checkpoint(folder, *MODELS[NAME])
+    write_checkpoint(folder, QWEN3)
     return folder
 
 
@@ -76,7 +76,10 @@ def test_results_are_the_same(slots, look_ahead, folder, learned):
     assert isinstance(model.flash.layers[0].slots.cache.policy, Foreseen)
     actual = run(model, 2)
     assert_same(actual, expected)
-    assert (model.flash.stats.early > 0) == (look_ahead is True)
+    if look_ahead is not True:
+        assert model.flash.stats.early == 0
+    elif slots in (3, 5):  # of one slot no half can be given to a guess
+        assert model.flash.stats.early > 0
     model.flash.close()
 
 
@@ -128,7 +131,9 @@ def test_nothing_half_written_is_left(learned, monkeypatch):
 
     monkeypatch.setattr(foresight_file.mx, "save_safetensors", fail)
     with pytest.raises(FlashError, match="No space left"):
-        write_foresight(path, manifest, [], {})
+        write_foresight(
+            path, manifest, [Foresight(64, 8, 8), Foresight(64, 8, None)], {}
+        )
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
