@@ -113,6 +113,7 @@ class Row:
             "reads_per_s": spent.reads / spent.read_s if spent.read_s else None,
             "hidden_share": spent.read_hidden_share,
             "early_precision": spent.early_precision,
+            "early_share": spent.early_share,
         }
         if units := self.more.get("units"):
             self.more["selected_share"] = spent.asked / units / self.tokens

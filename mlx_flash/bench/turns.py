@@ -18,11 +18,13 @@ class Turns:
     Attributes:
         samples: By the model's name, a sample a token. A model that is not from
             flash has all its time as compute.
+        losses: By the model's name, that of each token which follows one that counts.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], warm_up: int):
         self.models, self.warm_up = models, warm_up
         self.samples: dict[str, list[Sample]] = {name: [] for name in models}
+        self.losses: dict[str, list[float]] = {name: [] for name in models}
 
     def play(self, tokens: Sequence[int]) -> None:
         """Feed the tokens to each model, whoever begins changing from one to the next.
@@ -38,10 +40,16 @@ class Turns:
                 model = self.models[name]
                 stats = model.flash.stats if hasattr(model, "flash") else Stats()
                 before, begin = stats.copy(), time.perf_counter()
-                mx.eval(model(mx.array([[token]]), cache=caches[name]))
+                logits = model(mx.array([[token]]), cache=caches[name])[0, -1]
+                mx.eval(logits)
                 seconds = time.perf_counter() - begin
-                if i >= self.warm_up:
-                    self.samples[name].append(Sample(stats - before, seconds))
+                if i < self.warm_up:
+                    continue
+                self.samples[name].append(Sample(stats - before, seconds))
+                if i + 1 < len(tokens):
+                    loss = mx.logsumexp(logits.astype(mx.float32))
+                    loss = loss - logits[tokens[i + 1]]
+                    self.losses[name].append(loss.item())
 
     def row(self, name: str, **more) -> Row:
         """The means of a model from flash; its memory is its budget."""

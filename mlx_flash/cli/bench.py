@@ -19,6 +19,7 @@ from .tables import markdown_option, print_report
 # Said here too, so that listing the commands does not load MLX.
 BENCHMARKS = {
     "compare": "Two reports of a benchmark side by side.",
+    "demos": "Both demo models on TEXT: what is kept, read and guessed.",
     "families": "Compare every family from flash with the same model in memory.",
     "machines": "One model on several ranks of this machine, beside one.",
     "memory": "What processes that convert and generate hold.",

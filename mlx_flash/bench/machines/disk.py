@@ -42,9 +42,11 @@ class SlowReader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def submit(self, source: int, units: np.ndarray, slots: np.ndarray) -> Ticket:
+    def submit(
+        self, source: int, units: np.ndarray, slots: np.ndarray, guess: bool = False
+    ) -> Ticket:
         """As `Reader.submit`, noting when."""
-        ticket = self._reader.submit(source, units, slots)
+        ticket = self._reader.submit(source, units, slots, guess)
         self._since[id(ticket)] = self._clock()
         return ticket
 
