@@ -1,13 +1,16 @@
 """A mixture of experts that does not fit: other engines on the same checkpoint."""
 
 from functools import partial
+from pathlib import Path
+from typing import Annotated
 
+from ...checkpoints.config import read_config
 from .. import moe
-from ..options import Count, Folder, Memory, scratch
+from ..options import FOLDER, TEXT, Count, Folder, Memory, scratch
 from ..report import Report
 from ..synthetic import write_checkpoint
 from . import engines
-from .side_by_side import Only, Pythons, Rounds, make_job, report
+from .side_by_side import Only, Pythons, Rounds, make_job, report, text_ids
 
 # A token takes a sixteenth of the experts, as in Qwen3-30B-A3B. In 8 bits, a prompt
 # takes half the time of 4 bits for the same bytes on MLX's CPU backend.
@@ -33,6 +36,14 @@ def run(
     rounds: Rounds = 3,
     only: Only = (),
     python: Pythons = (),
+    checkpoint: Annotated[
+        Path | None,
+        FOLDER,
+        "Of a mixture of experts in mlx-lm's layout.  [default: random weights]",
+    ] = None,
+    text: Annotated[
+        Path | None, TEXT, "That is read.  [default: random tokens]"
+    ] = None,
 ) -> Report:
     """mlx-flash beside mlx-lm, mlx-vlm, boyle and BigRig: a mixture of experts.
 
@@ -44,17 +55,23 @@ def run(
     Examples:
       mlx-flash bench peers-moe --python peers/bin/python
       mlx-flash bench peers-moe --only mlx_flash --only mlx_lm --rounds 1
+      mlx-flash bench peers-moe --checkpoint moe-4bit --text story.txt --memory 50%
     """
-    config = CONFIG | {"num_hidden_layers": layers}
     with scratch(folder) as place:
-        model, copies = place / "moe", place / "copies"
+        copies = place / "copies"
         copies.mkdir(exist_ok=True)
-        if not model.exists():
-            write_checkpoint(model, config, partial(moe.packed_weights, bits=BITS))
+        if checkpoint is None:
+            config = CONFIG | {"num_hidden_layers": layers}
+            model = place / "moe"
+            if not model.exists():
+                write_checkpoint(model, config, partial(moe.packed_weights, bits=BITS))
+            what = f"Random Qwen3-MoE, {layers} layers, 2 of 32 experts, {BITS} bits"
+        else:
+            model, config, what = checkpoint, read_config(checkpoint), checkpoint.name
         job = make_job(model, copies, prompt_tokens, tokens, config["vocab_size"])
-        what = (
-            f"Qwen3-MoE, {layers} layers, 2 of 32 experts, {BITS} bits, float32 scales"
-        )
+        if text is not None:
+            job["ids"] = text_ids(model, text, job)
+            what += f", tokens of {text.name}"
         return report(
             "experts", what, engines.MOE, model, job, memory, rounds, only, python
         )

@@ -11,11 +11,12 @@ from typing import Annotated
 
 import click
 
+from ...checkpoints.tokenizer import load_tokenizer
 from ...errors import FlashError
 from ...memory_size import parse_memory
 from ..report import Column, Report, Row, progress
 from .engines import Engine, Measured, fit, measure, middle, python_of, version_in
-from .guest.script import Job
+from .guest.script import AHEAD, Job
 
 Pythons = Annotated[
     tuple[str, ...],
@@ -40,6 +41,7 @@ COLUMNS = [
     Column("tokens/s", "tokens_per_s"),
     Column("CPU ms per token", "token_cpu_s"),
     Column("MB asked for per token", "token_asked"),
+    Column("hit rate %", "hit_rate"),
     Column("same tokens", "agree"),
 ]
 # of a figure: what it is divided by, and its digits
@@ -52,7 +54,8 @@ SCALES = {
     "prompt_asked": (1e6, 0),
     "tokens_per_s": (1, 1),
     "token_cpu_s": (1e-3, 0),
-    "token_asked": (1e6, 1),
+    "token_asked": (1e6, 3),
+    "hit_rate": (0.01, 1),
 }
 
 
@@ -123,7 +126,10 @@ def compare(
 
 def row_of(name: str, runs: list[Measured], reference: list[Measured]) -> Row:
     """The medians of an engine's runs, with least and most where they differ."""
-    more = {key: spread([getattr(run, key) for run in runs], key) for key in SCALES}
+    more = {
+        key: spread([getattr(run, key, run.facts.get(key)) for run in runs], key)
+        for key in SCALES
+    }
     if reference:
         pairs = zip(runs[0].best, reference[0].best, strict=True)
         equal = sum(a == b for a, b in pairs)
@@ -169,7 +175,7 @@ def report(
     model_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     rows, facts = compare(chosen, job, memory, model_bytes, rounds, pythons)
     notes = [
-        f"{what}: {model_bytes / 1e6:,.0f} MB of random weights; memory "
+        f"{what}: {model_bytes / 1e6:,.1f} MB; memory "
         f"{facts['budget_bytes'] / 1e6:,.0f} MB; {job['prompt_tokens']} prompt tokens, "
         f"then {job['warm_up']} and {job['tokens']} that count.",
         "Each run is a process of its own, whose files were dropped from the page "
@@ -182,6 +188,19 @@ def report(
         "Same tokens: at how many steps the likeliest token is that of mlx-lm.",
     ]
     return Report(name, rows, COLUMNS, notes, facts)
+
+
+def text_ids(folder: Path, text: Path, job: Job) -> list[int]:
+    """The tokens of a text that a job needs.
+
+    Raises:
+        FlashError: If it is too short.
+    """
+    ids = load_tokenizer(folder).encode(text.read_text(), add_special_tokens=True)
+    count = job["prompt_tokens"] + 1 + job["warm_up"] + job["tokens"] + AHEAD
+    if len(ids) < count:
+        raise FlashError(f"{text} has {len(ids)} of {count} tokens. Give a longer one.")
+    return ids[:count]
 
 
 def make_job(folder: Path, scratch: Path, prompt: int, tokens: int, vocab: int) -> Job:

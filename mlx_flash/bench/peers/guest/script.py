@@ -28,7 +28,7 @@ class Script:
         drawn = random.Random(0)
         self.steps = 1 + job["warm_up"] + job["tokens"]
         count = job["prompt_tokens"] + self.steps + AHEAD
-        ids = [drawn.randrange(3, job["vocab"]) for _ in range(count)]
+        ids = job.get("ids") or [drawn.randrange(3, job["vocab"]) for _ in range(count)]
         self.prompt, self._next = (
             ids[: job["prompt_tokens"]],
             ids[job["prompt_tokens"] :],
