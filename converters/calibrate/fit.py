@@ -21,7 +21,7 @@ import numpy as np
 
 from ...arrays import parameters
 from ...layers.dense import hidden_values
-from ...layers.predictor import GROUP_SIZE, Predictor, possible_bits
+from ...layers.predictor import GROUP_SIZE, Predictor, possible_bits, wider_rank
 from ...layers.projections import neuron_rows
 from ...storage.manifest import PredictorFacts
 
@@ -29,6 +29,9 @@ BATCH = 256
 RATE = 0.01  # Adam's step, relative to the size of what it trains
 START_TOKENS = 4096  # enough for the principal directions
 PASSES = 2  # over the text, at least
+# A predictor that names more than so many neurons for each active one gets more rank.
+# Fewer are worth less memory: the narrowest of the demo model's layers name 1.4.
+MANY = 1.5
 
 FACTORS = ("reduce.weight", "expand.weight")
 
@@ -47,6 +50,20 @@ def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
     if not held:  # too little text to hold any back
         return slice(0, tokens), slice(0, tokens), slice(0, tokens)
     return slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])
+
+
+def fit_of_needed_rank(
+    inputs: np.ndarray, ffn: nn.Module, dtype: mx.Dtype, length: int, rank: int, **how
+) -> tuple[Weights, PredictorFacts]:
+    """Fit a predictor of `rank`, or a wider one where that names MANY in vain.
+
+    Arguments and results are those of `fit_predictor`.
+    """
+    arrays, facts = fit_predictor(inputs, ffn, dtype, length, rank, **how)
+    wider = wider_rank(inputs.shape[1], rank)
+    if wider and facts.predicted_share > MANY * facts.active_share:
+        return fit_predictor(inputs, ffn, dtype, length, wider, **how)
+    return arrays, facts
 
 
 def fit_predictor(

@@ -4,8 +4,9 @@ Two thin matrices stand for the up (or gate) projection: a neuron is predicted a
 where its low-rank score exceeds zero. The threshold that was chosen for the target
 recall is folded into the bias, so that one comparison serves all layers. (LLM in a
 flash, section 3.2; Deja Vu, arXiv 2310.17157.) Both matrices are quantised where their
-shape allows it: at 4 bits a predictor of four times the rank takes the same memory,
-and rank is what decides how much is read in vain.
+shape allows it, because rank is what decides how much is read in vain: trained as
+quantised, rank 192 at 3 bits names fewer neurons than rank 128 at 4 (measured, see
+docs/experiments.md; 2 bits were too few).
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
@@ -14,7 +15,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-BITS, GROUP_SIZE = 4, 64
+BITS, GROUP_SIZE = 3, 64
 
 
 class Predictor(nn.Module):
@@ -49,6 +50,15 @@ class Predictor(nn.Module):
 def possible_bits(dims: int, rank: int) -> int:
     """The width to which such a predictor can be quantised, or 0."""
     return BITS if dims % GROUP_SIZE == 0 and rank % GROUP_SIZE == 0 else 0
+
+
+def wider_rank(dims: int, rank: int) -> int | None:
+    """Half as much again; None where that cannot be quantised, or is nearly all of D.
+
+    For layers in which `rank` names many neurons in vain.
+    """
+    wider = rank * 3 // 2
+    return wider if possible_bits(dims, wider) and wider <= dims * 3 // 4 else None
 
 
 def default_rank(index: int, layers: int, dims: int) -> int:
