@@ -77,6 +77,7 @@ def fit_predictor(
     steps: int = 400,
     seed: int = 0,
     rounded: bool = True,
+    bits: int | None = None,
 ) -> tuple[Weights, PredictorFacts]:
     """Fit and measure one layer's predictor.
 
@@ -89,6 +90,7 @@ def fit_predictor(
             `recall` of the active neurons.
         steps: At least; two passes are made where there is more text.
         rounded: Train the factors as they will be quantised, where they will be.
+        bits: Of the factors; by default what `possible_bits` says.
 
     Returns:
         Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in `dtype` or
@@ -98,7 +100,8 @@ def fit_predictor(
     deciding = ffn[next(iter(neuron_rows(ffn)))]
     up, up_bias = deciding.weight, deciding.get("bias", mx.zeros(len(deciding.weight)))
     active = _active(inputs[train], ffn)
-    bits = possible_bits(up.shape[1], rank)
+    if bits is None:
+        bits = possible_bits(up.shape[1], rank)
     weights = _start(inputs[train], up, up_bias, rank, seed)
     weights = _train(
         weights, inputs[train], active, steps, seed, bits if rounded else 0

@@ -20,7 +20,7 @@ import numpy as np
 from ..converters.calibrate.fit import BATCH, fit_predictor
 from ..demo_models import DEMO_MODEL
 from ..layers.dense import hidden_values
-from ..layers.predictor import Predictor, default_rank
+from ..layers.predictor import Predictor
 from ..loading import load_tokenizer
 from ..storage.manifest import PredictorFacts
 from ..tracing import PIECE_TOKENS as LENGTH
@@ -42,11 +42,26 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Way:
-    """How to fit: in how many steps, and whether as quantised."""
+    """How to fit: the rank in halves of the usual one, and whether as quantised."""
 
-    name: str
-    steps: int
+    halves: int
+    bits: int
     rounded: bool
+
+    def rank(self, usual: int) -> int:
+        return usual * self.halves // 2
+
+    def name(self, usual: int) -> str:
+        when = "trained as such" if self.rounded else "afterwards"
+        return f"rank {self.rank(usual)}, {self.bits} bits {when}"
+
+
+WAYS = (
+    Way(2, 4, rounded=False),
+    Way(2, 4, rounded=True),
+    Way(2, 3, rounded=True),
+    Way(3, 3, rounded=True),
+)
 
 
 @dataclass
@@ -78,14 +93,14 @@ def run(
     fit_tokens: Annotated[Count, "Fitted to."] = 16384,
     tokens: Annotated[Count, "Judged on."] = 4096,
     steps: Annotated[Count, "Of training."] = 400,
-    rank: Annotated[int, "Of all predictors; 0 for the converter's choice."] = 0,
+    rank: Annotated[Count, "Of all predictors, a multiple of 128."] = 128,
     recall: Annotated[Share, "Of the active neurons, that all find."] = 0.95,
 ) -> Report:
     """Ways to fit predictors of neurons, judged on TEXT at equal recall.
 
     \b
     Example:
-      mlx-flash bench predictor-fits valid.txt --fit-text train.txt --fit-tokens 40960
+      mlx-flash bench predictors valid.txt --fit-text train.txt --fit-tokens 40960
     """
     net, manifest, ffns = load_dense(model)
     tokenizer = load_tokenizer(model)
@@ -93,31 +108,29 @@ def run(
     judged_on = words if fit_text else words[len(words) // 2 :]
     fit_on = fit_text.read_text() if fit_text else words[: len(words) // 2]
     pieces = cut_words(tokenizer, judged_on, text, tokens)
-    fit_inputs = watched(net, ffns, cut_words(tokenizer, fit_on, fit_text or text, fit_tokens))
+    fit_pieces = cut_words(tokenizer, fit_on, fit_text or text, fit_tokens)
+    fit_inputs = watched(net, ffns, fit_pieces)
     inputs = watched(net, ffns, pieces)
     layers = [Layer(*each) for each in zip(ffns, fit_inputs, inputs, strict=True)]
     dense = text_perplexity(net, pieces)
-    ways = [
-        Way(f"{steps} steps, quantised at the end", steps, rounded=False),
-        Way(f"{steps} steps as quantised", steps, rounded=True),
-        Way(f"{2 * steps} steps as quantised", 2 * steps, rounded=True),
-    ]
     dtype = getattr(mx, manifest.dtype)
     rows = []
-    for way in ways:
+    for way in WAYS:
+        name = way.name(rank)
         found, memory, started = [], 0, time.perf_counter()
-        for i, layer in enumerate(progress(layers, way.name, "layer")):
+        for i, layer in enumerate(progress(layers, name, "layer")):
             width = layer.inputs.shape[1]
             arrays, facts = fit_predictor(
                 layer.fit_inputs,
                 layer.ffn.ffn,
                 dtype,
                 LENGTH,
-                rank or default_rank(i, len(layers), width),
+                way.rank(rank),
                 recall=recall,
-                steps=way.steps,
+                steps=steps,
                 seed=i,
                 rounded=way.rounded,
+                bits=way.bits,
             )
             predictor = stored_predictor(arrays, facts, width)
             memory += sum(a.nbytes for a in arrays.values())
@@ -125,7 +138,7 @@ def run(
             layer.ffn.use(predictor)
         fit_s = time.perf_counter() - started
         perplexity = text_perplexity(net, pieces)
-        rows.append(_row(way.name, found, memory, perplexity, fit_s))
+        rows.append(_row(name, found, memory, perplexity, fit_s))
         for layer in layers:
             layer.ffn.use(None)
     share = sum(j.active for j in found) / sum(x.inputs.shape[0] for x in layers)
