@@ -104,7 +104,7 @@ def fit_predictor(
         bits = possible_bits(up.shape[1], rank)
     weights = _start(inputs[train], up, up_bias, rank, seed)
     weights = _train(
-        weights, inputs[train], active, steps, seed, bits if rounded else 0
+        weights, inputs[train], active, steps, seed, bits if rounded else 0, dtype
     )
 
     predictor = Predictor(up.shape[1], len(up), rank)
@@ -175,10 +175,14 @@ def _start(
     }
 
 
-def _rounded(weight: mx.array, bits: int) -> mx.array:
-    """The values that a factor has when quantised, with the factor's own gradient."""
-    packed = mx.quantize(mx.stop_gradient(weight), GROUP_SIZE, bits)
-    values = mx.dequantize(*packed, GROUP_SIZE, bits)
+def _rounded(weight: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
+    """The values that a factor has when stored, with the factor's own gradient.
+
+    They are quantised in `dtype`, as they will be: training leaves many weights near
+    the edge between two values, and float32 would put some on the other side.
+    """
+    packed = mx.quantize(mx.stop_gradient(weight).astype(dtype), GROUP_SIZE, bits)
+    values = mx.dequantize(*packed, GROUP_SIZE, bits).astype(mx.float32)
     return weight + mx.stop_gradient(values - weight)
 
 
@@ -189,6 +193,7 @@ def _train(
     steps: int,
     seed: int,
     bits: int,
+    dtype: mx.Dtype,
 ) -> Weights:
     """Train the factors and the bias; `bits` 0 leaves the factors as they are."""
     units = len(weights["bias"])
@@ -202,7 +207,7 @@ def _train(
     def loss(scaled: Weights, x: mx.array, target: mx.array) -> mx.array:
         trained = {k: w * size[k] for k, w in scaled.items()}
         if bits:
-            trained |= {f: _rounded(trained[f], bits) for f in FACTORS}
+            trained |= {f: _rounded(trained[f], bits, dtype) for f in FACTORS}
         scores = _scores(trained, x)
         weight = mx.where(target, 0.5 / share, 0.5 / (1 - share))
         return nn.losses.binary_cross_entropy(scores, target, weight)
