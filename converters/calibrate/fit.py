@@ -21,7 +21,13 @@ import numpy as np
 
 from ...arrays import parameters
 from ...layers.dense import hidden_values
-from ...layers.predictor import GROUP_SIZE, Predictor, possible_bits, wider_rank
+from ...layers.predictor import (
+    GROUP_SIZE,
+    WIDER_BITS,
+    Predictor,
+    possible_bits,
+    wider_rank,
+)
 from ...layers.projections import neuron_rows
 from ...storage.manifest import PredictorFacts
 
@@ -62,6 +68,7 @@ def fit_of_needed_rank(
     arrays, facts = fit_predictor(inputs, ffn, dtype, length, rank, **how)
     wider = wider_rank(inputs.shape[1], rank)
     if wider and facts.predicted_share > MANY * facts.active_share:
+        how["bits"] = WIDER_BITS
         return fit_predictor(inputs, ffn, dtype, length, wider, **how)
     return arrays, facts
 

@@ -4,9 +4,9 @@ Two thin matrices stand for the up (or gate) projection: a neuron is predicted a
 where its low-rank score exceeds zero. The threshold that was chosen for the target
 recall is folded into the bias, so that one comparison serves all layers. (LLM in a
 flash, section 3.2; Deja Vu, arXiv 2310.17157.) Both matrices are quantised where their
-shape allows it, because rank is what decides how much is read in vain: trained as
-quantised, rank 192 at 3 bits names fewer neurons than rank 128 at 4 (measured, see
-docs/experiments.md; 2 bits were too few).
+shape allows it: at 4 bits a predictor of four times the rank takes the same memory,
+and rank is what decides how much is read in vain. Where that is much, half as much rank
+again is worth the fourth bit: 3 bits do, if they are trained as such (2 do not).
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
@@ -15,7 +15,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-BITS, GROUP_SIZE = 3, 64
+BITS, WIDER_BITS, GROUP_SIZE = 4, 3, 64
 
 
 class Predictor(nn.Module):
@@ -55,7 +55,8 @@ def possible_bits(dims: int, rank: int) -> int:
 def wider_rank(dims: int, rank: int) -> int | None:
     """Half as much again; None where that cannot be quantised, or is nearly all of D.
 
-    For layers in which `rank` names many neurons in vain.
+    For layers in which `rank` names many neurons in vain. With WIDER_BITS it takes a
+    sixth more memory.
     """
     wider = rank * 3 // 2
     return wider if possible_bits(dims, wider) and wider <= dims * 3 // 4 else None

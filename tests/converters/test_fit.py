@@ -86,22 +86,22 @@ def test_a_quantised_predictor_is_trained_as_such():
     ffn = FFN(64, 192, True)
     ffn.fc1.weight, ffn.fc1.bias = mx.array(up), mx.full((192,), -1.5)
     inputs = rng.normal(0, 1, (40 * LENGTH, 64)).astype(np.float32)
-    _, trained = fit_it(inputs, ffn, rank=64, steps=200)
-    _, afterwards = fit_it(inputs, ffn, rank=64, steps=200, rounded=False)
+    _, trained = fit_it(inputs, ffn, rank=64, steps=200, bits=3)
+    _, afterwards = fit_it(inputs, ffn, rank=64, steps=200, rounded=False, bits=3)
     assert trained.bits == afterwards.bits == 3
     assert abs(trained.recall - afterwards.recall) < 0.02
     assert trained.predicted_share < 0.95 * afterwards.predicted_share
 
 
-@pytest.mark.parametrize("named, rank", [(0.14, 128), (0.16, 192)])
-def test_layers_that_read_much_in_vain_get_more_rank(monkeypatch, named, rank):
-    def fake(inputs, ffn, dtype, length, rank, **how):
-        return {}, PredictorFacts(rank, 3, 0.5, 0.95, 0.6, 0.99, named, 0.1)
+@pytest.mark.parametrize("named, rank, bits", [(0.14, 128, 4), (0.16, 192, 3)])
+def test_layers_that_read_much_in_vain_get_more_rank(monkeypatch, named, rank, bits):
+    def fake(inputs, ffn, dtype, length, rank, bits=4):
+        return {}, PredictorFacts(rank, bits, 0.5, 0.95, 0.6, 0.99, named, 0.1)
 
     monkeypatch.setattr(fit, "fit_predictor", fake)
     inputs = np.zeros((LENGTH, 256), np.float32)
     found = fit.fit_of_needed_rank(inputs, None, mx.float16, LENGTH, 128)
-    assert found[1].rank == rank
+    assert (found[1].rank, found[1].bits) == (rank, bits)
 
 
 def test_wider_ranks_can_be_quantised():
