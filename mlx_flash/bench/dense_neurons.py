@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 
 from ..assembly import empty_model
 from ..checkpoints.config import read_config
+from ..converters.arrays import load_arrays
 from ..errors import FlashError
 from ..layers.dense import hidden_values
 from ..layers.kinds import NEURON, kind_of
@@ -73,7 +74,7 @@ def load_dense(folder: Path) -> tuple[nn.Module, Manifest, list[WatchedFFN]]:
             "predicted. Give a model of neurons, such as the demo model."
         )
     model = empty_model(manifest, read_config(folder), folder)
-    resident = mx.load(str(folder / manifest.resident.file))
+    resident = load_arrays(folder / manifest.resident.file)
     model.load_weights(list(resident.items()), strict=False)
     modules = dict(model.named_modules())
     layers = []
@@ -94,10 +95,11 @@ def _restored(ffn: nn.Module, layer: Layer, folder: Path) -> nn.Module:
         rows = stored[f"{name}.weight"]
         packed = packing(ffn[name])
         if packed is not None:
-            scales, biases = (stored.get(f"{name}.{k}") for k in ("scales", "biases"))
+            scales, biases = stored[f"{name}.scales"], stored.get(f"{name}.biases")
             rows = mx.dequantize(rows, scales, biases, **packed)
         weight = rows.T if name == out else rows
-        linear = nn.Linear(*weight.shape[::-1], bias="bias" in ffn[name])
+        outputs, inputs = weight.shape
+        linear = nn.Linear(inputs, outputs, bias="bias" in ffn[name])
         if "bias" in ffn[name]:
             linear.bias = ffn[name].bias
         linear.weight = weight
