@@ -21,7 +21,7 @@ from ..conversion import Job
 from ..packings import Packings
 from ..resident import write_weights
 from . import text
-from .fit import fit_predictor, split
+from .fit import fit_of_needed_rank, fit_predictor, split
 from .layerwise import LayerwiseModel
 from .placement import order_by_coactivation
 
@@ -100,16 +100,16 @@ class Calibrator:
         inputs = self.model.run_text(index, path, self.hidden, self.tokens)
         ffn = self.model.load_module(path, self.dtype)
         self._as_stored(path, ffn)
-        rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
-        arrays, facts = fit_predictor(
+        fit = fit_predictor if asked.rank else fit_of_needed_rank
+        arrays, facts = fit(
             inputs,
             ffn,
             self.dtype,
             length,
-            rank,
-            asked.threshold,
-            asked.recall,
-            asked.fit_steps,
+            asked.rank or default_rank(index, len(self.paths), inputs.shape[1]),
+            threshold=asked.threshold,
+            recall=asked.recall,
+            steps=asked.fit_steps,
             seed=index,
         )
         release(ffn)

@@ -5,7 +5,9 @@ there is one, else the up projection) on real inputs: with W its weight and U th
 r leading principal directions of the pre-activations X·Wᵀ, it is U·(UᵀW), which loses
 least of the pre-activations' variance of all rank-r matrices. From there both factors
 and the bias are trained to tell active from inactive neurons, both counting alike as in
-LLM in a flash (section 3.2). The threshold comes last, on tokens not trained on.
+LLM in a flash (section 3.2). A predictor that will be quantised is trained as such: its
+scores are those of the rounded factors, and the gradient passes through the rounding.
+The threshold comes last, on tokens not trained on.
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
@@ -19,13 +21,25 @@ import numpy as np
 
 from ...arrays import parameters
 from ...layers.dense import hidden_values
-from ...layers.predictor import Predictor, possible_bits
+from ...layers.predictor import (
+    GROUP_SIZE,
+    WIDER_BITS,
+    Predictor,
+    possible_bits,
+    wider_rank,
+)
 from ...layers.projections import deciding_rows
 from ...storage.manifest import PredictorFacts
 
 BATCH = 256
 RATE = 0.01  # Adam's step, relative to the size of what it trains
 START_TOKENS = 4096  # enough for the principal directions
+PASSES = 2  # over the text, at least
+# A predictor that names more than so many neurons for each active one gets more rank.
+# Fewer are worth less memory: the narrowest of the demo model's layers name 1.4.
+MANY = 1.5
+
+FACTORS = ("reduce.weight", "expand.weight")
 
 Weights = dict[str, mx.array]
 Outcome = tuple[mx.array, mx.array]  # hidden values and predicted scores, [T, N]
@@ -44,6 +58,21 @@ def split(tokens: int, length: int) -> tuple[slice, slice, slice]:
     return slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])
 
 
+def fit_of_needed_rank(
+    inputs: np.ndarray, ffn: nn.Module, dtype: mx.Dtype, length: int, rank: int, **how
+) -> tuple[Weights, PredictorFacts]:
+    """Fit a predictor of `rank`, or a wider one where that names MANY in vain.
+
+    Arguments and results are those of `fit_predictor`.
+    """
+    arrays, facts = fit_predictor(inputs, ffn, dtype, length, rank, **how)
+    wider = wider_rank(inputs.shape[1], rank)
+    if wider and facts.predicted_share > MANY * facts.active_share:
+        how["bits"] = WIDER_BITS
+        return fit_predictor(inputs, ffn, dtype, length, wider, **how)
+    return arrays, facts
+
+
 def fit_predictor(
     inputs: np.ndarray,
     ffn: nn.Module,
@@ -54,6 +83,8 @@ def fit_predictor(
     recall: float = 0.95,
     steps: int = 400,
     seed: int = 0,
+    rounded: bool = True,
+    bits: int | None = None,
 ) -> tuple[Weights, PredictorFacts]:
     """Fit and measure one layer's predictor.
 
@@ -65,6 +96,8 @@ def fit_predictor(
         threshold: A probability, as in the paper; None finds the one that gives
             `recall` of the active neurons.
         steps: At least; two passes are made where there is more text.
+        rounded: Train the factors as they will be quantised, where they will be.
+        bits: Of the factors; by default what `possible_bits` says.
 
     Returns:
         Its arrays (`reduce` [r, D], `expand` [N, r], `bias` [N], in `dtype` or
@@ -73,13 +106,16 @@ def fit_predictor(
     train, choose, test = split(len(inputs), length)
     up, up_bias = deciding_rows(ffn)
     active = _active(inputs[train], ffn)
+    if bits is None:
+        bits = possible_bits(up.shape[1], rank)
     weights = _start(inputs[train], up, up_bias, rank, seed)
-    weights = _train(weights, inputs[train], active, steps, seed)
+    weights = _train(
+        weights, inputs[train], active, steps, seed, bits if rounded else 0, dtype
+    )
 
     predictor = Predictor(up.shape[1], len(up), rank)
     stored = {k: w.astype(dtype) for k, w in weights.items()}
     predictor.load_weights(list(stored.items()))
-    bits = possible_bits(up.shape[1], rank)
     if bits:
         predictor.quantize(bits)
 
@@ -145,19 +181,40 @@ def _start(
     }
 
 
+def _rounded(weight: mx.array, bits: int, dtype: mx.Dtype) -> mx.array:
+    """The values that a factor has when stored, with the factor's own gradient.
+
+    They are quantised in `dtype`, as they will be: training leaves many weights near
+    the edge between two values, and float32 would put some on the other side.
+    """
+    packed = mx.quantize(mx.stop_gradient(weight).astype(dtype), GROUP_SIZE, bits)
+    values = mx.dequantize(*packed, GROUP_SIZE, bits).astype(mx.float32)
+    return weight + mx.stop_gradient(values - weight)
+
+
 def _train(
-    weights: Weights, inputs: np.ndarray, active: np.ndarray, steps: int, seed: int
+    weights: Weights,
+    inputs: np.ndarray,
+    active: np.ndarray,
+    steps: int,
+    seed: int,
+    bits: int,
+    dtype: mx.Dtype,
 ) -> Weights:
+    """Train the factors and the bias; `bits` 0 leaves the factors as they are."""
     units = len(weights["bias"])
     share = np.unpackbits(active, axis=1, count=units).mean()
     share = min(max(share, 1e-4), 1 - 1e-4)
     size = {k: mx.sqrt(mx.mean(mx.square(w))).item() or 1.0 for k, w in weights.items()}
     size["bias"] = 3.0
-    steps = max(steps, 2 * len(inputs) // BATCH)
+    steps = max(steps, PASSES * len(inputs) // BATCH)
     optimizer = optim.Adam(learning_rate=optim.cosine_decay(RATE, steps))
 
     def loss(scaled: Weights, x: mx.array, target: mx.array) -> mx.array:
-        scores = _scores({k: w * size[k] for k, w in scaled.items()}, x)
+        trained = {k: w * size[k] for k, w in scaled.items()}
+        if bits:
+            trained |= {f: _rounded(trained[f], bits, dtype) for f in FACTORS}
+        scores = _scores(trained, x)
         weight = mx.where(target, 0.5 / share, 0.5 / (1 - share))
         return nn.losses.binary_cross_entropy(scores, target, weight)
 
@@ -167,8 +224,8 @@ def _train(
     batch = min(BATCH, len(inputs))
     for _ in range(steps):
         rows = rng.choice(len(inputs), batch, replace=False)
-        bits = np.unpackbits(active[rows], axis=1, count=units)
-        _, grads = step(scaled, mx.array(inputs[rows]), mx.array(bits.astype(bool)))
+        target = np.unpackbits(active[rows], axis=1, count=units).astype(bool)
+        _, grads = step(scaled, mx.array(inputs[rows]), mx.array(target))
         scaled = optimizer.apply_gradients(grads, scaled)
         mx.eval(scaled, optimizer.state)
     return {k: w * size[k] for k, w in scaled.items()}

@@ -84,7 +84,12 @@ def run(
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
     """Pieces of a text, [rows, LENGTH] token ids, `count` in all."""
-    pieces = cut_text(tokenizer, text.read_text())
+    return cut_words(tokenizer, text.read_text(), text, count)
+
+
+def cut_words(tokenizer, words: str, text: Path, count: int) -> np.ndarray:
+    """The same pieces of `words`, which are the text or a part of it."""
+    pieces = cut_text(tokenizer, words)
     whole = [piece for piece in pieces if len(piece) == LENGTH]
     if not whole:
         raise FlashError(
@@ -94,10 +99,15 @@ def cut(tokenizer, text: Path, count: int) -> np.ndarray:
 
 
 def perplexity(model: nn.Module, rows: np.ndarray) -> float:
-    """Of all tokens but the first of each row, given those before it."""
+    """Of all tokens but the first of each row, by neurons that are predicted."""
     for layer in model.flash.layers:
         if "predictor" in layer:  # predict for all: each token gets its own
             layer.sweep_tokens = rows.size
+    return text_perplexity(model, rows)
+
+
+def text_perplexity(model: nn.Module, rows: np.ndarray) -> float:
+    """Of all tokens but the first of each row, given those before it."""
     loss = 0.0
     for row in progress(rows, "reading", "piece"):
         logits = model(mx.array(row[None]))[0, :-1].astype(mx.float32)

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "perplexity": "What prediction costs in quality on TEXT.",
     "placement": "Orders of a model's neurons on flash, played with TEXT.",
     "plan-check": "The cost model of `mlx-flash plan` beside runs here.",
+    "predictors": "Ways to fit predictors, judged on TEXT at equal recall.",
     "prompts": "What a prompt reads and holds, through each entry point.",
     "report": "This machine in one table to paste: a probe and three models.",
     "reader": "Reader and slot cache on OPT-6.7B's bundles, beside fio.",
@@ -50,6 +51,7 @@ MODULES = {
     "peers": "peers.compare",
     "peers-dense": "peers.dense",
     "peers-moe": "peers.experts",
+    "predictors": "predictor_fits",
     "report": "machine_report",
 }
 DRAWN = {"moe", "overlap", "peers", "plan-check", "sweep", "table2", "table3"}

@@ -5,7 +5,8 @@ where its low-rank score exceeds zero. The threshold that was chosen for the tar
 recall is folded into the bias, so that one comparison serves all layers. (LLM in a
 flash, section 3.2; Deja Vu, arXiv 2310.17157.) Both matrices are quantised where their
 shape allows it: at 4 bits a predictor of four times the rank takes the same memory,
-and rank is what decides how much is read in vain.
+and rank is what decides how much is read in vain. Where that is much, half as much rank
+again is worth the fourth bit: 3 bits do, if they are trained as such (2 do not).
 Shapes: T tokens, D model width, N neurons, r rank.
 """
 
@@ -14,7 +15,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-BITS, GROUP_SIZE = 4, 64
+BITS, WIDER_BITS, GROUP_SIZE = 4, 3, 64
 
 
 class Predictor(nn.Module):
@@ -49,6 +50,16 @@ class Predictor(nn.Module):
 def possible_bits(dims: int, rank: int) -> int:
     """The width to which such a predictor can be quantised, or 0."""
     return BITS if dims % GROUP_SIZE == 0 and rank % GROUP_SIZE == 0 else 0
+
+
+def wider_rank(dims: int, rank: int) -> int | None:
+    """Half as much again; None where that cannot be quantised, or is nearly all of D.
+
+    For layers in which `rank` names many neurons in vain. With WIDER_BITS it takes a
+    sixth more memory.
+    """
+    wider = rank * 3 // 2
+    return wider if possible_bits(dims, wider) and wider <= dims * 3 // 4 else None
 
 
 def default_rank(index: int, layers: int, dims: int) -> int:

@@ -1,5 +1,6 @@
 """Every benchmark runs on a small model and measures what its table says."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,7 +12,16 @@ from click.testing import CliRunner
 from machine_profile import PROFILE
 
 from mlx_flash import DEMO_MODEL, FlashError, load
-from mlx_flash.bench import alone, moe, opt, perplexity, plan_check, reader, turns
+from mlx_flash.bench import (
+    alone,
+    dense_neurons,
+    moe,
+    opt,
+    perplexity,
+    plan_check,
+    reader,
+    turns,
+)
 from mlx_flash.bench import whole as whole_module
 from mlx_flash.bench.report import Row, Sample
 from mlx_flash.cli import main
@@ -152,6 +162,31 @@ def test_placements_read_the_same_neurons(text, tmp_path):
         assert none["reads_per_token"] > page["reads_per_token"]
         assert page["reads_per_token"] > four["reads_per_token"]
         assert none["bytes_per_token"] < four["bytes_per_token"]
+
+
+def test_predictors_are_compared_at_equal_recall(text, tmp_path):
+    report = tmp_path / "f.json"
+    args = "--fit-tokens", 384, "--tokens", 128, "--steps", 2, "--json", report
+    assert "95% of them are found" in run("predictors", text, *args)
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        "rank 128, 4 bits afterwards",
+        "rank 128, 4 bits trained as such",
+        "rank 128, 3 bits trained as such",
+        "rank 192, 3 bits trained as such",
+    ]
+    for row in rows:
+        assert row["ratio"] > 1 and 0.95 < row["mass"] < 1
+        assert len(row["by_layer"].split(", ")) == 4
+    memory = [row["memory_bytes"] for row in rows]
+    assert memory[2] < memory[0] == memory[1] < memory[3]
+
+
+def test_units_that_nothing_predicts_have_no_predictors(monkeypatch):
+    blocks = dataclasses.replace(read_manifest(DEMO_MODEL), unit="block")
+    monkeypatch.setattr(dense_neurons, "read_manifest", lambda folder: blocks)
+    with pytest.raises(FlashError, match="has no neurons but blocks"):
+        dense_neurons.load_dense(DEMO_MODEL)
 
 
 def test_overlap_decodes_the_same_tokens_three_times(tmp_path):

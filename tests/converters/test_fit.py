@@ -9,7 +9,8 @@ from conftest import FFN
 
 from mlx_flash.converters.calibrate import fit
 from mlx_flash.converters.calibrate.fit import fit_predictor, split
-from mlx_flash.layers.predictor import Predictor, default_rank
+from mlx_flash.layers.predictor import Predictor, default_rank, wider_rank
+from mlx_flash.storage.manifest import PredictorFacts
 
 D, N, LENGTH = 48, 192, 64
 
@@ -76,6 +77,39 @@ def test_training_beats_the_start(monkeypatch):
     _, start = fit_it(inputs, layer, rank=6)
     assert abs(start.recall - trained.recall) < 0.02
     assert trained.predicted_share < 0.95 * start.predicted_share
+
+
+def test_a_quantised_predictor_is_trained_as_such():
+    """Full rank, where all that is lost is lost by rounding."""
+    rng = np.random.default_rng(3)
+    up = rng.normal(0, 1, (192, 64)).astype(np.float32) / 8
+    ffn = FFN(64, 192, True)
+    ffn.fc1.weight, ffn.fc1.bias = mx.array(up), mx.full((192,), -1.5)
+    inputs = rng.normal(0, 1, (40 * LENGTH, 64)).astype(np.float32)
+    _, trained = fit_it(inputs, ffn, rank=64, steps=200, bits=3)
+    _, afterwards = fit_it(inputs, ffn, rank=64, steps=200, rounded=False, bits=3)
+    assert trained.bits == afterwards.bits == 3
+    assert abs(trained.recall - afterwards.recall) < 0.02
+    assert trained.predicted_share < 0.95 * afterwards.predicted_share
+
+
+@pytest.mark.parametrize("named, rank, bits", [(0.14, 128, 4), (0.16, 192, 3)])
+def test_layers_that_read_much_in_vain_get_more_rank(monkeypatch, named, rank, bits):
+    def fake(inputs, ffn, dtype, length, rank, bits=4):
+        return {}, PredictorFacts(rank, bits, 0.5, 0.95, 0.6, 0.99, named, 0.1)
+
+    monkeypatch.setattr(fit, "fit_predictor", fake)
+    inputs = np.zeros((LENGTH, 256), np.float32)
+    found = fit.fit_of_needed_rank(inputs, None, mx.float16, LENGTH, 128)
+    assert (found[1].rank, found[1].bits) == (rank, bits)
+
+
+def test_wider_ranks_can_be_quantised():
+    assert wider_rank(4096, 128) == 192
+    assert wider_rank(4096, 1024) == 1536
+    assert wider_rank(256, 128) == 192
+    assert wider_rank(128, 64) is None  # 96 is no multiple of a group
+    assert wider_rank(192, 128) is None  # nearly all of the width
 
 
 def test_start_keeps_what_a_low_rank_can_keep():
