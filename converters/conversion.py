@@ -20,13 +20,12 @@ from ..errors import FlashError
 from ..layers.kinds import UnitKind
 from ..progress import bars
 from ..storage.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     PREDICTORS,
     RESIDENT,
-    SHARE_VERSION,
     Calibration,
     Manifest,
+    version_of,
 )
 from ..storage.manifest_reading import check_manifest
 from .bundles import CutBundles, whole_sha256, write_bundles
@@ -34,6 +33,7 @@ from .options import ConvertOptions
 from .portion import Portion
 from .resident import copy_config, write_weights
 from .source import Source
+from .tables import take_tables, write_tables
 from .workfolder import WorkFolder
 
 
@@ -155,6 +155,7 @@ def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
 def _write_rest(job: Job, cutter: Cutter) -> None:
     source, folder = job.source, job.work.folder
     arrays, packed = cutter.rest()
+    tables = write_tables(folder, take_tables(source, arrays))
     resident = write_weights(folder / RESIDENT, arrays)
     predictors = cutter.predictors()
     config: dict = {"dtype": cutter.dtype}
@@ -164,9 +165,9 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
     local = Path(source.name)
     share = None
     if job.portion:
-        share = job.portion.stored(folder, resident, job.work.whole)
+        share = job.portion.stored(folder, resident, job.work.whole, tables)
     manifest = Manifest(
-        format_version=SHARE_VERSION if share else FORMAT_VERSION,
+        format_version=version_of(share, tables),
         # A path would say more about this machine than about the model.
         source=local.resolve().name if local.exists() else source.name,
         revision=source.revision,
@@ -182,6 +183,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         layers=tuple(job.work.layers),
         side_files=side_digests(folder),
         share=share,
+        tables=tables,
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read
         raise job.work.source_changed()

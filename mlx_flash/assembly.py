@@ -5,7 +5,7 @@ read from its shards as they lie there. The unit kind finds the FFN modules, and
 those that take their places.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from .arrays import parameters
 from .checkpoints.config import make_model, read_config
 from .checkpoints.in_place import describe_in_place
 from .checkpoints.stock import load_stock
+from .checkpoints.tables import tables_in_place
 from .errors import FlashError, reason_of
 from .layers.attention import in_pieces
 from .layers.base import FlashFFN
 from .layers.kinds import EXPERT, UnitKind, kind_of
+from .layers.lookup import TABLES, Lookup, table_arrays
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
 from .storage.layout import dtype_name
@@ -44,6 +46,8 @@ class Assembled:
         stored: Of each layer, the numbers that its units have there; None where they
             are the same.
         shapes: For the budget.
+        lookups, rows: The modules of the manifest's tables of embeddings, and where
+            their rows lie.
     """
 
     model: nn.Module
@@ -54,6 +58,8 @@ class Assembled:
     extents: list[list[Extent]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
+    lookups: Sequence[Lookup] = ()
+    rows: Sequence[list[Extent]] = ()
 
     def look_ahead(self) -> None:
         """Have every layer guess what the next one will need, where that is known."""
@@ -120,10 +126,21 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     model = empty_model(manifest, config, folder)
     in_pieces(model)
     layers = _exchange(model, manifest, predictor, folder)
+    lookups = _exchange_tables(model, manifest, folder)
     _load_resident(model, manifest, predictor, folder)
     extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
-    kind = kind_of(manifest)
-    return Assembled(model, config, manifest, kind, layers, extents, shapes)
+    rows = [[bundle_extent(table, folder)] for table in manifest.tables]
+    return Assembled(
+        model,
+        config,
+        manifest,
+        kind_of(manifest),
+        layers,
+        extents,
+        shapes,
+        lookups=lookups,
+        rows=rows,
+    )
 
 
 def _in_place(folder: Path) -> Assembled:
@@ -131,8 +148,20 @@ def _in_place(folder: Path) -> Assembled:
     model, config = stock.model, stock.config
     manifest, extents = describe_in_place(stock)
     shapes = _shapes(model, manifest, config, folder)
+    manifest, rows = tables_in_place(stock, manifest)
     layers = _exchange(model, manifest, False, folder)
-    return Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
+    lookups = _exchange_tables(model, manifest, folder)
+    return Assembled(
+        model,
+        config,
+        manifest,
+        EXPERT,
+        layers,
+        extents,
+        shapes,
+        lookups=lookups,
+        rows=rows,
+    )
 
 
 def _shapes(model: nn.Module, manifest: Manifest, config: dict, folder: Path) -> Shapes:
@@ -163,16 +192,11 @@ def _exchange(
 ) -> list[FlashFFN]:
     """Put an FFN over slots in the place of every FFN that the manifest names."""
     kind = kind_of(manifest)
-    found = dict(model.named_modules())
-    layers = []
+    layers: list[FlashFFN] = []
     for entry in manifest.whole_layers:
-        if entry.module not in found:
-            raise FlashError(
-                f"{folder}: the manifest exchanges {entry.module}, which a model of "
-                f"type {manifest.model_type!r} does not have. Convert it again."
-            )
-        module = found[entry.module]
-        _check_parts(kind, module, entry, manifest, folder)
+        module = _module(model, entry, manifest, folder)
+        arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
+        _check_parts(arrays, entry, f"{kind.name}s", folder, kind.same_dtypes)
         try:
             layers.append(kind.make(module, entry, predictor))
         except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -182,19 +206,61 @@ def _exchange(
                 f"{entry.predictor.rank} and {entry.predictor.bits} bits is possible "
                 f"({str(error).splitlines()[0]})."
             ) from error
-    names = [entry.module for entry in manifest.layers]
-    model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
+    _put(model, manifest.layers, layers)
     return layers
 
 
-def _check_parts(
-    kind: UnitKind, module: nn.Module, entry: Layer, manifest: Manifest, folder: Path
+def _exchange_tables(
+    model: nn.Module, manifest: Manifest, folder: Path
+) -> list[Lookup]:
+    """Put a lookup of rows in the place of every table that the manifest names."""
+    lookups = []
+    for entry in manifest.tables:
+        module = _module(model, entry, manifest, folder)
+        arrays = table_arrays(module) if type(module) in TABLES else {}
+        _check_parts(arrays, entry, "rows", folder)
+        lookups.append(Lookup(module))
+    _put(model, manifest.tables, lookups)
+    return lookups
+
+
+def _module(
+    model: nn.Module, entry: Layer, manifest: Manifest, folder: Path
+) -> nn.Module:
+    """The module of a model that an entry of its manifest takes the place of."""
+    found = dict(model.named_modules())
+    if entry.module not in found:
+        raise FlashError(
+            f"{folder}: the manifest exchanges {entry.module}, which a model of "
+            f"type {manifest.model_type!r} does not have. Convert it again."
+        )
+    return found[entry.module]
+
+
+def _put(
+    model: nn.Module, entries: Sequence[Layer], modules: Sequence[nn.Module]
 ) -> None:
-    """Hold the parts that a manifest describes against the module they belong to."""
-    arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
+    names = [entry.module for entry in entries]
+    model.update_modules(tree_unflatten(list(zip(names, modules, strict=True))))
+
+
+def _check_parts(
+    arrays: Mapping[str, mx.array],
+    entry: Layer,
+    units: str,
+    folder: Path,
+    same_dtypes: bool = False,
+) -> None:
+    """Hold the parts that a manifest describes against those of a module.
+
+    Args:
+        arrays: Of the module, like those parts of all its units; {} if it has none.
+        units: What they are, for the message.
+        same_dtypes: Whether their dtypes have to agree, too.
+    """
     want = {k: (dtype_name(a.dtype), tuple(a.shape)) for k, a in arrays.items()}
     have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
-    if not kind.same_dtypes:
+    if not same_dtypes:
         want = {name: ("", shape) for name, (_, shape) in want.items()}
         have = {name: ("", shape) for name, (_, shape) in have.items()}
     if have != want:
@@ -202,7 +268,7 @@ def _check_parts(
         some = sorted(name for name in names if want.get(name) != have.get(name))
         raise FlashError(
             f"{folder}: bundles of {entry.module} and its config.json disagree about "
-            f"its {kind.name}s ({some[0]}). Convert the model again."
+            f"its {units} ({some[0]}). Convert the model again."
         )
 
 

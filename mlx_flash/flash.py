@@ -13,6 +13,7 @@ from .draft_model import DraftModel
 from .errors import FlashError
 from .layers.base import FlashFFN
 from .layers.kinds import UnitKind
+from .layers.lookup import Lookup
 from .memory.budget import Budget
 from .memory.elastic import Elastic, Watch
 from .memory.fence import Fence
@@ -55,6 +56,7 @@ class Flash:
         told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
+        lookups: Its tables of embeddings on flash.
         positions: How many the model has, None if it has no limit.
         shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
@@ -78,6 +80,7 @@ class Flash:
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
         self.layers: list[FlashFFN] = parts.layers
+        self.lookups: Sequence[Lookup] = parts.lookups
         self.positions: int | None = parts.config.get("max_position_embeddings")
         self.shapes = parts.shapes
         self.vocabulary = parts.shapes.vocabulary
@@ -183,8 +186,8 @@ class Flash:
             self.machines.close()
         with self._fence.lock:
             self.closed = True
-            for layer in self.layers:
-                layer.detach()
+            for module in (*self.layers, *self.lookups):
+                module.detach()
             if self.pool is not None:
                 self.pool.close()
             self._reader.close()

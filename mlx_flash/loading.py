@@ -166,7 +166,8 @@ def _load(
     )
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
-    files = {extent.path for extents in parts.extents for extent in extents}
+    extents = (*parts.extents, *parts.rows)
+    files = {extent.path for places in extents for extent in places}
     try:
         mx.reset_peak_memory()
         with _bar(parts, budget, wanted.progress) as bar:
@@ -175,6 +176,7 @@ def _load(
                 draft.read()
             flash.cached_share = cached_before(files, not through)
             slots = _attach_slots(flash, parts, policy, wanted.overlap, bar)
+            slots += _attach_tables(flash, parts, bar)
     except BaseException:
         flash.close()
         raise
@@ -221,8 +223,9 @@ def _share(
 def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
     """For all bytes that loading reads."""
     manifest = parts.manifest
-    pairs = zip(budget.slots, manifest.layers, strict=True)
-    whole = sum(layer.nbytes for n, layer in pairs if n == layer.units)
+    slots, entries = budget.slots + budget.table_slots, manifest.layers + manifest.tables
+    pairs = zip(slots, entries, strict=True)
+    whole = sum(entry.nbytes for n, entry in pairs if n == entry.units)
     total = manifest.resident.bytes + manifest.predictor_bytes + whole
     return Bar("loading", total, shown, unit="B", unit_scale=True)
 
@@ -248,5 +251,29 @@ def _attach_slots(
         if slots.n_slots == slots.units:
             slots.read_all()
             bar.advance(parts.manifest.layers[i].nbytes)
+        attached.append(slots)
+    return attached
+
+
+def _attach_tables(flash: Flash, parts: Assembled, bar: Bar) -> list[UnitSlots]:
+    """The same for tables of embeddings."""
+    attached = []
+    for i, (table, lookup) in enumerate(
+        zip(parts.manifest.tables, parts.lookups, strict=True)
+    ):
+        slots = UnitSlots(
+            table,
+            parts.rows[i],
+            flash.budget.table_slots[i],
+            Lru(),
+            flash._reader,
+            flash._fence,
+            flash.stats,
+            rows=True,
+        )
+        lookup.attach(slots)
+        if slots.n_slots == slots.units:
+            slots.read_all()
+            bar.advance(table.nbytes)
         attached.append(slots)
     return attached

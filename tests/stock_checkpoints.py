@@ -17,6 +17,7 @@ from mlx_lm.utils import _get_classes
 import mlx_flash
 from mlx_flash import sizing as loader
 from mlx_flash.memory.budget import make_budget
+from mlx_flash.memory.table_slots import least_table_slots
 
 COMMON = dict(
     hidden_size=64,
@@ -191,12 +192,16 @@ def write_original(folder: Path, config: dict, seed: int = 1) -> Path:
 
 
 def stream(folder: Path, *slots: int, **options):
-    """The model with so many slots for every layer, or for each."""
+    """The model with so many slots for every layer, or for each.
+
+    Tables of embeddings have their least slots.
+    """
 
     def exactly(*args):
-        budget = make_budget(*args)
+        budget, tables = make_budget(*args), args[1].manifest.tables
         counts = slots if len(slots) > 1 else slots * len(budget.slots)
-        return dataclasses.replace(budget, slots=counts)
+        few = least_table_slots(tables)
+        return dataclasses.replace(budget, slots=counts, table_slots=few)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "make_budget", exactly)

@@ -14,6 +14,12 @@ from ..storage.manifest import Manifest
 from . import system
 from .divide import Divide
 from .footprint import CACHED, MAX_PREFILL, Footprint
+from .table_slots import (
+    bytes_of_tables,
+    least_table_slots,
+    more_bytes,
+    table_slots,
+)
 
 LEAST_CONTEXT = 128  # tokens, where nobody named any
 WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
@@ -22,6 +28,8 @@ WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
 @dataclass(frozen=True)
 class Budget:
     """Bytes of each use; `slots[i]` is the number of slots of FFN layer i.
+
+    `table_slots` are those of tables of embeddings, which take `table_bytes`.
 
     `kv_bytes` was reckoned for `context` tokens, `workspace_bytes` for prompt chunks of
     `prefill_tokens` that FFNs multiply `batch_tokens` at a time. `cache_bytes` of the
@@ -38,6 +46,8 @@ class Budget:
     prefill_tokens: int
     batch_tokens: int
     context: int
+    table_slots: tuple[int, ...] = ()
+    table_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -125,18 +135,38 @@ def _fit_for(total: int, footprint: Footprint, divide: Divide | None) -> Budget 
     assert slots is not None  # with less workspace there are no fewer
     manifest = footprint.manifest
     slot_bytes = bytes_of_slots(slots, footprint)
+    tables = tables_beside(slots, room - workspace, footprint)
+    used = footprint.fixed_bytes + slot_bytes + more_bytes(manifest.tables, tables)
     return Budget(
         total_bytes=total,
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         kv_bytes=footprint.kv_bytes,
-        workspace_bytes=total - footprint.fixed_bytes - slot_bytes,
+        workspace_bytes=total - used,
         slot_bytes=slot_bytes,
         slots=slots,
         prefill_tokens=tokens,
         batch_tokens=batch,
         context=footprint.context,
+        table_slots=tables,
+        table_bytes=bytes_of_tables(manifest.tables, tables),
     )
+
+
+def tables_beside(
+    slots: Sequence[int], room: float, footprint: Footprint
+) -> tuple[int, ...]:
+    """Slots of each table of embeddings beside those of FFNs.
+
+    Args:
+        slots: Of each FFN layer.
+        room: Bytes for all slots beyond the least ones of the tables.
+    """
+    layers = footprint.manifest.layers
+    if any(n < layer.units for n, layer in zip(slots, layers, strict=True)):
+        return least_table_slots(footprint.manifest.tables)
+    rest = room - bytes_of_slots(slots, footprint)
+    return table_slots(footprint.manifest.tables, rest)
 
 
 def bytes_of_slots(slots: Sequence[int], footprint: Footprint) -> int:

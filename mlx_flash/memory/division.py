@@ -8,7 +8,7 @@ reserve for its KV cache takes them, too.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .budget import Budget, share_slots
+from .budget import Budget, share_slots, tables_beside
 from .divide import Divide
 from .footprint import MAX_PREFILL, Footprint
 
@@ -17,11 +17,19 @@ KV_AHEAD = 256  # tokens
 
 @dataclass(frozen=True)
 class Division:
-    """Slots of each layer beside chunks of so many tokens and so much KV cache."""
+    """Slots of each layer beside chunks of so many tokens and so much KV cache.
+
+    `table_slots` are those of tables of embeddings.
+    """
 
     slots: tuple[int, ...]
     tokens: int
     kv_bytes: int
+    table_slots: tuple[int, ...] = ()
+
+    @property
+    def all_slots(self) -> tuple[int, ...]:
+        return self.slots + self.table_slots
 
 
 def as_divided(footprint: Footprint, budget: Budget) -> Footprint:
@@ -88,7 +96,10 @@ class Divider:
         if slots is None:
             return None
         usual = zip(slots, budget.slots, strict=True)
-        return Division(tuple(min(pair) for pair in usual), tokens, kv_bytes)
+        slots = tuple(min(pair) for pair in usual)
+        tables = tables_beside(slots, room, footprint)
+        usual = zip(tables, budget.table_slots, strict=True)
+        return Division(slots, tokens, kv_bytes, tuple(min(pair) for pair in usual))
 
     def _bytes(self, slots: Sequence[int]) -> int:
         layers = self.footprint.manifest.layers

@@ -17,6 +17,7 @@ from ..arrays import arrays_of
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
 from .allocation import spare_bytes
+from .table_slots import bytes_of_tables, least_table_slots, more_bytes
 
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
@@ -179,10 +180,14 @@ class Footprint:
 
     @property
     def fixed_bytes(self) -> int:
-        """What is there whatever memory is given: weights, predictors, KV cache."""
+        """What is there whatever memory is given: weights, predictors, KV cache.
+
+        With the least slots of tables of embeddings.
+        """
         manifest = self.manifest
         weights = manifest.resident.bytes + manifest.predictor_bytes
-        return weights + self.adapter_bytes + self.kv_bytes
+        tables = bytes_of_tables(manifest.tables, least_table_slots(manifest.tables))
+        return weights + tables + self.adapter_bytes + self.kv_bytes
 
     @property
     def logits_bytes(self) -> int:
@@ -286,4 +291,5 @@ class Footprint:
     def most_bytes(self) -> int:
         """The budget beyond which more memory changes nothing."""
         everything = self.fixed_bytes + self.manifest.ffn_bytes + self.page_bytes
+        everything += more_bytes(self.manifest.tables)
         return everything + self.workspace_bytes(MAX_PREFILL, MAX_BATCH)

@@ -54,14 +54,15 @@ class UnitSlots:
         stats: Stats,
         apart: float = 0.0,
         stored: np.ndarray | None = None,
+        rows: bool = False,
     ):
         self.listener: Listener | None = None
         self.asked = Asked(layer.units)
         self.stats = stats
+        self._count = stats.count_rows if rows else stats.count_units
         self._layer = layer
-        self._held = allocate_held(
-            layer, SlotCache(layer.units, n_slots, policy, apart)
-        )
+        cache = SlotCache(layer.units, n_slots, policy, apart)
+        self._held = allocate_held(layer, cache)
         self._reader = reader
         self._fence = fence
         views = self._held.views
@@ -275,8 +276,7 @@ class UnitSlots:
         stats.cache_s += time.perf_counter() - since
         if wave is None:
             return None, None
-        stats.hits += len(wave.units) - len(wave.missing)
-        stats.misses += len(wave.missing)
+        self._count(len(wave.units), len(wave.missing))
         if total is not None:
             evaluate(total)  # also before a wave of hits: it would pile up in memory
             stats.waits_for_slots += 1

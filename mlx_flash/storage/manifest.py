@@ -5,6 +5,7 @@
     resident.safetensors           all weights that stay in memory
     predictors.safetensors         neuron kind only
     ffn/layer_NN.safetensors       one uint8 tensor `bundles` [units, unit_bytes]
+    ffn/table_NN.safetensors       the same of a large table of embeddings: its rows
 
 A unit's bundle is its parts side by side, `parts[i].offset` bytes into the bundle,
 each in row-major order and little endian. For a neuron of a plain FFN these are `up`
@@ -19,6 +20,7 @@ compared by `checkpoints/digests.py`.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from .typed_json import from_json
 
 FORMAT_VERSION = 1
 SHARE_VERSION = 2  # of a folder that holds a share of the units
+TABLE_VERSION = 3  # of a folder that has tables of embeddings on flash
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
@@ -140,7 +143,8 @@ class Manifest:
     """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights.
 
     `side_files` is empty in folders that an earlier version wrote. `layers` describe
-    what the folder holds, also where that is a share.
+    what the folder holds, also where that is a share. `tables` are embeddings that are
+    only looked up: a unit is a row, and a share has all of them.
     """
 
     format_version: int
@@ -156,6 +160,7 @@ class Manifest:
     layers: tuple[Layer, ...]
     side_files: tuple[SideFile, ...] = ()
     share: StoredShare | None = None
+    tables: tuple[Layer, ...] = ()
 
     @property
     def whole_layers(self) -> tuple[Layer, ...]:
@@ -170,24 +175,38 @@ class Manifest:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def table_bytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
+
+    @property
     def predictor_bytes(self) -> int:
         return self.predictors.bytes if self.predictors else 0
 
     @property
     def model_bytes(self) -> int:
-        """The model itself: resident weights and FFNs, predictors not counted."""
-        return self.resident.bytes + self.ffn_bytes
+        """The model itself: all weights, predictors not counted."""
+        return self.resident.bytes + self.table_bytes + self.ffn_bytes
 
     @property
     def whole_model_bytes(self) -> int:
         """The same with the units that other machines have."""
-        return self.resident.bytes + sum(layer.nbytes for layer in self.whole_layers)
+        elsewhere = sum(layer.nbytes for layer in self.whole_layers) - self.ffn_bytes
+        return self.model_bytes + elsewhere
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
         if self.share is None:
             del fields["share"]
+        if not self.tables:
+            del fields["tables"]
         return json.dumps(fields, indent=1) + "\n"
+
+
+def version_of(share: StoredShare | None, tables: Sequence[Layer]) -> int:
+    """The lowest format version that a folder with these can have."""
+    if tables:
+        return TABLE_VERSION
+    return SHARE_VERSION if share else FORMAT_VERSION
 
 
 def layer_from_json(entry: dict) -> Layer:
