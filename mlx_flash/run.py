@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .memory.stats import Stats
+from .storage.manifest import Layer
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -79,6 +81,32 @@ class RankReport:
     def __str__(self) -> str:
         held = "" if self.hit_rate is None else f", {self.hit_rate:.0%} was in memory"
         return f"{self.name} read {self.bytes_read / 1e6:,.1f} MB{held}"
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """Tables of embeddings on flash: how many, and how many of them memory holds.
+
+    Attributes:
+        nbytes: Of all of them.
+    """
+
+    from_flash: int = 0
+    held_whole: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, tables: Sequence[Layer], slots: Sequence[int]) -> TableReport:
+        """The report of tables that have so many slots each."""
+        pairs = zip(slots, tables, strict=True)
+        whole = sum(n == table.units for n, table in pairs)
+        return cls(len(tables), whole, sum(table.nbytes for table in tables))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.from_flash} tables of {self.nbytes / 1e6:,.1f} MB from flash row "
+            f"by row, {self.held_whole} of them held whole"
+        )
 
 
 @dataclass

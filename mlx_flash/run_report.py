@@ -12,7 +12,7 @@ from .layers.kinds import BLOCK, kind_of
 from .memory.budget import Budget
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
-from .run import RankReport, Run
+from .run import RankReport, Run, TableReport
 from .storage.manifest import Manifest
 
 COLD = 0.01  # of the files in memory, at most
@@ -75,7 +75,6 @@ class RunReport:
     calls without a draft read (of blocks: any call).
 
     `ranks` has what each of several machines read; it is empty on one.
-
     `page_cache` is whether reads went through the page cache, `cached_share` what of
     the files they could find in memory when the model was loaded: 0 is cold.
     """
@@ -94,6 +93,7 @@ class RunReport:
     layers_held_whole: int
     page_cache: bool
     cached_share: float | None
+    tables: TableReport = field(default_factory=TableReport)
     resizes: list[tuple[float, int]] = field(default_factory=list)
     resizes_refused: list[tuple[float, int, int]] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -140,6 +140,7 @@ class RunReport:
             ),
             page_cache=not flash.direct_io,
             cached_share=flash.cached_share,
+            tables=TableReport.of(manifest.tables, budget.table_slots),
         )
         if run is None or last is None or run.last_stats is None:
             return report
@@ -222,8 +223,9 @@ class RunReport:
             f"{self.peak_process_bytes / 1e6:.0f} MB)",
             f"layers      {self.layers_from_flash} of {self.layers_total} FFN layers "
             f"from flash, {self.layers_held_whole} of them held whole",
-            self._reads_line(),
         ]
+        lines += [f"embeddings  {self.tables}"] if self.tables.from_flash else []
+        lines.append(self._reads_line())
         if self.resizes:
             least = min(nbytes for _, nbytes in self.resizes)
             lines.append(
@@ -244,9 +246,8 @@ class RunReport:
         return "\n".join(lines)
 
     def _reads_line(self) -> str:
-        line = (
-            f"reads       {'through' if self.page_cache else 'around'} the page cache"
-        )
+        way = "through" if self.page_cache else "around"
+        line = f"reads       {way} the page cache"
         if self.cached_share is None:
             return line + ", cold or warm is not known"
         if self.cached_share < COLD:
