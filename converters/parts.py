@@ -13,7 +13,14 @@ from ..checkpoints.digests import compare, manifest_digests, side_digests, side_
 from ..errors import FlashError
 from ..progress import Bar
 from ..storage.digests import file_sha256
-from ..storage.manifest import MANIFEST, Layer, Manifest, StoredShare, version_of
+from ..storage.manifest import (
+    MANIFEST,
+    Layer,
+    Manifest,
+    StoredShare,
+    Weights,
+    version_of,
+)
 from ..storage.manifest_reading import check_manifest, parse_manifest
 from ..storage.safetensors import write_error
 from .bundles import StoredBundles, write_bundles
@@ -155,9 +162,10 @@ def _check_rest(folder: Path, manifest: Manifest) -> None:
 def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None:
     """Copy all else to a part, and write its manifest last."""
     target = entry.work.folder
-    for weights in filter(
-        None, (manifest.resident, manifest.predictors, *manifest.tables)
-    ):
+    whole: list[Weights | Layer] = [manifest.resident, *manifest.tables]
+    if manifest.predictors:
+        whole.append(manifest.predictors)
+    for weights in whole:
         copy = target / weights.file
         shutil.copyfile(folder / weights.file, copy)
         if file_sha256(copy) != weights.sha256:

@@ -223,7 +223,10 @@ def _share(
 def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
     """For all bytes that loading reads."""
     manifest = parts.manifest
-    slots, entries = budget.slots + budget.table_slots, manifest.layers + manifest.tables
+    slots, entries = (
+        budget.slots + budget.table_slots,
+        manifest.layers + manifest.tables,
+    )
     pairs = zip(slots, entries, strict=True)
     whole = sum(entry.nbytes for n, entry in pairs if n == entry.units)
     total = manifest.resident.bytes + manifest.predictor_bytes + whole

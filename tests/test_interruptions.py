@@ -25,6 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from stock_checkpoints import LLAMA, QWEN3, stream
 
 import mlx_flash
+from mlx_flash.layers import lookup
+from mlx_flash.memory import table_slots
 
 STEP, NEXT_STEP = ((11,),), ((42,),)
 PROMPT = ((84, 63, 64, 73, 24, 32, 20, 6),)  # tokens that need every unit of a layer
@@ -60,8 +62,10 @@ KINDS = {
     "predicted neurons": Kind(24, (8, 20), (False, True), 1e-5),
     "experts in place": Kind(8, (2, 5), (False, True), 0),
     "converted experts": Kind(8, (2, 5), (False, True), 0),
+    "experts and rows": Kind(8, (2, 5), (False,), 0),
     "blocks": Kind(11, (4, 9), (False,), 1e-5),
 }
+TABLE_SLOTS = 3  # of embeddings: a prompt looks eight up
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,14 @@ def make_folder(name, base):
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory):
     """The name of a kind, and the folder of a tiny model of it."""
-    return request.param, make_folder(request.param, tmp_path_factory.mktemp("made"))
+    name = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "experts and rows":
+            patch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
+            patch.setattr(table_slots, "TABLE_SLOTS", TABLE_SLOTS)
+        folder = make_folder(name, tmp_path_factory.mktemp("made"))
+        assert ((folder / "ffn/table_00.safetensors").exists()) == ("rows" in name)
+        yield name, folder
 
 
 @pytest.fixture

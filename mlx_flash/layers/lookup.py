@@ -73,9 +73,7 @@ def only_rows(model: nn.Module, path: str) -> bool:
 
 
 @contextmanager
-def _exchanged(
-    model: nn.Module, path: str, alone: _RowsAlone
-) -> Iterator[_RowsAlone]:
+def _exchanged(model: nn.Module, path: str, alone: _RowsAlone) -> Iterator[_RowsAlone]:
     model.update_modules(tree_unflatten([(path, alone)]))
     try:
         yield alone

@@ -59,6 +59,8 @@ class Info:
             "resident_bytes": manifest.resident.bytes,
             "predictor_bytes": manifest.predictor_bytes,
             "ffn_bytes": manifest.ffn_bytes,
+            "tables": len(manifest.tables),
+            "table_bytes": manifest.table_bytes,
             "source": manifest.source,
             "dtype": manifest.dtype,
             "bits": _common([_bits(found) for found in self.on_flash]),
@@ -91,6 +93,13 @@ class Info:
             f"{' and '.join(packings)}",
             f"predictors  {size(manifest.predictor_bytes)}  (not part of the model)",
         ]
+        if tables := manifest.tables:
+            rows = sum(table.units for table in tables)
+            lines.insert(
+                -1,
+                f"embeddings  {size(manifest.table_bytes)}  on flash as {rows:,} rows "
+                f"of {len(tables)} tables",
+            )
         if c := manifest.calibration:
             lines.append(
                 f"calibrated on {c.tokens:,} tokens of {printable(c.text)}, measured "
@@ -155,6 +164,7 @@ def _info(
     name: str, state: str, manifest: Manifest, packings: dict[str, Packing]
 ) -> Info:
     modules = [f"{layer.module}." for layer in manifest.layers]
+    tables = [f"{table.module}." for table in manifest.tables]
 
     def those(*starts: str) -> tuple[Packing, ...]:
         found = {p for path, p in packings.items() if f"{path}.".startswith(starts)}
@@ -163,7 +173,7 @@ def _info(
     rest = {
         packing
         for path, packing in packings.items()
-        if not f"{path}.".startswith(tuple(modules))
+        if not f"{path}.".startswith((*modules, *tables))
     }
     on_flash = tuple(those(module) for module in modules)
     return Info(name, state, manifest, tuple(sorted(rest)), on_flash)

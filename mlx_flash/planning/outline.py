@@ -14,8 +14,10 @@ from ..assembly import empty_model, shapes_of
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
+from ..checkpoints.tables import with_tables
 from ..checkpoints.units import find_units
 from ..layers.kinds import EXPERT, NEURON
+from ..layers.lookup import large_tables, table_arrays
 from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..memory.footprint import Shapes
 from ..models.registry import get_model_classes
@@ -94,6 +96,11 @@ def _of_checkpoint(
     predictor_bytes = _predictor_bytes(layers, dtype) if kind is NEURON else 0
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
+    )
+    tables = large_tables(build()).items()
+    manifest = with_tables(
+        manifest,
+        [weight_format.layer_of(path, table_arrays(table)) for path, table in tables],
     )
     in_place = kind is EXPERT and not weight_format.apart(names)
     return Outline(

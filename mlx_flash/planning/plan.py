@@ -61,6 +61,7 @@ class Plan:
     resident_bytes: int
     predictor_bytes: int
     ffn_bytes: int
+    table_bytes: int
     least_bytes: int
     best_bytes: int
     memory_bytes: int
@@ -169,6 +170,7 @@ def plan_of(
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         ffn_bytes=manifest.ffn_bytes,
+        table_bytes=manifest.table_bytes,
         least_bytes=least_bytes(footprint),
         best_bytes=footprint.most_bytes,
         memory_bytes=budget.total_bytes,

@@ -63,11 +63,13 @@ def make_work(
         _flash_layer(found, layer, slots, ask.asked, modules[layer.module], selection)
         for (layer, slots), ask in zip(pairs, asks_of_token(found), strict=True)
     )
-    kept = sum(layer.nbytes for layer, slots in pairs if slots == layer.units)
+    tables = list(zip(manifest.tables, budget.table_slots, strict=True))
+    kept = sum(layer.nbytes for layer, n in pairs + tables if n == layer.units)
     shapes = found.shapes
     return Work(
         resident=tuple(resident),
         layers=layers,
+        rows=tuple(_rows(found, table, slots) for table, slots in tables),
         steps=len(getattr(found.model, "layers", layers)),
         kv_bytes=shapes.kv_bytes_fixed + context * shapes.kv_bytes_per_token,
         load_bytes=manifest.resident.bytes + manifest.predictor_bytes + kept,
@@ -173,6 +175,21 @@ def _flash_layer(
         overlap=kind is not NEURON,
         waits=1 if chosen else 0,
         launches=LAUNCHES if chosen else 0,
+    )
+
+
+def _rows(found: Outline, table: Layer, slots: int) -> FlashLayer:
+    """A table of embeddings, of which a token asks for a row; nothing is multiplied."""
+    return FlashLayer(
+        weights=Matrices("matmul", found.manifest.dtype, 0, 0.0, 0.0),
+        units=table.units,
+        unit_bytes=table.unit_bytes,
+        slots=slots,
+        pieces=len(table.parts) if found.in_place else 1,
+        selected=1.0,
+        hit_rate=0.0,
+        computed=0.0,
+        in_place=found.in_place,
     )
 
 

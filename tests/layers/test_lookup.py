@@ -15,7 +15,6 @@ from stock_checkpoints import (
     assert_same,
     make_weights,
     run,
-    stream,
     write_checkpoint,
 )
 
@@ -33,6 +32,9 @@ from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
+from mlx_flash.planning.info import look_at
+from mlx_flash.planning.plan import make_plan
+from mlx_flash.planning.text import plan_text
 from mlx_flash.storage.reader import open_reader
 from mlx_flash.storage.source import bundle_extent
 
@@ -74,9 +76,7 @@ def on_flash(table, slots, folder):
     layer = write_bundles(folder / "t.safetensors", "t", table_arrays(table))
     reader = open_reader(2, direct=False)
     extents = [bundle_extent(layer, folder.parent)]
-    made = UnitSlots(
-        layer, extents, slots, Lru(), reader, Fence(), Stats(), rows=True
-    )
+    made = UnitSlots(layer, extents, slots, Lru(), reader, Fence(), Stats(), rows=True)
     if slots == ROWS:
         made.read_all()
     streamed = Lookup(table)
@@ -279,10 +279,18 @@ def test_every_part_of_a_split_has_all_tables(converted):
         assert json.loads((part / "flash.json").read_text())["format_version"] == 3
 
 
-def test_generate_reports_rows(converted):
+def test_figures_speak_of_rows(converted, tmp_path):
     save_tokenizer(converted)
-    with mlx_flash.load(converted, least_of(converted), context=CONTEXT) as (m, tokenizer):
-        mlx_flash.generate(m, tokenizer, "a b c", max_tokens=4)
-        report = m.flash.report()
+    least = least_of(converted)
+    with mlx_flash.load(converted, least, context=CONTEXT) as (model, tokenizer):
+        mlx_flash.generate(model, tokenizer, "a b c", max_tokens=4)
+        report = model.flash.report()
     assert (report.tables.from_flash, report.tables.held_whole) == (1, 0)
     assert "embeddings" in str(report)
+    assert "97 rows of 1 tables" in look_at(converted).text()
+    for name in (converted, tmp_path / "source"):
+        plan = make_plan(name, least, context=CONTEXT)
+        assert plan.table_bytes == 97 * 64 * 4
+        assert abs(plan.least_bytes - least) <= 16_384
+        assert plan.bytes_per_token[0] >= 4096
+        assert "of embeddings as rows" in plan_text(plan)
