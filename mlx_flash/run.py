@@ -104,8 +104,8 @@ class TableReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.from_flash} tables of {self.nbytes / 1e6:,.1f} MB from flash row "
-            f"by row, {self.held_whole} of them held whole"
+            f"{self.nbytes / 1e6:,.1f} MB on flash, read by rows; tables held whole: "
+            f"{self.held_whole} of {self.from_flash}"
         )
 
 

@@ -15,7 +15,7 @@ from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader, Ticket
-from .asked import Asked
+from .asked import Asked, NotCounted
 from .early import Early
 from .fence import Fence, begin, evaluate
 from .held import Held, allocate_held, move_held
@@ -57,7 +57,7 @@ class UnitSlots:
         rows: bool = False,
     ):
         self.listener: Listener | None = None
-        self.asked = Asked(layer.units)
+        self.asked = (NotCounted if rows else Asked)(layer.units)
         self.stats = stats
         self._count = stats.count_rows if rows else stats.count_units
         self._layer = layer

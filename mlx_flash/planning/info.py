@@ -98,7 +98,7 @@ class Info:
             lines.insert(
                 -1,
                 f"embeddings  {size(manifest.table_bytes)}  on flash as {rows:,} rows "
-                f"of {len(tables)} tables",
+                f"in tables: {len(tables)}",
             )
         if c := manifest.calibration:
             lines.append(

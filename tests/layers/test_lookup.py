@@ -27,7 +27,7 @@ from mlx_flash.errors import FlashError, NotEnoughMemory
 from mlx_flash.inspection import verify
 from mlx_flash.layers import lookup
 from mlx_flash.layers.lookup import Lookup, large_tables, table_arrays
-from mlx_flash.memory import table_slots
+from mlx_flash.memory import places, table_slots
 from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
@@ -112,6 +112,23 @@ def test_a_row_is_read_once_a_call_and_counts_as_no_hit(tmp_path):
         mx.eval(streamed(mx.array([[7, 9]])))
         stats = streamed.slots.stats
     assert (stats.rows, stats.rows_read, stats.hits, stats.misses) == (4, 3, 0, 0)
+
+
+def test_a_table_of_very_many_rows(tmp_path, monkeypatch):
+    """No array has an entry for each row; the rows are the same."""
+    monkeypatch.setattr(places, "MANY", 1000)
+    (tmp_path / "ffn").mkdir()
+    table = make_table()
+    streamed, reader = on_flash(table, 5, tmp_path / "ffn")
+    rng = np.random.default_rng(0)
+    with reader:
+        for slots in (5, 3, ROWS, 4):
+            streamed.slots.resize(slots, 10_000)
+            whole = isinstance(streamed.slots.cache.slot_of, np.ndarray)
+            assert whole == (slots == ROWS)
+            for length in (1, 3, 60, 2, 1):
+                ids = mx.array(rng.integers(0, ROWS, (1, length)))
+                assert mx.array_equal(streamed(ids), table(ids))
 
 
 @pytest.mark.parametrize("ids", [[0, ROWS], [-ROWS - 1]])
@@ -287,7 +304,7 @@ def test_figures_speak_of_rows(converted, tmp_path):
         report = model.flash.report()
     assert (report.tables.from_flash, report.tables.held_whole) == (1, 0)
     assert "embeddings" in str(report)
-    assert "97 rows of 1 tables" in look_at(converted).text()
+    assert "97 rows in tables: 1" in look_at(converted).text()
     for name in (converted, tmp_path / "source"):
         plan = make_plan(name, least, context=CONTEXT)
         assert plan.table_bytes == 97 * 64 * 4
