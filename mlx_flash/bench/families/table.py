@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ...layers.kinds import BLOCK, EXPERT, NEURON
 from ..options import FOLDER
-from .check import DECODED, DENSE_PROMPT, PROMPT, Verdict, check
+from .check import DECODED, DENSE_PROMPT, PROMPT, ROWS, Verdict, check
 from .configs import DENSE, EXPERTS
 
 LIMIT_S = 180  # for one family; a crash of its process ends like this, too
@@ -101,6 +101,7 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
         "blocks": units[BLOCK.name],
         "neurons": units[NEURON.name],
         "in_place": sum("in place" in v.places for v in verdicts),
+        "tables": sum(v.tables > 0 for v in verdicts),
         "identical": sum(v.difference == 0 for v in verdicts),
         "differ": [v.family for v in verdicts if "DIFFERS" in v.verdict],
         "failed": [v.family for v in verdicts if "FAILED" in v.verdict],
@@ -129,7 +130,9 @@ difference of any logit to the same model in memory (mlx-lm's, or ours where it 
 none), 0 being identical to the bit. float32, MLX {facts["mlx"]} on its CPU backend,
 mlx-lm {facts["mlx_lm"]}. All were streamed from converted folders, {facts["in_place"]}
 of those with experts also in place. Layers are those that have such FFNs: Gemma 3n's
-sparse ones are no sums over their neurons, and stay in memory.
+sparse ones are no sums over their neurons, and stay in memory. {facts["tables"]} models
+looked their embeddings up on flash, with {ROWS} slots a table; those of the others give
+the logits, too.
 
 {lines}
 
