@@ -41,6 +41,8 @@ class ConvertOptions:
             together lie together, so that a read brings several) or "checkpoint".
         unit: "neuron" or "block" for dense FFNs; by default neurons where the
             activation gives exact zeros, and calibration finds enough of them.
+        blocks: Of a mixture of experts, put dense FFNs and shared experts on flash,
+            too, as blocks. By default they stay in memory.
         bits: Quantise what goes to flash; by default it stays as it is.
         group_size: Weights that share a scale (64, or what `mode` prescribes).
         mode: MLX's quantisation: "affine", "mxfp4", "mxfp8" or "nvfp4".
@@ -66,6 +68,7 @@ class ConvertOptions:
     fit_steps: int = 400
     order: str = "coactivation"
     unit: str | None = None
+    blocks: bool = False
     bits: int | None = None
     group_size: int | None = None
     mode: str = "affine"
@@ -129,6 +132,11 @@ class ConvertOptions:
         Raises:
             FlashError: Naming the options, and why they have no meaning.
         """
+        if self.blocks and unit != "expert":
+            raise FlashError(
+                f"--blocks would be ignored: it is for mixtures of experts, and {name} "
+                f"becomes {unit}s. Leave it out."
+            )
         given = [x for x in FITTING if getattr(self, x) != getattr(type(self), x)]
         if unit != "neuron":
             given += ["rank"] if self.rank else []
@@ -163,6 +171,8 @@ class ConvertOptions:
         facts["calibration"] = str(self.calibration) if self.calibration else None
         facts["quantize"] = self.packing
         facts["quantize_resident"] = self.resident_packing
+        if self.blocks:
+            facts["blocks"] = True
         if self.share:  # absent from what an earlier version's interrupted run noted
             facts |= {"share": self.share, "shares": self.shares}
         return facts

@@ -112,7 +112,7 @@ def _missing_bytes(manifest: Manifest, entry: Part) -> int:
     """About what is still to be written of a part."""
     layers = manifest.layers[len(entry.work.layers) :]
     on_flash = sum(layer.nbytes for layer in layers) * entry.portion.fraction
-    rest = manifest.resident.bytes + manifest.table_bytes + manifest.predictor_bytes
+    rest = manifest.resident.bytes + manifest.beside_bytes + manifest.predictor_bytes
     return rest + int(on_flash)
 
 
@@ -162,7 +162,7 @@ def _check_rest(folder: Path, manifest: Manifest) -> None:
 def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None:
     """Copy all else to a part, and write its manifest last."""
     target = entry.work.folder
-    whole: list[Weights | Layer] = [manifest.resident, *manifest.tables]
+    whole: list[Weights | Layer] = [manifest.resident, *manifest.beside]
     if manifest.predictors:
         whole.append(manifest.predictors)
     for weights in whole:
@@ -179,7 +179,7 @@ def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None
         shutil.copyfile(path, target / name)
     own = dataclasses.replace(
         manifest,
-        format_version=version_of(entry.share, manifest.tables),
+        format_version=version_of(entry.share, manifest.beside),
         layers=tuple(entry.work.layers),
         side_files=side_digests(target),
         share=entry.share,

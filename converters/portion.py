@@ -41,7 +41,7 @@ class Portion:
         folder: Path,
         resident: Weights,
         whole: Sequence[Layer],
-        tables: Sequence[Layer],
+        beside: Sequence[Layer],
     ) -> StoredShare:
         """What the manifest says of it.
 
@@ -49,13 +49,13 @@ class Portion:
             folder: One with the model's config.json.
             resident: The weights that stay in memory.
             whole: The layers of the whole model.
-            tables: Its tables of embeddings, which every part has.
+            beside: What is on flash beside them, and whole in every part.
         """
         return StoredShare(
             self.shares,
             self.part,
             tuple(layer.units for layer in whole),
-            model_digest(folder, resident.sha256, (*whole, *tables)),
+            model_digest(folder, resident.sha256, (*whole, *beside)),
         )
 
 

@@ -75,7 +75,7 @@ def split(
     for number in chosen:
         portion = Portion(made_of, number)
         share = portion.stored(
-            folder, manifest.resident, manifest.layers, manifest.tables
+            folder, manifest.resident, manifest.layers, manifest.beside
         )
         work = WorkFolder(place / part_name(number, machines))
         parts.append(Part(portion, share, work))

@@ -5,7 +5,7 @@ read from its shards as they lie there. The unit kind finds the FFN modules, and
 those that take their places.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from .arrays import parameters
 from .checkpoints.config import make_model, read_config
@@ -22,13 +21,13 @@ from .checkpoints.stock import load_stock
 from .checkpoints.tables import tables_in_place
 from .errors import FlashError, reason_of
 from .layers.attention import in_pieces
-from .layers.base import FlashFFN
+from .layers.base import FlashFFN, FromFlash
+from .layers.exchange import exchange, exchange_beside
 from .layers.kinds import EXPERT, UnitKind, kind_of
-from .layers.lookup import TABLES, Lookup, table_arrays
 from .memory.footprint import Shapes, find_shapes
 from .models.registry import get_model_classes
 from .storage.layout import dtype_name
-from .storage.manifest import MANIFEST, Layer, Manifest
+from .storage.manifest import MANIFEST, Manifest
 from .storage.manifest_reading import read_manifest
 from .storage.source import Extent, bundle_extent
 
@@ -46,8 +45,8 @@ class Assembled:
         stored: Of each layer, the numbers that its units have there; None where they
             are the same.
         shapes: For the budget.
-        lookups, rows: The modules of the manifest's tables of embeddings, and where
-            their rows lie.
+        beside, beside_extents: The modules of what is on flash beside these layers,
+            in the manifest's order, and where their units lie.
     """
 
     model: nn.Module
@@ -58,8 +57,8 @@ class Assembled:
     extents: list[list[Extent]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
-    lookups: Sequence[Lookup] = ()
-    rows: Sequence[list[Extent]] = ()
+    beside: Sequence[FromFlash] = ()
+    beside_extents: Sequence[list[Extent]] = ()
 
     def look_ahead(self) -> None:
         """Have every layer guess what the next one will need, where that is known."""
@@ -125,22 +124,14 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     shapes = _shapes(model, manifest, config, folder)
     model = empty_model(manifest, config, folder)
     in_pieces(model)
-    layers = _exchange(model, manifest, predictor, folder)
-    lookups = _exchange_tables(model, manifest, folder)
+    layers = exchange(model, manifest, predictor, folder)
+    beside = exchange_beside(model, manifest, folder)
     _load_resident(model, manifest, predictor, folder)
     extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
-    rows = [[bundle_extent(table, folder)] for table in manifest.tables]
-    return Assembled(
-        model,
-        config,
-        manifest,
-        kind_of(manifest),
-        layers,
-        extents,
-        shapes,
-        lookups=lookups,
-        rows=rows,
-    )
+    places = [[bundle_extent(entry, folder)] for entry in manifest.beside]
+    kind = kind_of(manifest)
+    found = Assembled(model, config, manifest, kind, layers, extents, shapes)
+    return replace(found, beside=beside, beside_extents=places)
 
 
 def _in_place(folder: Path) -> Assembled:
@@ -148,25 +139,18 @@ def _in_place(folder: Path) -> Assembled:
     model, config = stock.model, stock.config
     manifest, extents = describe_in_place(stock)
     shapes = _shapes(model, manifest, config, folder)
-    manifest, rows = tables_in_place(stock, manifest)
-    layers = _exchange(model, manifest, False, folder)
-    lookups = _exchange_tables(model, manifest, folder)
-    return Assembled(
-        model,
-        config,
-        manifest,
-        EXPERT,
-        layers,
-        extents,
-        shapes,
-        lookups=lookups,
-        rows=rows,
-    )
+    manifest, places = tables_in_place(stock, manifest)
+    layers = exchange(model, manifest, False, folder)
+    beside = exchange_beside(model, manifest, folder)
+    found = Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
+    return replace(found, beside=beside, beside_extents=places)
 
 
 def _shapes(model: nn.Module, manifest: Manifest, config: dict, folder: Path) -> Shapes:
     try:
-        return shapes_of(model, config, [x.module for x in manifest.layers])
+        return shapes_of(
+            model, config, [x.module for x in (*manifest.layers, *manifest.blocks)]
+        )
     except Exception as error:  # MLX's and mlx-lm's, of sizes that contradict
         raise FlashError(
             f"{folder / 'config.json'} describes a model that cannot run: "
@@ -185,91 +169,6 @@ def _quantize(model: nn.Module, quantization: dict | None) -> None:
             named.get(path, False) if hasattr(module, "to_quantized") else False
         ),
     )
-
-
-def _exchange(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[FlashFFN]:
-    """Put an FFN over slots in the place of every FFN that the manifest names."""
-    kind = kind_of(manifest)
-    layers: list[FlashFFN] = []
-    for entry in manifest.whole_layers:
-        module = _module(model, entry, manifest, folder)
-        arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
-        _check_parts(arrays, entry, f"{kind.name}s", folder, kind.same_dtypes)
-        try:
-            layers.append(kind.make(module, entry, predictor))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            assert entry.predictor is not None  # nothing else can be impossible
-            raise FlashError(
-                f"{folder / MANIFEST}, {entry.module}: no predictor of rank "
-                f"{entry.predictor.rank} and {entry.predictor.bits} bits is possible "
-                f"({str(error).splitlines()[0]})."
-            ) from error
-    _put(model, manifest.layers, layers)
-    return layers
-
-
-def _exchange_tables(
-    model: nn.Module, manifest: Manifest, folder: Path
-) -> list[Lookup]:
-    """Put a lookup of rows in the place of every table that the manifest names."""
-    lookups = []
-    for entry in manifest.tables:
-        module = _module(model, entry, manifest, folder)
-        arrays = table_arrays(module) if type(module) in TABLES else {}
-        _check_parts(arrays, entry, "rows", folder)
-        lookups.append(Lookup(module))
-    _put(model, manifest.tables, lookups)
-    return lookups
-
-
-def _module(
-    model: nn.Module, entry: Layer, manifest: Manifest, folder: Path
-) -> nn.Module:
-    """The module of a model that an entry of its manifest takes the place of."""
-    found = dict(model.named_modules())
-    if entry.module not in found:
-        raise FlashError(
-            f"{folder}: the manifest exchanges {entry.module}, which a model of "
-            f"type {manifest.model_type!r} does not have. Convert it again."
-        )
-    return found[entry.module]
-
-
-def _put(
-    model: nn.Module, entries: Sequence[Layer], modules: Sequence[nn.Module]
-) -> None:
-    names = [entry.module for entry in entries]
-    model.update_modules(tree_unflatten(list(zip(names, modules, strict=True))))
-
-
-def _check_parts(
-    arrays: Mapping[str, mx.array],
-    entry: Layer,
-    units: str,
-    folder: Path,
-    same_dtypes: bool = False,
-) -> None:
-    """Hold the parts that a manifest describes against those of a module.
-
-    Args:
-        arrays: Of the module, like those parts of all its units; {} if it has none.
-        units: What they are, for the message.
-        same_dtypes: Whether their dtypes have to agree, too.
-    """
-    want = {k: (dtype_name(a.dtype), tuple(a.shape)) for k, a in arrays.items()}
-    have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
-    if not same_dtypes:
-        want = {name: ("", shape) for name, (_, shape) in want.items()}
-        have = {name: ("", shape) for name, (_, shape) in have.items()}
-    if have != want:
-        names = want.keys() | have.keys()
-        some = sorted(name for name in names if want.get(name) != have.get(name))
-        raise FlashError(
-            f"{folder}: bundles of {entry.module} and its config.json disagree about "
-            f"its {units} ({some[0]}). Convert the model again."
-        )
 
 
 def _load_resident(

@@ -11,9 +11,8 @@ import mlx.nn as nn
 from .assembly import Assembled
 from .draft_model import DraftModel
 from .errors import FlashError
-from .layers.base import FlashFFN
+from .layers.base import FlashFFN, FromFlash
 from .layers.kinds import UnitKind
-from .layers.lookup import Lookup
 from .memory.budget import Budget
 from .memory.elastic import Elastic, Watch
 from .memory.fence import Fence
@@ -56,7 +55,7 @@ class Flash:
         told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
-        lookups: Its tables of embeddings on flash.
+        beside: What else is on flash: dense FFNs of a mixture, tables of embeddings.
         positions: How many the model has, None if it has no limit.
         shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
@@ -80,7 +79,7 @@ class Flash:
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
         self.layers: list[FlashFFN] = parts.layers
-        self.lookups: Sequence[Lookup] = parts.lookups
+        self.beside: Sequence[FromFlash] = parts.beside
         self.positions: int | None = parts.config.get("max_position_embeddings")
         self.shapes = parts.shapes
         self.vocabulary = parts.shapes.vocabulary
@@ -186,7 +185,7 @@ class Flash:
             self.machines.close()
         with self._fence.lock:
             self.closed = True
-            for module in (*self.layers, *self.lookups):
+            for module in (*self.layers, *self.beside):
                 module.detach()
             if self.pool is not None:
                 self.pool.close()

@@ -22,6 +22,7 @@ from .chunks import in_chunks
 from .draft_model import open_draft
 from .errors import FlashError
 from .flash import Flash, Loaded
+from .layers.lookup import Lookup
 from .load_options import LoadKeywords, LoadOptions
 from .machines.division import Divide, facts_of
 from .machines.follow import Follower
@@ -166,7 +167,7 @@ def _load(
     )
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
-    extents = (*parts.extents, *parts.rows)
+    extents = (*parts.extents, *parts.beside_extents)
     files = {extent.path for places in extents for extent in places}
     try:
         mx.reset_peak_memory()
@@ -176,7 +177,7 @@ def _load(
                 draft.read()
             flash.cached_share = cached_before(files, not through)
             slots = _attach_slots(flash, parts, policy, wanted.overlap, bar)
-            slots += _attach_tables(flash, parts, bar)
+            slots += _attach_beside(flash, parts, bar)
     except BaseException:
         flash.close()
         raise
@@ -223,11 +224,8 @@ def _share(
 def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
     """For all bytes that loading reads."""
     manifest = parts.manifest
-    slots, entries = (
-        budget.slots + budget.table_slots,
-        manifest.layers + manifest.tables,
-    )
-    pairs = zip(slots, entries, strict=True)
+    slots = budget.slots + budget.beside_slots
+    pairs = zip(slots, manifest.layers + manifest.beside, strict=True)
     whole = sum(entry.nbytes for n, entry in pairs if n == entry.units)
     total = manifest.resident.bytes + manifest.predictor_bytes + whole
     return Bar("loading", total, shown, unit="B", unit_scale=True)
@@ -258,25 +256,24 @@ def _attach_slots(
     return attached
 
 
-def _attach_tables(flash: Flash, parts: Assembled, bar: Bar) -> list[UnitSlots]:
-    """The same for tables of embeddings."""
+def _attach_beside(flash: Flash, parts: Assembled, bar: Bar) -> list[UnitSlots]:
+    """The same for what is on flash beside these layers."""
     attached = []
-    for i, (table, lookup) in enumerate(
-        zip(parts.manifest.tables, parts.lookups, strict=True)
-    ):
+    entries = zip(parts.manifest.beside, parts.beside, strict=True)
+    for i, (entry, module) in enumerate(entries):
         slots = UnitSlots(
-            table,
-            parts.rows[i],
-            flash.budget.table_slots[i],
+            entry,
+            parts.beside_extents[i],
+            flash.budget.beside_slots[i],
             Lru(),
             flash._reader,
             flash._fence,
             flash.stats,
-            rows=True,
+            rows=isinstance(module, Lookup),
         )
-        lookup.attach(slots)
+        module.attach(slots, flash.budget.batch_tokens)
         if slots.n_slots == slots.units:
             slots.read_all()
-            bar.advance(table.nbytes)
+            bar.advance(entry.nbytes)
         attached.append(slots)
     return attached

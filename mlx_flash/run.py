@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .memory.stats import Stats
-from .storage.manifest import Layer
+from .storage.manifest import Manifest
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -84,29 +84,49 @@ class RankReport:
 
 
 @dataclass(frozen=True)
-class TableReport:
-    """Tables of embeddings on flash: how many, and how many of them memory holds.
+class BesideReport:
+    """What is on flash beside a model's layers, and how much of it memory holds.
 
     Attributes:
-        nbytes: Of all of them.
+        blocks, blocks_held_whole, block_bytes: Dense FFNs of a mixture of experts.
+        tables, tables_held_whole, table_bytes: Tables of embeddings.
     """
 
-    from_flash: int = 0
-    held_whole: int = 0
-    nbytes: int = 0
+    blocks: int = 0
+    blocks_held_whole: int = 0
+    block_bytes: int = 0
+    tables: int = 0
+    tables_held_whole: int = 0
+    table_bytes: int = 0
 
     @classmethod
-    def of(cls, tables: Sequence[Layer], slots: Sequence[int]) -> TableReport:
-        """The report of tables that have so many slots each."""
-        pairs = zip(slots, tables, strict=True)
-        whole = sum(n == table.units for n, table in pairs)
-        return cls(len(tables), whole, sum(table.nbytes for table in tables))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.nbytes / 1e6:,.1f} MB on flash, read by rows; tables held whole: "
-            f"{self.held_whole} of {self.from_flash}"
+    def of(cls, manifest: Manifest, slots: Sequence[int]) -> BesideReport:
+        """The report of a model that has so many slots of each."""
+        whole = [n == x.units for n, x in zip(slots, manifest.beside, strict=True)]
+        count = len(manifest.blocks)
+        return cls(
+            count,
+            sum(whole[:count]),
+            manifest.beside_bytes - manifest.table_bytes,
+            len(manifest.tables),
+            sum(whole[count:]),
+            manifest.table_bytes,
         )
+
+    def lines(self) -> list[str]:
+        """A line for a person of each sort that there is."""
+        lines = []
+        if self.blocks:
+            lines.append(
+                f"dense       {self.block_bytes / 1e6:,.1f} MB on flash as blocks; "
+                f"FFNs held whole: {self.blocks_held_whole} of {self.blocks}"
+            )
+        if self.tables:
+            lines.append(
+                f"embeddings  {self.table_bytes / 1e6:,.1f} MB on flash, read by rows; "
+                f"tables held whole: {self.tables_held_whole} of {self.tables}"
+            )
+        return lines
 
 
 @dataclass

@@ -12,7 +12,7 @@ from .layers.kinds import BLOCK, kind_of
 from .memory.budget import Budget
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
-from .run import RankReport, Run, TableReport
+from .run import BesideReport, RankReport, Run
 from .storage.manifest import Manifest
 
 COLD = 0.01  # of the files in memory, at most
@@ -93,7 +93,7 @@ class RunReport:
     layers_held_whole: int
     page_cache: bool
     cached_share: float | None
-    tables: TableReport = field(default_factory=TableReport)
+    beside: BesideReport = field(default_factory=BesideReport)
     resizes: list[tuple[float, int]] = field(default_factory=list)
     resizes_refused: list[tuple[float, int, int]] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -140,7 +140,7 @@ class RunReport:
             ),
             page_cache=not flash.direct_io,
             cached_share=flash.cached_share,
-            tables=TableReport.of(manifest.tables, budget.table_slots),
+            beside=BesideReport.of(manifest, budget.beside_slots),
         )
         if run is None or last is None or run.last_stats is None:
             return report
@@ -224,7 +224,7 @@ class RunReport:
             f"layers      {self.layers_from_flash} of {self.layers_total} FFN layers "
             f"from flash, {self.layers_held_whole} of them held whole",
         ]
-        lines += [f"embeddings  {self.tables}"] if self.tables.from_flash else []
+        lines += self.beside.lines()
         lines.append(self._reads_line())
         if self.resizes:
             least = min(nbytes for _, nbytes in self.resizes)

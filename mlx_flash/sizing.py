@@ -6,7 +6,7 @@ from pathlib import Path
 from .assembly import Assembled
 from .draft_model import DraftModel
 from .errors import FlashError, NotEnoughMemory
-from .layers.kinds import UnitKind
+from .layers.kinds import BLOCK, UnitKind
 from .load_options import LoadOptions
 from .memory.budget import Budget, make_budget, total_bytes
 from .memory.divide import Divide
@@ -25,7 +25,9 @@ def needs_of(
     """What the model needs besides slots, and how slots are given to layers."""
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    footprint = Footprint(
+        parts.manifest, parts.shapes, parts.kind, context, dense=BLOCK
+    )
     kind, layers = parts.kind, parts.manifest.layers
     if not options.predictor:
         layers = tuple(replace(layer, predictor=None) for layer in layers)

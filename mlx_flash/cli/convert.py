@@ -62,6 +62,11 @@ from .common import revision_option
     type=click.Choice(DENSE_UNITS),
     help="What a dense FFN is cut into.  [default: as its sparsity suggests]",
 )
+@click.option(
+    "--blocks",
+    is_flag=True,
+    help="Put the dense FFNs of a mixture of experts on flash, too, as blocks.",
+)
 @click.option("--bits", type=int, help="Quantise FFNs.  [default: as they are]")
 @click.option("--group-size", type=int, help="Weights that share a scale.")
 @click.option(

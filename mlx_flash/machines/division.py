@@ -140,7 +140,7 @@ def identity(parts: Assembled, folder: Path) -> str:
     if manifest.share is not None:
         return manifest.share.model
     if (folder / MANIFEST).exists():
-        entries = (*manifest.layers, *manifest.tables)
+        entries = (*manifest.layers, *manifest.beside)
         return model_digest(folder, manifest.resident.sha256, entries)
     digest = hashlib.sha256(file_sha256(folder / "config.json").encode())
     for path in sorted(folder.glob(SHARDS)):
@@ -152,7 +152,7 @@ def model_digest(folder: Path, resident_sha256: str, layers: Sequence[Layer]) ->
     """The digest of a whole flash folder's model.
 
     Args:
-        layers: All of its layers, then its tables of embeddings.
+        layers: All of its layers, then what is beside them.
     """
     config = file_sha256(folder / "config.json")
     facts = [config, resident_sha256, *(layer.sha256 for layer in layers)]

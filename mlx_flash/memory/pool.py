@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..errors import FlashError
 from ..memory_size import say_memory
 from . import pressure
+from .beside import more_beside
 from .budget import Budget, bytes_of_slots, least_bytes, make_budget, total_bytes
 from .caches import Caches
 from .divide import Divide
@@ -24,7 +25,6 @@ from .division import Divider, Division, as_divided
 from .footprint import LOGITS, Footprint
 from .mlx_limits import LimitShare
 from .slots import CLOSED, UnitSlots
-from .table_slots import more_bytes
 
 CLOSER = 0.01  # of the budget: how near a shrunken one comes to the least that fits
 
@@ -32,7 +32,7 @@ CLOSER = 0.01  # of the budget: how near a shrunken one comes to the least that 
 class Pool:
     """The slots of all layers of a model, which is to be asked before every call.
 
-    Those of FFNs come first, then those of tables of embeddings.
+    Those of the manifest's layers come first, then those of what is beside them.
 
     Attributes:
         budget: How memory is divided as a rule.
@@ -62,7 +62,7 @@ class Pool:
         self._divide = divide
         self.caches = Caches()
         self.division = Division(
-            budget.slots, budget.prefill_tokens, budget.kv_bytes, budget.table_slots
+            budget.slots, budget.prefill_tokens, budget.kv_bytes, budget.beside_slots
         )
         self._rest = self.division  # where nothing has to give way
         self._given_bytes = budget.total_bytes  # by whoever uses the model
@@ -292,7 +292,7 @@ class Pool:
         for i in order:
             slots[i] = wanted[i]
             spare = room - bytes_of_slots(slots[:ffns], footprint)
-            spare -= more_bytes(footprint.manifest.tables, slots[ffns:])
+            spare -= more_beside(footprint.manifest, slots[ffns:])
             # Others may need memory just now: a resize must not make that worse.
             spare = min(spare, pressure.available_bytes() // 2)
             self._layers[i].resize(slots[i], max(spare, 0))

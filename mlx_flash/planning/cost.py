@@ -91,6 +91,7 @@ class Work:
         steps: Layers of the model, FFNs and attention together counting as one.
         kv_bytes: Of caches, gone through for each token.
         load_bytes: What is read before the first token.
+        blocks: Dense FFNs of a mixture of experts on flash.
         rows: Tables of embeddings on flash.
     """
 
@@ -99,6 +100,7 @@ class Work:
     steps: int
     kv_bytes: float = 0.0
     load_bytes: float = 0.0
+    blocks: tuple[FlashLayer, ...] = ()
     rows: tuple[FlashLayer, ...] = ()
 
 
@@ -129,7 +131,7 @@ class Cost:
 
 def token_bytes(work: Work) -> float:
     """Bytes that one more token reads on average, on any machine."""
-    layers = (*work.layers, *work.rows)
+    layers = (*work.layers, *work.blocks, *work.rows)
     return sum(_asked(layer, _missing(layer))[0] for layer in layers)
 
 
@@ -140,7 +142,7 @@ def token_cost(profile: Profile, work: Work) -> Cost:
     for weights in work.resident:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
-    for layer in work.layers:
+    for layer in (*work.layers, *work.blocks):
         read = _read(profile, layer, _missing(layer))
         share = layer.computed / layer.units
         rate = _rate(profile, layer.weights)
@@ -179,6 +181,8 @@ def prompt_cost(
         total += Cost(compute_s=compute_s)
         for layer, slots in zip(work.layers, filled, strict=True):
             total += _chunk_cost(profile, layer, now, slots)
+        for layer in work.blocks:
+            total += _chunk_cost(profile, layer, now, layer.slots)
         total += _rows_cost(profile, work, now)
         filled = [layer.slots for layer in work.layers]
         tokens -= now

@@ -61,6 +61,8 @@ class Info:
             "ffn_bytes": manifest.ffn_bytes,
             "tables": len(manifest.tables),
             "table_bytes": manifest.table_bytes,
+            "blocks": len(manifest.blocks),
+            "block_bytes": manifest.beside_bytes - manifest.table_bytes,
             "source": manifest.source,
             "dtype": manifest.dtype,
             "bits": _common([_bits(found) for found in self.on_flash]),
@@ -93,6 +95,12 @@ class Info:
             f"{' and '.join(packings)}",
             f"predictors  {size(manifest.predictor_bytes)}  (not part of the model)",
         ]
+        if blocks := manifest.blocks:
+            nbytes = manifest.beside_bytes - manifest.table_bytes
+            lines.insert(
+                -1,
+                f"dense       {size(nbytes)}  on flash as blocks: {len(blocks)} FFNs",
+            )
         if tables := manifest.tables:
             rows = sum(table.units for table in tables)
             lines.insert(
@@ -164,7 +172,7 @@ def _info(
     name: str, state: str, manifest: Manifest, packings: dict[str, Packing]
 ) -> Info:
     modules = [f"{layer.module}." for layer in manifest.layers]
-    tables = [f"{table.module}." for table in manifest.tables]
+    beside = [f"{entry.module}." for entry in manifest.beside]
 
     def those(*starts: str) -> tuple[Packing, ...]:
         found = {p for path, p in packings.items() if f"{path}.".startswith(starts)}
@@ -173,7 +181,7 @@ def _info(
     rest = {
         packing
         for path, packing in packings.items()
-        if not f"{path}.".startswith((*modules, *tables))
+        if not f"{path}.".startswith((*modules, *beside))
     }
     on_flash = tuple(those(module) for module in modules)
     return Info(name, state, manifest, tuple(sorted(rest)), on_flash)

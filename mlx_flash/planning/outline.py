@@ -62,7 +62,7 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
         shapes = shapes_of(
             empty_model(manifest, config, folder),
             config,
-            [layer.module for layer in manifest.layers],
+            [entry.module for entry in manifest.layers + manifest.blocks],
         )
         model = empty_model(manifest, config, folder)
         download_bytes = sum(sizes.values())

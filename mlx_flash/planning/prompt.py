@@ -40,7 +40,7 @@ def first_prompt(
             break
         slots = division.slots
         held = [min(pair) for pair in zip(held, slots, strict=True)]
-        now = replace(budget, slots=slots, table_slots=division.table_slots)
+        now = replace(budget, slots=slots, beside_slots=division.beside_slots)
         work = make_work(found, now, selection, tokens)
         total += prompt_cost(profile, work, call, division.tokens, held)
         held = list(slots)

@@ -28,7 +28,7 @@ from .typed_json import from_json
 
 FORMAT_VERSION = 1
 SHARE_VERSION = 2  # of a folder that holds a share of the units
-TABLE_VERSION = 3  # of a folder that has tables of embeddings on flash
+BESIDE_VERSION = 3  # of one that has more on flash than FFNs of one unit kind
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
@@ -143,8 +143,11 @@ class Manifest:
     """flash.json. `activation` is the FFN's non-linearity, `dtype` of all weights.
 
     `side_files` is empty in folders that an earlier version wrote. `layers` describe
-    what the folder holds, also where that is a share. `tables` are embeddings that are
-    only looked up: a unit is a row, and a share has all of them.
+    what the folder holds, also where that is a share.
+
+    `blocks` are dense FFNs of a mixture of experts, whose `layers` are the experts;
+    `tables` are embeddings that are only looked up, where a unit is a row. A share has
+    all of both.
     """
 
     format_version: int
@@ -161,6 +164,12 @@ class Manifest:
     side_files: tuple[SideFile, ...] = ()
     share: StoredShare | None = None
     tables: tuple[Layer, ...] = ()
+    blocks: tuple[Layer, ...] = ()
+
+    @property
+    def beside(self) -> tuple[Layer, ...]:
+        """What is on flash beside the layers."""
+        return self.blocks + self.tables
 
     @property
     def whole_layers(self) -> tuple[Layer, ...]:
@@ -179,13 +188,17 @@ class Manifest:
         return sum(table.nbytes for table in self.tables)
 
     @property
+    def beside_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.beside)
+
+    @property
     def predictor_bytes(self) -> int:
         return self.predictors.bytes if self.predictors else 0
 
     @property
     def model_bytes(self) -> int:
         """The model itself: all weights, predictors not counted."""
-        return self.resident.bytes + self.table_bytes + self.ffn_bytes
+        return self.resident.bytes + self.beside_bytes + self.ffn_bytes
 
     @property
     def whole_model_bytes(self) -> int:
@@ -197,15 +210,16 @@ class Manifest:
         fields = dataclasses.asdict(self)
         if self.share is None:
             del fields["share"]
-        if not self.tables:
-            del fields["tables"]
+        for name in ("tables", "blocks"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields, indent=1) + "\n"
 
 
-def version_of(share: StoredShare | None, tables: Sequence[Layer]) -> int:
+def version_of(share: StoredShare | None, beside: Sequence[Layer]) -> int:
     """The lowest format version that a folder with these can have."""
-    if tables:
-        return TABLE_VERSION
+    if beside:
+        return BESIDE_VERSION
     return SHARE_VERSION if share else FORMAT_VERSION
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from ..errors import FlashError
 from .files import read_json
 from .manifest import (
+    BESIDE_VERSION,
     BUNDLES,
     MANIFEST,
-    TABLE_VERSION,
     UNITS,
     Layer,
     Manifest,
@@ -44,10 +44,10 @@ def parse_manifest(folder: Path) -> Manifest:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
         raise FlashError(f"{path} is damaged: it has no valid format_version.")
-    if version > TABLE_VERSION:
+    if version > BESIDE_VERSION:
         raise FlashError(
             f"{path} has format version {version}, this mlx-flash reads up to "
-            f"{TABLE_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
+            f"{BESIDE_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
         )
     return from_json(Manifest, raw, path, "manifest")
 
@@ -72,14 +72,14 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
                 f"{path} holds {stored:,} bytes of weights, {MANIFEST} says "
                 f"{weights.bytes:,}. Check the folder: mlx-flash verify {folder}"
             )
-    for layer in (*manifest.layers, *manifest.tables):
+    for layer in (*manifest.layers, *manifest.beside):
         _check_layer(layer, folder)
         if layer.predictor and layer.predictor.rank > manifest.predictor_bytes:
             raise FlashError(
                 f"{folder / MANIFEST}, {layer.module}: a predictor of rank "
                 f"{layer.predictor.rank:,} in {manifest.predictor_bytes:,} bytes."
             )
-    entries = (*manifest.layers, *manifest.tables)
+    entries = (*manifest.layers, *manifest.beside)
     for field in ("module", "file"):
         if len({Path(getattr(entry, field)) for entry in entries}) < len(entries):
             raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
@@ -88,7 +88,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
 def _check_share(manifest: Manifest, folder: Path) -> None:
     """Hold the share that a folder says it has against its layers."""
     share = manifest.share
-    version = version_of(share, manifest.tables)
+    version = version_of(share, manifest.beside)
     if manifest.format_version != version:
         raise FlashError(
             f"{folder / MANIFEST}: what it describes belongs to format version "

@@ -27,7 +27,7 @@ from mlx_flash.errors import FlashError, NotEnoughMemory
 from mlx_flash.inspection import verify
 from mlx_flash.layers import lookup
 from mlx_flash.layers.lookup import Lookup, large_tables, table_arrays
-from mlx_flash.memory import places, table_slots
+from mlx_flash.memory import beside, places
 from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
@@ -61,7 +61,7 @@ GEMMA["text_config"]["vocab_size_per_layer_input"] = 4_000
 def small_tables(monkeypatch):
     """Tables of any size go to flash, and have three slots."""
     monkeypatch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
-    monkeypatch.setattr(table_slots, "TABLE_SLOTS", 3)
+    monkeypatch.setattr(beside, "TABLE_SLOTS", 3)
 
 
 def make_table(packing=None, dtype=mx.float32):
@@ -160,7 +160,7 @@ def test_small_tables_stay_in_memory(tmp_path):
     converted = mlx_flash.convert(folder, tmp_path / "flash", progress=False)
     assert "tables" not in json.loads((converted / "flash.json").read_text())
     with mlx_flash.load_model(folder, "1GB") as (model, _):
-        assert not model.flash.lookups
+        assert not model.flash.beside
 
 
 # ----------------------------------------------------------------- whole models
@@ -192,7 +192,7 @@ def test_models_from_the_least_memory_to_all(name, bits, small_tables, tmp_path)
         least = least_of(path)
         for memory in (least, int(1.2 * least), "1GB"):
             with mlx_flash.load_model(path, memory, context=CONTEXT) as (model, _):
-                begun = [table.slots.holds_all for table in model.flash.lookups]
+                begun = [table.slots.holds_all for table in model.flash.beside]
                 actual = check.run(model, 70)
                 read = model.flash.stats.rows_read
             assert read if memory == least else True
@@ -208,7 +208,7 @@ def test_tables_grow_and_shrink_with_the_budget(small_tables, tmp_path):
     expected = run(mlx_load_model(folder)[0], 1)
     little = int(1.3 * least_of(folder))
     with mlx_flash.load_model(folder, little, context=CONTEXT) as (model, _):
-        slots = model.flash.lookups[0].slots
+        slots = model.flash.beside[0].slots
         for memory, held in ((little, 3), ("1GB", ROWS), (little, 3), ("1GB", ROWS)):
             model.flash.resize(memory)
             assert_same(run(model, 1), expected)
@@ -222,8 +222,8 @@ def test_the_budget_holds_also_where_tables_are_whole(small_tables, tmp_path):
     for memory in (least_of(folder), "60MB"):
         with mlx_flash.load_model(folder, memory, context=CONTEXT) as (model, _):
             budget = model.flash.budget
-            assert (budget.table_bytes >= table) == (memory == "60MB")
-            used = budget.resident_bytes + budget.table_bytes + budget.slot_bytes
+            assert (budget.beside_bytes >= table) == (memory == "60MB")
+            used = budget.resident_bytes + budget.beside_bytes + budget.slot_bytes
             used += budget.kv_bytes + budget.workspace_bytes
             assert used == budget.total_bytes
 
@@ -302,7 +302,7 @@ def test_figures_speak_of_rows(converted, tmp_path):
     with mlx_flash.load(converted, least, context=CONTEXT) as (model, tokenizer):
         mlx_flash.generate(model, tokenizer, "a b c", max_tokens=4)
         report = model.flash.report()
-    assert (report.tables.from_flash, report.tables.held_whole) == (1, 0)
+    assert (report.beside.tables, report.beside.tables_held_whole) == (1, 0)
     assert "embeddings" in str(report)
     assert "97 rows in tables: 1" in look_at(converted).text()
     for name in (converted, tmp_path / "source"):

@@ -30,7 +30,7 @@ from ...errors import FlashError
 from ...flash import Loaded
 from ...layers import block, lookup
 from ...layers.kinds import EXPERT
-from ...memory import table_slots
+from ...memory import beside
 from ...memory.budget import Budget, make_budget
 from ...models.registry import get_model_classes
 from ..synthetic import make_model
@@ -74,7 +74,7 @@ def check(
     """
     with (
         mock.patch.object(lookup, "LEAST_TABLE_BYTES", 1),
-        mock.patch.object(table_slots, "TABLE_SLOTS", ROWS),
+        mock.patch.object(beside, "TABLE_SLOTS", ROWS),
     ):
         return _check(family, checkpoint, work, bits)
 
@@ -158,7 +158,7 @@ def compare(folder: Path, expected: list[np.ndarray]) -> Verdict:
     with load_few_slots(folder) as (model, _):
         flash = model.flash
         actual = run(model, expected[0].shape[1])
-    unread = flash.lookups and not flash.stats.rows_read
+    unread = flash.beside and not flash.stats.rows_read
     if (
         flash.stats.misses == 0
         or unread
@@ -174,7 +174,7 @@ def compare(folder: Path, expected: list[np.ndarray]) -> Verdict:
         raise RuntimeError("the resident model's logits are NaN or all alike")
     diff = max(np.abs(a - e).max() for a, e in zip(actual, expected, strict=True))
     layers = f"{len(flash.layers)} of {len(flash.manifest.layers)}"
-    unit, tables = flash.manifest.unit, len(flash.lookups)
+    unit, tables = flash.manifest.unit, len(flash.beside)
     return Verdict("", "", unit, layers, "", float(diff), tables)
 
 
@@ -189,8 +189,8 @@ def load_few_slots(folder: Path) -> Loaded:
         budget, footprint = make_budget(*args), args[1]
         manifest = footprint.manifest
         slots = tuple(max(layer.units // 4, 1) for layer in manifest.layers)
-        few = table_slots.least_table_slots(manifest.tables)
-        return replace(budget, slots=slots, table_slots=few)
+        few = beside.least_beside(manifest)
+        return replace(budget, slots=slots, beside_slots=few)
 
     with mock.patch.object(sizing, "make_budget", of_a_quarter):
         return loading.load_model(
