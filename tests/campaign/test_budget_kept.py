@@ -22,6 +22,7 @@ WIDE = dict(
 )  # 38 MB
 RELU = LLAMA | WIDE | {"hidden_act": "relu"}
 EXPERTS = QWEN3 | WIDE | {"moe_intermediate_size": 512, "num_hidden_layers": 4}  # 50 MB
+SHARED = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2048}
 WORDS = {"vocab_size": 20_000}  # 20 MB of embeddings, and as many for logits
 PLAIN = {"rank": 0}
 PREDICTED = {"rank": 16, "unit": "neuron", "calibration_tokens": 128, "fit_steps": 3}
@@ -34,6 +35,7 @@ KINDS = {
     "converted experts": (EXPERTS, PLAIN),
     "experts and rows in place": (EXPERTS | WORDS, None),
     "blocks and rows": (LLAMA | WIDE | WORDS, PLAIN),
+    "experts and blocks": (EXPERTS | SHARED, {"blocks": True}),
 }
 PROMPT = [3 + i % 90 for i in range(600)]
 
