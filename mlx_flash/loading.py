@@ -152,10 +152,11 @@ def _load(
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
 
+    blocks = parts.manifest.blocks
     through = use_page_cache(
         wanted.page_cache,
-        parts.manifest.layers,
-        budget.slots,
+        parts.manifest.layers + blocks,
+        budget.slots + budget.beside_slots[: len(blocks)],
         budget.total_bytes,
         parts.kind.worth_caching,
     )

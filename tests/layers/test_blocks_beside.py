@@ -123,6 +123,15 @@ def test_with_rows_too(tmp_path, monkeypatch):
     assert abs(make_plan(folder, least, context=CONTEXT).least_bytes - least) <= 16_384
 
 
+def test_guessing_ahead_passes_blocks_by(tmp_path):
+    source = check.write_checkpoint(tmp_path / "source", V3, None)
+    expected = check.run(mlx_load_model(source)[0], 70)
+    model = stream(convert(source, tmp_path / "flash"), 3, look_ahead=True)
+    assert_near(check.run(model, 70), expected)
+    assert model.flash.stats.early > 0
+    model.flash.close()
+
+
 def test_figures_speak_of_blocks(tmp_path):
     source = check.write_checkpoint(tmp_path / "source", V3, None)
     folder = convert(source, tmp_path / "flash")

@@ -30,6 +30,10 @@ def whole_model(kind: str, folder: Path) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
             return convert(checkpoint, out, **options)
+    elif kind == "experts and blocks":
+        shared = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 768}
+        write_checkpoint(checkpoint, QWEN3 | shared | {"num_experts": 16})
+        options["blocks"] = True
     elif kind == "blocks":
         write_checkpoint(checkpoint, LLAMA | {"intermediate_size": 768})
     else:
@@ -55,6 +59,7 @@ def run_ranks(ranks: int, folder: Path, out: Path, *shares: str):
         pytest.param("neurons", "1:1:2", marks=SLOW),
         pytest.param("experts", "1:1", marks=SLOW),
         pytest.param("experts and rows", "2:1", marks=SLOW),
+        pytest.param("experts and blocks", "1:1", marks=SLOW),
     ],
 )
 def test_parts_give_what_the_whole_gives(tmp_path, kind, shares):
@@ -68,7 +73,7 @@ def test_parts_give_what_the_whole_gives(tmp_path, kind, shares):
     reads = several.pop("reads")
     assert len(reads) == ranks and all(reads > 0)
     for name, logits in several.items():
-        if "experts" in kind:
+        if kind in ("experts", "experts and rows"):
             assert np.array_equal(logits, one[name]), name
         else:
             largest = np.abs(one[name]).max()
