@@ -20,7 +20,7 @@ from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
 from .draft_model import open_draft
-from .errors import FlashError
+from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
 from .layers.lookup import Lookup
 from .load_options import LoadKeywords, LoadOptions
@@ -37,7 +37,7 @@ from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
 from .progress import Bar
 from .resident import read_weights
-from .sizing import budget_of, needs_of, policy_of
+from .sizing import budget_of, needs_of, policy_of, with_hint
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -147,7 +147,10 @@ def _load(
     draft = None
     if wanted.draft_model is not None:
         draft = open_draft(wanted.draft_model, folder, footprint.context)
-    budget = budget_of(memory, draft, footprint, folder, by_layer, least_context)
+    try:
+        budget = budget_of(memory, draft, footprint, folder, by_layer, least_context)
+    except NotEnoughMemory as error:
+        raise with_hint(error, parts) from None
     # Who gives more than the model can use, does no harm with it.
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)

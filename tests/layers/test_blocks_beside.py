@@ -9,6 +9,7 @@ from mlx_lm.utils import load_model as mlx_load_model
 from stock_checkpoints import LLAMA, QWEN3, stream, write_checkpoint
 
 import mlx_flash
+from mlx_flash import sizing
 from mlx_flash.bench.families import check
 from mlx_flash.bench.families.configs import make_config
 from mlx_flash.converters.split import split
@@ -186,6 +187,20 @@ def test_parts_have_all_blocks(tmp_path):
     assert names[0] == names[1]
     facts = [json.loads((p / "flash.json").read_text()) for p in (first, alone)]
     assert facts[0]["share"] == facts[1]["share"]
+
+
+def test_who_has_too_little_memory_is_told_of_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizing, "WORTH_BLOCKS_BYTES", 1000)
+    source = check.write_checkpoint(tmp_path / "source", V3, None)
+    with pytest.raises(NotEnoughMemory, match="convert --blocks") as caught:
+        mlx_flash.load_model(source, 5000, context=CONTEXT)
+    mlx_flash.load_model(source, caught.value.least_bytes, context=CONTEXT)[
+        0
+    ].flash.close()
+    folder = convert(source, tmp_path / "flash")
+    with pytest.raises(NotEnoughMemory) as caught:
+        mlx_flash.load_model(folder, 5000, context=CONTEXT)
+    assert "--blocks" not in str(caught.value)
 
 
 def test_what_is_no_dense_ffn_is_refused(tmp_path):
