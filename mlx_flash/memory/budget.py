@@ -166,8 +166,10 @@ def all_slots(
     """
     manifest, layers = footprint.manifest, footprint.manifest.layers
     slots = share_slots(room, footprint, divide)
-    if slots is None or not manifest.beside:
-        return None if slots is None else (slots, ())
+    if slots is None:
+        return None
+    if not manifest.beside:
+        return slots, ()
     beside = blocks_first(
         manifest, room - bytes_of_slots(footprint.least_slots, footprint)
     )

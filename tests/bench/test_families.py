@@ -54,6 +54,12 @@ def test_a_family_is_the_same_from_flash(blocks, tmp_path, family, unit, places)
     assert "DIFFERS" not in found.verdict
 
 
+def test_dense_ffns_beside_experts(blocks, tmp_path):
+    found = check.check("deepseek_v2", None, tmp_path, None, blocks=True)
+    assert (found.unit, found.places) == ("expert", "converted")
+    assert 0 < found.difference < 1e-4 and "DIFFERS" not in found.verdict
+
+
 def test_wrong_logits_are_seen(blocks, tmp_path, monkeypatch):
     run = check.run
     monkeypatch.setattr(
