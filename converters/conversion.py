@@ -159,7 +159,10 @@ def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
 def _write_rest(job: Job, cutter: Cutter) -> None:
     source, folder = job.source, job.work.folder
     arrays, packed = cutter.rest()
-    tables = write_tables(folder, take_tables(source, arrays))
+    found = take_tables(source, arrays)
+    for path in found:
+        job.say(f"{path} is only looked up: its rows stay on flash.")
+    tables = write_tables(folder, found)
     count = len(cutter.modules) - len(cutter.blocks)
     layers, blocks = tuple(job.work.layers[:count]), tuple(job.work.layers[count:])
     resident = write_weights(folder / RESIDENT, arrays)

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..layers.lookup import TABLES, is_large, only_rows
+from ..layers.lookup import ROW_ARRAYS, TABLES, is_large, only_rows
 from ..storage.manifest import Layer
 from .arrays import finite
 from .bundles import write_bundles
 from .source import Source
-
-ARRAYS = ("weight", "scales", "biases")
 
 
 def take_tables(
@@ -34,10 +32,12 @@ def take_tables(
     for path, module in model.named_modules():
         if type(module) not in TABLES:
             continue
-        names = [key for key in ARRAYS if f"{path}.{key}" in arrays]
-        large = is_large(arrays[f"{path}.{key}"] for key in names)
-        if large and only_rows(model, path):
-            tables[path] = {key: arrays.pop(f"{path}.{key}") for key in names}
+        start = f"{path}."
+        names = [name for name in arrays if name.startswith(start)]
+        known = ROW_ARRAYS.issuperset(name.removeprefix(start) for name in names)
+        large = is_large(arrays[name] for name in names)
+        if known and large and only_rows(model, path):
+            tables[path] = {x.removeprefix(start): arrays.pop(x) for x in names}
     return tables
 
 

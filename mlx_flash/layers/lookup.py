@@ -20,13 +20,18 @@ from ..memory.slot_cache import Wave
 from .base import FromFlash, NoSuchWeight, hide, join, with_children
 
 TABLES = (nn.Embedding, nn.QuantizedEmbedding)
+ROW_ARRAYS = frozenset(("weight", "scales", "biases"))
 # Smaller tables stay resident: a lookup would wait for flash, to spare little memory.
 LEAST_TABLE_BYTES = 64_000_000
 
 
 def table_arrays(table: nn.Module) -> dict[str, mx.array]:
-    """The arrays of a table by name, [rows, …] each: the parts of a row."""
-    return {key: array for key, array in table.items() if isinstance(array, mx.array)}
+    """The arrays of a table by name, [rows, …] each: the parts of a row.
+
+    {} if it has others, which would not be part of any row.
+    """
+    arrays = {key: x for key, x in table.items() if isinstance(x, mx.array)}
+    return arrays if arrays.keys() <= ROW_ARRAYS else {}
 
 
 def is_large(arrays: Iterable[mx.array]) -> bool:
@@ -84,7 +89,7 @@ def _exchanged(model: nn.Module, path: str, alone: _RowsAlone) -> Iterator[_Rows
 class Lookup(NoSuchWeight, FromFlash):
     """An embedding that has its rows brought when their ids are known."""
 
-    on_flash = frozenset(("weight", "scales", "biases"))
+    on_flash = ROW_ARRAYS
 
     def __init__(self, table: nn.Module):
         super().__init__()

@@ -155,6 +155,12 @@ def test_tables_that_are_only_looked_up(small_tables):
     assert len(ngram) == 1 + 2 * 3  # of words, and of runs of two and three
 
 
+def test_a_table_with_more_than_rows_stays_in_memory(small_tables):
+    model = make_weights(QWEN3)
+    model.model.embed_tokens.global_scale = mx.array(1.0)
+    assert not large_tables(model)
+
+
 def test_small_tables_stay_in_memory(tmp_path):
     folder = write_checkpoint(tmp_path / "source", QWEN3)
     converted = mlx_flash.convert(folder, tmp_path / "flash", progress=False)
