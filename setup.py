@@ -2,11 +2,13 @@
 
 from setuptools import Extension, setup
 
+SOURCES = ("_reader", "_read_plan", "_reads")
+
 setup(
     ext_modules=[
         Extension(
             "mlx_flash.storage._reader",
-            ["mlx_flash/storage/_reader.c", "mlx_flash/storage/_reads.c"],
+            [f"mlx_flash/storage/{name}.c" for name in SOURCES],
             py_limited_api=True,
             depends=["mlx_flash/storage/_reads.h"],
             optional=True,

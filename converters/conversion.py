@@ -28,6 +28,7 @@ from ..storage.manifest import (
     version_of,
 )
 from ..storage.manifest_reading import check_manifest
+from ..storage.skipping import Skipping
 from .bundles import CutBundles, whole_sha256, write_bundles
 from .options import ConvertOptions
 from .portion import Portion
@@ -87,6 +88,7 @@ class Cutter:
         blocks: The paths of those that come last and become blocks beside the others,
             whatever `kind` these have.
         calibration: The text that predictors were fitted to, if there are any.
+        skipping: What it costs to skip neurons, if that is possible.
     """
 
     kind: UnitKind
@@ -95,6 +97,7 @@ class Cutter:
     modules: dict[str, nn.Module]
     blocks: Collection[str] = ()
     calibration: Calibration | None = None
+    skipping: Skipping | None = None
 
     def resume(self, done: int) -> None:
         """Get ready for the first layer, or the next after `done` finished ones."""
@@ -195,6 +198,7 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         share=share,
         tables=tables,
         blocks=blocks,
+        skipping=cutter.skipping,
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read
         raise job.work.source_changed()

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoints.gates import find_gated
 from ..checkpoints.units import activation, find_units
 from ..errors import FlashError
 from ..inspection import verify
-from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
+from ..layers.kinds import BLOCK, EXPERT, GATED, NEURON, UnitKind
 from ..storage.digests import file_sha256
 from ..storage.files import sync
 from ..storage.identity import identity
@@ -16,6 +17,7 @@ from ..storage.manifest import MANIFEST
 from ..storage.safetensors import write_error
 from .calibrate.calibrator import Calibrator
 from .conversion import Cutter, Job, write_folder
+from .gated import GatedCutter
 from .lock import Lock
 from .neurons import NeuronCutter
 from .options import ConvertOptions
@@ -93,9 +95,10 @@ def _fill(
     work: WorkFolder, source: Source, asked: ConvertOptions, portion: Portion | None
 ) -> None:
     """Write the flash folder in the work folder, all of it or what is missing."""
-    kind, reason = choose(source, asked.unit)
+    kind, reason = choose(source, asked.unit, asked.skippable)
     asked.check_used(kind.name, source.name)
-    if kind is NEURON and asked.dtype is None:
+    floats = kind in (NEURON, GATED) and not source.packing
+    if floats and asked.dtype is None:
         asked = dataclasses.replace(asked, dtype=source.dtype())
     job = Job(source, work, asked, portion)
     # MLX keeps freed memory for reuse; a conversion would rather not hold it.
@@ -128,12 +131,18 @@ def _is_finished(work: WorkFolder, lock: Lock, request: dict) -> bool:
     return False
 
 
-def choose(source: Source, unit: str | None = None) -> tuple[UnitKind, str]:
+def choose(
+    source: Source, unit: str | None = None, skippable: bool = False
+) -> tuple[UnitKind, str]:
     """The kind of unit for a checkpoint, and a sentence that says why.
 
-    `unit` is "neuron" or "block" if somebody asked for it.
+    `unit` is "neuron" or "block" if somebody asked for it, `skippable` whether for
+    neurons whose gates stay in memory.
     """
     name = source.name
+    if skippable:
+        found = find_gated(source.make_model(), source.config, name)
+        return GATED, f"{len(found)} FFNs become neurons whose gates stay in memory."
     kind, ffns, why_not = find_units(source.make_model(), source.config, name)
     if kind is EXPERT:
         if unit:
@@ -153,6 +162,8 @@ def choose(source: Source, unit: str | None = None) -> tuple[UnitKind, str]:
 
 def _cutter(job: Job, kind: UnitKind) -> Cutter:
     """Who cuts the FFNs: into blocks where too many neurons are active for neurons."""
+    if kind is GATED:
+        return GatedCutter(job)
     if kind is not NEURON:
         return TensorCutter(job, kind)
     neurons = NeuronCutter(job)

@@ -43,6 +43,8 @@ class ConvertOptions:
             activation gives exact zeros, and calibration finds enough of them.
         blocks: Of a mixture of experts, put dense FFNs and shared experts on flash,
             too, as blocks. By default they stay in memory.
+        skippable: Cut gated FFNs into neurons whose gates stay in memory, and find out
+            while converting what it costs to skip shares of them.
         bits: Quantise what goes to flash; by default it stays as it is.
         group_size: Weights that share a scale (64, or what `mode` prescribes).
         mode: MLX's quantisation: "affine", "mxfp4", "mxfp8" or "nvfp4".
@@ -69,6 +71,7 @@ class ConvertOptions:
     order: str = "coactivation"
     unit: str | None = None
     blocks: bool = False
+    skippable: bool = False
     bits: int | None = None
     group_size: int | None = None
     mode: str = "affine"
@@ -87,6 +90,10 @@ class ConvertOptions:
         need(
             self.unit in (None, *DENSE_UNITS),
             f"No unit {self.unit!r} can be chosen. Choose {' or '.join(DENSE_UNITS)}.",
+        )
+        need(
+            self.unit is None or not self.skippable,
+            f"--skippable chooses the unit: leave out --unit {self.unit}.",
         )
         need(
             self.dtype in (None, *WEIGHT_DTYPES),
@@ -138,7 +145,11 @@ class ConvertOptions:
                 f"becomes {unit}s. Leave it out."
             )
         given = [x for x in FITTING if getattr(self, x) != getattr(type(self), x)]
-        if unit != "neuron":
+        if unit == "gated neuron":
+            given = [x for x in given if not x.startswith("calibration")]
+            given += ["rank"] if self.rank else []
+            why = "the gates themselves choose the neurons"
+        elif unit != "neuron":
             given += ["rank"] if self.rank else []
             why = f"{name} becomes {unit}s, which have none"
         elif self.rank == 0:
@@ -168,6 +179,8 @@ class ConvertOptions:
         """All that decides what is written, as JSON: a resumed run must repeat it."""
         names = ("unit", "dtype", "calibration_tokens", "rank", "threshold", "recall")
         facts = {name: getattr(self, name) for name in (*names, "fit_steps", "order")}
+        if self.skippable:
+            facts["skippable"] = True
         facts["calibration"] = str(self.calibration) if self.calibration else None
         facts["quantize"] = self.packing
         facts["quantize_resident"] = self.resident_packing

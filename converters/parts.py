@@ -144,7 +144,10 @@ def _write_layers(
             written = write_bundles(path, layer.module, bundles, owned)
             work.layers.append(
                 dataclasses.replace(
-                    written, order=layer.order, predictor=layer.predictor
+                    written,
+                    order=layer.order,
+                    predictor=layer.predictor,
+                    thresholds=layer.thresholds,
                 )
             )
             work.note()

@@ -94,15 +94,3 @@ def quantize_modules(model: nn.Module, but: Collection[str], quantize: dict) -> 
         return theirs(path, module)
 
     nn.quantize(model, **quantize, class_predicate=wanted)
-
-
-def packing_of(model: nn.Module) -> dict[str, dict]:
-    """How each of a model's quantised modules is packed, by its path."""
-    packed = {}
-    for path, module in model.named_modules():
-        if hasattr(module, "bits") and hasattr(module, "group_size"):
-            packed[path] = {k: getattr(module, k) for k in ("group_size", "bits")}
-            packed[path]["mode"] = getattr(module, "mode", "affine")
-            if getattr(module, "global_scale", None) is not None:
-                packed[path]["global_scale"] = True
-    return packed

@@ -6,6 +6,7 @@ memory only from its evaluation until the caller lets go of it.
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,8 +14,15 @@ import mlx.nn as nn
 
 from ..checkpoints.config import make_model, read_config
 from ..checkpoints.hub import CONFIG_FILES, WEIGHT_FILES, find_model
-from ..checkpoints.weight_format import header_tensors, main_dtype, named_dtype
-from ..errors import FlashError
+from ..checkpoints.weight_format import (
+    header_tensors,
+    main_dtype,
+    named_dtype,
+    packing_of,
+    quantize,
+)
+from ..errors import FlashError, reason_of
+from ..layers.projections import PACKED, unpack
 from ..models.registry import get_model_classes
 from ..storage.identity import identity
 from ..storage.manifest import MANIFEST
@@ -72,8 +80,48 @@ class Source:
         """How much `prepare` writes."""
         return sum(f.stat().st_size for f in self.files if f.suffix == ".bin")
 
+    @cached_property
+    def packing(self) -> dict[str, dict]:
+        """How mlx-lm quantised each module of the checkpoint, by its path."""
+        found = self.config.get("quantization")
+        if not found or self.files[0].suffix == ".bin":
+            return {}
+        file = self.folder / "config.json"
+        if not isinstance(found, dict) or not {"group_size", "bits"} <= found.keys():
+            raise FlashError(
+                f"{file}: quantization has no group_size or no bits. Copy the original "
+                "file again."
+            )
+        names = set(self.stored())
+        if not any(name.endswith(".scales") for name in names):
+            return {}
+        model = self.make_model()
+        try:
+            quantize(model, found, names)
+        except Exception as error:  # MLX's, of sizes and modes that are none
+            raise FlashError(
+                f"{file}: its quantization is not possible: {reason_of(error)}. Copy "
+                "the original file again."
+            ) from error
+        return packing_of(model)
+
     def weights(self) -> dict[str, mx.array]:
-        """All weights, unevaluated, under the names the model's module tree has."""
+        """All weights, unevaluated and in floats, by the names in the module tree."""
+        weights = self.stored()
+        for path, how in self.packing.items():
+            names = {k: f"{path}.{k}" for k in PACKED if f"{path}.{k}" in weights}
+            arrays = {key: weights.pop(name) for key, name in names.items()}
+            try:
+                weights[f"{path}.weight"] = unpack(arrays, how)
+            except (ValueError, KeyError) as error:
+                raise FlashError(
+                    f"{self.name}: {path} is not packed as config.json says: "
+                    f"{reason_of(error)}. Download the checkpoint again."
+                ) from error
+        return weights
+
+    def stored(self) -> dict[str, mx.array]:
+        """The same as the checkpoint has them: those of quantised modules packed."""
         weights: dict[str, mx.array] = {}
         for file in self._safetensors:
             read_header(file)  # MLX itself would read past the end of a cut file

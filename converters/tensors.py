@@ -13,11 +13,12 @@ import mlx.nn as nn
 
 from ..arrays import parameters
 from ..checkpoints.stock import load_stock
+from ..checkpoints.weight_format import packing_of
 from ..errors import FlashError
 from ..layers.kinds import BLOCK, UnitKind
 from .arrays import finite, release
 from .conversion import Cutter, Job
-from .resident import packing_of, quantize_modules
+from .resident import quantize_modules
 
 PACKING = (".scales", ".biases", ".global_scale")  # beside quantised weights
 
@@ -41,7 +42,7 @@ class TensorCutter(Cutter):
         self._model = stock.model
         self.dtype = job.options.dtype or stock.dtype()
         self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
-        stock.raw.clear()  # it would keep all that is ever evaluated
+        stock.forget()
         self.modules = kind.find(self._model)
         if job.options.blocks:
             blocks = BLOCK.find(self._model)

@@ -2,9 +2,9 @@
 
     python demos/train_demo_moe.py stories.txt --valid more.txt --out DIR
 
-The model has the layout of Qwen3-MoE in transformers, at 14 M parameters: 6 layers of 32
-experts, of which a token uses 4. Its tokenizer is the one of `train_demo_model.py`, so
-that one demo model can draft for the other. The loss has the load-balancing term of
+The model has the layout of Qwen3-MoE in transformers, at 14 M parameters: 6 layers of
+32 experts, of which a token uses 4. Its tokenizer is the one of `train_demo_model.py`,
+so that one demo model can draft for the other. The loss has the load-balancing term of
 Switch Transformers (arXiv 2101.03961), layer by layer: without it a few experts take
 every token, and with it the router is as undecided as the published models' routers.
 

@@ -5,10 +5,10 @@ with `generate` and `stream_generate` from here, which also measure what a run c
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .demo_models import DEMO_MODEL, DEMO_MOE
 from .errors import FlashError, NotEnoughMemory
 from .storage.open_files import check_limit
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .generation import generate, stream_generate
     from .library.by_name import load, load_model
     from .load_options import LoadOptions
-
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 # Imported on first use, so that the command line answers --help without loading mlx.
 # No module is called like one of these names: it would hide the function.
@@ -35,6 +33,7 @@ _LAZY = {
 
 __all__ = [
     "DEMO_MODEL",
+    "DEMO_MOE",
     "Conversation",
     "FlashError",
     "LoadOptions",

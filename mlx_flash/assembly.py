@@ -21,15 +21,17 @@ from .checkpoints.stock import load_stock
 from .checkpoints.tables import tables_in_place
 from .errors import FlashError, reason_of
 from .layers.attention import in_pieces
-from .layers.base import FlashFFN, FromFlash
+from .layers.base import FlashFFN, FromFlash, Guess
 from .layers.exchange import exchange, exchange_beside
+from .layers.foresight import Foresight
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
+from .memory.trial import Trial
 from .models.registry import get_model_classes
+from .storage.extents import Region, bundle_extent
 from .storage.layout import dtype_name
-from .storage.manifest import MANIFEST, Manifest
+from .storage.manifest import MANIFEST, Layer, Manifest
 from .storage.manifest_reading import read_manifest
-from .storage.source import Extent, bundle_extent
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,33 @@ class Assembled:
     manifest: Manifest
     kind: UnitKind
     layers: list[FlashFFN]
-    extents: list[list[Extent]]
+    extents: list[list[Region]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
     beside: Sequence[FromFlash] = ()
-    beside_extents: Sequence[list[Extent]] = ()
+    beside_extents: Sequence[list[Region]] = ()
 
-    def look_ahead(self) -> None:
-        """Have every layer guess what the next one will need, where that is known."""
+    def look_ahead(
+        self, learned: Sequence[Foresight] = (), trial: Trial | None = None
+    ) -> None:
+        """Have every layer guess what the next one will need, where that is known.
+
+        Args:
+            learned: What to guess by, one for each layer. Without, the next layer's
+                own router or predictor guesses.
+            trial: Says whether guessing pays; None guesses always.
+        """
         modules = dict(self.model.named_modules())
+        guess: Guess | None
         for i, entry in enumerate(self.manifest.layers[1:]):
             layer, following = self.layers[i : i + 2]
-            block = modules[entry.module.rpartition(".")[0]]
-            guess = self.kind.guess_of(layer, block, following)
+            if learned:
+                guess = learned[i].next_scores
+            else:
+                block = modules[entry.module.rpartition(".")[0]]
+                guess = self.kind.guess_of(layer, block, following)
             if guess is not None:
-                layer.look_ahead(following, guess)
+                layer.look_ahead(following, guess, trial, first=i == 0)
 
 
 def assemble(folder: Path, predictor: bool = True) -> Assembled:
@@ -127,11 +141,15 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     layers = exchange(model, manifest, predictor, folder)
     beside = exchange_beside(model, manifest, folder)
     _load_resident(model, manifest, predictor, folder)
-    extents = [[bundle_extent(layer, folder)] for layer in manifest.layers]
-    places = [[bundle_extent(entry, folder)] for entry in manifest.beside]
+    extents = [_bundles(entry, folder) for entry in manifest.layers]
+    places = [_bundles(entry, folder) for entry in manifest.beside]
     kind = kind_of(manifest)
     found = Assembled(model, config, manifest, kind, layers, extents, shapes)
     return replace(found, beside=beside, beside_extents=places)
+
+
+def _bundles(entry: Layer, folder: Path) -> list[Region]:
+    return [bundle_extent(entry, folder)]
 
 
 def _in_place(folder: Path) -> Assembled:

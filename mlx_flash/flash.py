@@ -63,6 +63,7 @@ class Flash:
         draft: The model that drafts for this one, if one was named.
         run: The last generation, for `report`.
         adapter: The digest of an adapter's weights, if one was applied.
+        skip: The share of its neurons that each token leaves out.
         cached_share: Of the files on flash, what reads could find in memory when the
             model was loaded: 0 is cold, None unknown.
     """
@@ -86,6 +87,7 @@ class Flash:
         self.stats = Stats()
         self.run: Run | None = None
         self.adapter: str | None = None
+        self.skip = 0.0
         self.cached_share: float | None = None
         self.closed = False
         self.machines: Machines | None = None
@@ -145,6 +147,14 @@ class Flash:
         elastic = Elastic(pool.budget.total_bytes, pool.least_bytes)
         self._watch = Watch(elastic, weakref.WeakMethod(pool.want))
         weakref.finalize(self, self._watch.stop).atexit = False
+
+    @property
+    def lossy(self) -> str | None:
+        """In what its output is not the model's own, in words; None if it is."""
+        skipping = self.manifest.skipping
+        if not self.skip or skipping is None:
+            return None
+        return skipping.cost(self.skip)
 
     @property
     def resized(self) -> list[tuple[float, int]]:

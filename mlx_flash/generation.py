@@ -61,8 +61,8 @@ def stream_generate(
         draft_model: A model that drafts, beside the budget, or any object that does
             what `drafting.Drafter` says. A model that was named to `mlx_flash.load`
             counts in the budget, and drafts without being named here.
-        num_draft_tokens: Tokens of a draft; 0 does without. A model with predictors
-            takes 2 at most: more would be computed as a prompt is.
+        num_draft_tokens: Tokens of a draft; 0 does without. A model whose neurons
+            are chosen takes 2 at most: more would be computed as a prompt is.
         draft_ngrams: Draft what followed the last so many tokens where they stood
             before; 0 does not.
         history: Tokens that `prompt_cache` holds already, for who drafts to know, and
@@ -92,8 +92,8 @@ def stream_generate(
     if max_kv_size and not options.get("prompt_cache"):
         options["prompt_cache"] = rotating_cache(model, max_kv_size)
     drafter = _drafter(flash, draft_model, draft_ngrams) if num_draft_tokens else None
-    predicted = any("predictor" in layer for layer in flash.layers)
-    if predicted:  # more tokens would be computed as a prompt is
+    if any(layer.sparse for layer in flash.layers):
+        # More tokens would be computed as a prompt is.
         num_draft_tokens = min(num_draft_tokens, SWEEP_TOKENS - 2)
     assert flash.pool is not None
     flash.pool.hold_logits(num_draft_tokens + 1 if drafter else 1)

@@ -13,6 +13,10 @@ class LoadOptions:
 
     Attributes:
         predictor: False computes every neuron of every token: exact, and slow.
+        skip: The share of the neurons of each layer that a token leaves out, those
+            whose gates say least: 0.5. The output is then another one than the model's
+            own; `model.flash.lossy` says what was measured of it. None or 0 is exact.
+            For folders of `convert --skippable`.
         policy: What stays in memory: "lru", "lrfu" (what was used often and lately),
             "window" (the paper's: what the last tokens used), or an object of such a
             class. "auto" is what suits the unit kind.
@@ -21,7 +25,8 @@ class LoadOptions:
             model's positions, fewer where memory is short).
         overlap: Read what a layer lacks while MLX multiplies what is there.
         look_ahead: Read also what the next layer will probably need, judged by this
-            layer's input.
+            layer's input. None does so where `mlx-flash learn` taught how to judge it
+            and tokens come faster with it, which the run finds out.
         page_cache: Let the operating system cache what is read: "on" or True, "off" or
             False, or "auto": where memory beyond the budget can hold enough.
         native: True insists on the C reader, False takes the Python one.
@@ -46,11 +51,12 @@ class LoadOptions:
     """
 
     predictor: bool = True
+    skip: float | None = None
     policy: str | Lru = "auto"
     window: int = 4
     context: int | None = None
     overlap: bool = True
-    look_ahead: bool = False
+    look_ahead: bool | None = None
     page_cache: bool | str = "auto"
     native: bool | None = None
     elastic: bool | None = None
@@ -66,11 +72,12 @@ class LoadKeywords(TypedDict, total=False):
     """The same as keywords, for editors and type checkers: see `LoadOptions`."""
 
     predictor: bool
+    skip: float | None
     policy: str | Lru
     window: int
     context: int | None
     overlap: bool
-    look_ahead: bool
+    look_ahead: bool | None
     page_cache: bool | str
     native: bool | None
     elastic: bool | None

@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from .adapters import adapter_digest, apply_adapter
 from .assembly import Assembled, assemble, can_stream
+from .attach import attach_beside, attach_slots, loading_bar
+from .checkpoints.foresight_file import find_foresight, read_foresight
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
@@ -22,22 +24,23 @@ from .chunks import in_chunks
 from .draft_model import open_draft
 from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
-from .layers.lookup import Lookup
+from .layers.expert import ExpertFFN
+from .layers.foresight import Foresight
 from .load_options import LoadKeywords, LoadOptions
 from .machines.division import Divide, facts_of
 from .machines.follow import Follower
 from .machines.lead import Lead
 from .machines.start import start
-from .memory.budget import LEAST_CONTEXT, Budget, total_bytes
+from .memory.budget import LEAST_CONTEXT, total_bytes
 from .memory.footprint import MAX_BATCH, MAX_PREFILL
 from .memory.page_cache import use_page_cache
 from .memory.policies import Lru
 from .memory.pool import Pool
-from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
-from .progress import Bar
+from .memory.trial import Trial
 from .resident import read_weights
 from .sizing import budget_of, needs_of, policy_of, with_hint
+from .skipping import skip_neurons
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
 from .storage.open_files import allow_open_files
@@ -130,7 +133,10 @@ def _load(
     parts = assemble(folder, wanted.predictor)
     # Before weights are read, and after what says more than that a file differs.
     check_files(folder, wanted.check)
-    policy = policy_of(wanted, parts.kind)
+    if wanted.skip:
+        skip_neurons(parts, wanted.skip, folder)
+    learned = _learned(parts, folder, wanted)
+    policy = policy_of(wanted, parts.kind, foreseen=bool(learned))
     if divide is not None:
         parts, memory = _share(parts, folder, memory, policy, wanted, divide)
     elif (share := parts.manifest.share) is not None:
@@ -143,6 +149,8 @@ def _load(
     if wanted.adapter_path is not None:
         adapter = apply_adapter(wanted.adapter_path, parts)
         footprint = replace(footprint, adapter_bytes=adapter.nbytes)
+    more = footprint.adapter_bytes + sum(one.nbytes for one in learned)
+    footprint = replace(footprint, adapter_bytes=more)
     least_context = None if wanted.context else LEAST_CONTEXT
     draft = None
     if wanted.draft_model is not None:
@@ -171,17 +179,18 @@ def _load(
     )
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
+    flash.skip = wanted.skip or 0.0
     extents = (*parts.extents, *parts.beside_extents)
     files = {extent.path for places in extents for extent in places}
     try:
         mx.reset_peak_memory()
-        with _bar(parts, budget, wanted.progress) as bar:
+        with loading_bar(parts, budget, wanted.progress) as bar:
             read_weights(parts.model, folder, bar)
             if draft is not None:
                 draft.read()
             flash.cached_share = cached_before(files, not through)
-            slots = _attach_slots(flash, parts, policy, wanted.overlap, bar)
-            slots += _attach_beside(flash, parts, bar)
+            slots = attach_slots(flash, parts, policy, wanted.overlap, bar)
+            slots += attach_beside(flash, parts, bar)
     except BaseException:
         flash.close()
         raise
@@ -194,14 +203,28 @@ def _load(
             "page cache, so timings are not those of the disk.",
             file=sys.stderr,
         )
+    for layer, one in zip(parts.layers, learned, strict=False):
+        layer.foresee(one)
     if wanted.look_ahead:
-        parts.look_ahead()
+        parts.look_ahead(learned)
+    elif learned and wanted.look_ahead is None:
+        parts.look_ahead(learned, Trial())
     if wanted.elastic or (wanted.elastic is None and str(memory).lower() == "auto"):
         flash.follow_pressure()
     flash.stats.reset()
     parts.model.flash = flash
     in_chunks(parts.model)
     return Loaded((parts.model, parts.config))
+
+
+def _learned(parts: Assembled, folder: Path, options: LoadOptions) -> list[Foresight]:
+    """What was learned of the model, if anything is asked of it; [] without."""
+    path = find_foresight(folder, parts.manifest)
+    if path is None or (options.look_ahead is False and options.policy != "auto"):
+        return []
+    first = parts.layers[0]
+    assert isinstance(first, ExpertFFN)
+    return read_foresight(path, parts.manifest, first.dims)
 
 
 def _share(
@@ -223,61 +246,3 @@ def _share(
     adapter = None if path is None else adapter_digest(path)
     memory_bytes = min(total - beside, parts.manifest.ffn_bytes)
     return divide(parts, facts_of(parts, folder, memory_bytes, adapter)), total
-
-
-def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
-    """For all bytes that loading reads."""
-    manifest = parts.manifest
-    slots = budget.slots + budget.beside_slots
-    pairs = zip(slots, manifest.layers + manifest.beside, strict=True)
-    whole = sum(entry.nbytes for n, entry in pairs if n == entry.units)
-    total = manifest.resident.bytes + manifest.predictor_bytes + whole
-    return Bar("loading", total, shown, unit="B", unit_scale=True)
-
-
-def _attach_slots(
-    flash: Flash, parts: Assembled, policy: Lru, overlap: bool, bar: Bar
-) -> list[UnitSlots]:
-    """Give every layer its slots, and fill those of layers that are held whole."""
-    attached = []
-    for i, layer in enumerate(parts.layers):
-        slots = UnitSlots(
-            parts.manifest.layers[i],
-            parts.extents[i],
-            flash.budget.slots[i],
-            policy,
-            flash._reader,
-            flash._fence,
-            flash.stats,
-            layer.apart if overlap else 0.0,
-            parts.stored[i] if parts.stored else None,
-        )
-        layer.attach(slots, flash.budget.batch_tokens)
-        if slots.n_slots == slots.units:
-            slots.read_all()
-            bar.advance(parts.manifest.layers[i].nbytes)
-        attached.append(slots)
-    return attached
-
-
-def _attach_beside(flash: Flash, parts: Assembled, bar: Bar) -> list[UnitSlots]:
-    """The same for what is on flash beside these layers."""
-    attached = []
-    entries = zip(parts.manifest.beside, parts.beside, strict=True)
-    for i, (entry, module) in enumerate(entries):
-        slots = UnitSlots(
-            entry,
-            parts.beside_extents[i],
-            flash.budget.beside_slots[i],
-            Lru(),
-            flash._reader,
-            flash._fence,
-            flash.stats,
-            rows=isinstance(module, Lookup),
-        )
-        module.attach(slots, flash.budget.batch_tokens)
-        if slots.n_slots == slots.units:
-            slots.read_all()
-            bar.advance(entry.nbytes)
-        attached.append(slots)
-    return attached

@@ -59,9 +59,10 @@ class SavedPrompt:
 def model_identity(flash: Flash, **settings: Any) -> str:
     """A digest of all that decides what the KV cache of some tokens is.
 
-    That is the model's files, its dtype, whether predictors choose its neurons, and
-    mlx-lm's version. Of a checkpoint that nobody noted digests of, sizes and times of
-    its weights and samples of their bytes stand for them.
+    That is the model's files, its dtype, whether predictors choose its neurons, what
+    share of them is skipped, and mlx-lm's version. Of a checkpoint that nobody noted
+    digests of, sizes and times of its weights and samples of their bytes stand for
+    them.
 
     Args:
         flash: `model.flash`.
@@ -80,6 +81,8 @@ def model_identity(flash: Flash, **settings: Any) -> str:
     }
     if flash.adapter is not None:
         facts["adapter"] = flash.adapter
+    if flash.skip:
+        facts["skip"] = flash.skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

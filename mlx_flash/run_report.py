@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from .layers.kinds import BLOCK, kind_of
-from .memory.budget import Budget
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
+from .reported import Reported
 from .run import BesideReport, RankReport, Run
 from .storage.manifest import Manifest
 
 COLD = 0.01  # of the files in memory, at most
-
-
-class Reported(Protocol):
-    """What a report is made from: `flash.Flash` is one."""
-
-    manifest: Manifest
-    layers: list
-    run: Run | None
-    cached_share: float | None
-
-    @property
-    def budget(self) -> Budget: ...
-
-    @property
-    def draft_bytes(self) -> int: ...
-
-    @property
-    def direct_io(self) -> bool: ...
-
-    @property
-    def resized(self) -> list[tuple[float, int]]: ...
-
-    @property
-    def refused(self) -> list[tuple[float, int, int]]: ...
 
 
 def _no_parts() -> dict[str, float | None]:
@@ -73,6 +49,9 @@ class RunReport:
     With drafts, `draft_acceptance` is the share of drafted tokens that were right,
     `tokens_per_call` what a call of the model brought, and `plain_bytes_per_token` what
     calls without a draft read (of blocks: any call).
+
+    `skip` is the share of the neurons that each token left out, `lossy` says what that
+    was measured to cost; 0 and None where the output is the model's own.
 
     `ranks` has what each of several machines read; it is empty on one.
     `page_cache` is whether reads went through the page cache, `cached_share` what of
@@ -109,12 +88,15 @@ class RunReport:
     read_gb_per_s: float | None = None
     read_hidden_share: float | None = None
     early_precision: float | None = None
+    early_share: float | None = None
     hit_rate: float | None = None
     waits_per_token: float | None = None
     predictor_recall: float | None = None
     draft_acceptance: float | None = None
     tokens_per_call: float | None = None
     plain_bytes_per_token: float | None = None
+    skip: float = 0.0
+    lossy: str | None = None
     ranks: list[RankReport] = field(default_factory=list)
 
     @classmethod
@@ -141,6 +123,8 @@ class RunReport:
             page_cache=not flash.direct_io,
             cached_share=flash.cached_share,
             beside=BesideReport.of(manifest, budget.beside_slots),
+            skip=flash.skip,
+            lossy=flash.lossy,
         )
         if run is None or last is None or run.last_stats is None:
             return report
@@ -190,6 +174,7 @@ class RunReport:
         self.read_gb_per_s = decode.read_gb_per_s
         self.read_hidden_share = decode.read_hidden_share
         self.early_precision = decode.early_precision
+        self.early_share = decode.early_share
         self.hit_rate = decode.hit_rate
         self.waits_per_token = decode.waits / steps
 
@@ -212,9 +197,10 @@ class RunReport:
             lines += self._decoding_lines()
         if self.draft_acceptance is not None:
             lines += self._draft_lines()
-        if self.early_precision is not None:
+        if self.early_precision is not None and self.early_share is not None:
             lines.append(
-                f"look-ahead  {self.early_precision:.0%} of the guesses were right"
+                f"look-ahead  {self.early_share:.0%} of what had to be read was begun "
+                f"early, {self.early_precision:.0%} of the guesses were right"
             )
         lines += [
             f"memory      {self.peak_memory_bytes / 1e6:.1f} MB at most, budget "
@@ -242,6 +228,8 @@ class RunReport:
             lines.append(
                 f"predictor   found {self.predictor_recall:.1%} of the active neurons"
             )
+        if self.lossy:
+            lines.append(f"output      {self.lossy}")
         lines += [f"machines    {rank}" for rank in self.ranks]
         return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from .load_options import LoadOptions
 from .memory.budget import Budget, make_budget, total_bytes
 from .memory.divide import Divide
 from .memory.footprint import Footprint
-from .memory.policies import Lrfu, Lru, Window
+from .memory.policies import Foreseen, Lrfu, Lru, Window
 from .memory.whole import LOCALITY, asks_of, divide_by, kind_rewards
 from .memory_size import LEAST_BARE, say_memory
 from .traces.curves import by_trace
@@ -32,7 +32,8 @@ def needs_of(
     kind, layers = parts.kind, parts.manifest.layers
     if not options.predictor:
         layers = tuple(replace(layer, predictor=None) for layer in layers)
-    asks = asks_of(kind, layers, parts.shapes.experts_per_token)
+    needed = 1 - options.skip if options.skip else None
+    asks = asks_of(kind, layers, parts.shapes.experts_per_token, needed)
     rewards = kind_rewards(kind, asks)
     if options.trace is None:
         divide = divide_by(asks, LOCALITY[kind.name], rewards)
@@ -83,17 +84,20 @@ def with_hint(error: NotEnoughMemory, parts: Assembled) -> NotEnoughMemory:
     )
 
 
-def policy_of(options: LoadOptions, kind: UnitKind) -> Lru:
+def policy_of(options: LoadOptions, kind: UnitKind, foreseen: bool = False) -> Lru:
     """What stays in memory.
+
+    Args:
+        foreseen: Whether the model has foresight, for which "auto" has a policy.
 
     Raises:
         FlashError: If there is no such policy, or a window that keeps nothing.
     """
-    policy = kind.policy if options.policy == "auto" else options.policy
-    if policy == "lru":
-        return Lru()
-    if policy == "lrfu":
-        return Lrfu()
+    policy = options.policy
+    if policy == "auto":
+        policy = "foresight" if foreseen else kind.policy
+    if policy in ("lru", "lrfu", "foresight"):
+        return policy_named(policy, kind)
     if policy == "window":
         if options.window < 1:
             raise FlashError(
@@ -103,3 +107,10 @@ def policy_of(options: LoadOptions, kind: UnitKind) -> Lru:
     if isinstance(policy, str):
         raise FlashError(f"No policy is called {policy!r}. Try lru, lrfu or window.")
     return policy
+
+
+def policy_named(name: str, kind: UnitKind) -> Lru:
+    """ "lru", "lrfu" or "foresight", as it suits a kind of units."""
+    if name == "lru":
+        return Lru()
+    return (Foreseen if name == "foresight" else Lrfu)(kind.half_life)

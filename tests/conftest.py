@@ -22,8 +22,8 @@ from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
 from mlx_flash.models.registry import get_model_classes
+from mlx_flash.storage.extents import bundle_extent
 from mlx_flash.storage.reader import open_reader
-from mlx_flash.storage.source import bundle_extent
 
 pytest_plugins = ["conversions", "fake_hub"]
 

@@ -55,11 +55,14 @@ class Kind:
     slots: tuple[int, ...]
     look_ahead: tuple[bool, ...]
     tolerance: float
+    skip: float | None = None
 
 
 KINDS = {
     "neurons": Kind(24, (8, 20), (False,), 1e-5),
     "predicted neurons": Kind(24, (8, 20), (False, True), 1e-5),
+    "gated neurons": Kind(24, (8, 20), (False,), 1e-5),
+    "skipped neurons": Kind(24, (8, 20), (False,), 1e-5, skip=0.5),
     "experts in place": Kind(8, (2, 5), (False, True), 0),
     "converted experts": Kind(8, (2, 5), (False, True), 0),
     "experts and rows": Kind(8, (2, 5), (False,), 0),
@@ -90,6 +93,10 @@ def make_folder(name, base):
     elif name == "experts and blocks":
         source = stock_checkpoints.write_checkpoint(base / "source", SHARED)
         options = {"blocks": True}
+    elif name in ("gated neurons", "skipped neurons"):
+        config = LLAMA | {"intermediate_size": 24}
+        source = stock_checkpoints.write_checkpoint(base / "source", config)
+        options = {"skippable": True, "calibration_tokens": 256}
     elif "experts" in name:
         source = stock_checkpoints.write_checkpoint(base / "source", QWEN3)
     else:
@@ -201,7 +208,7 @@ class Trial:
 
     def load(self, situation):
         options = {"look_ahead": situation.look_ahead, "native": situation.native}
-        return stream(self.folder, situation.slots, **options)
+        return stream(self.folder, situation.slots, skip=self.kind.skip, **options)
 
     def situations(self, native):
         """All that there are with this reader: none if it was not built."""

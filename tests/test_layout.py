@@ -8,7 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mlx_flash"
 # From the bottom up; modules of one row may import each other, but in no circle.
 ROWS = (
-    ("errors", "_version", "memory_size", "arrays", "tables", "progress"),
+    (
+        "errors",
+        "_version",
+        "demo_models",
+        "memory_size",
+        "arrays",
+        "tables",
+        "progress",
+    ),
     ("storage",),
     ("profile",),
     ("memory",),
@@ -16,10 +24,19 @@ ROWS = (
     ("models", "layers"),
     ("checkpoints",),
     ("assembly",),
-    ("run", "run_report", "resident", "draft_model", "adapters", "chunks"),
+    (
+        "run",
+        "reported",
+        "run_report",
+        "resident",
+        "draft_model",
+        "adapters",
+        "skipping",
+        "chunks",
+    ),
     ("flash",),
     ("load_options",),
-    ("machines", "sizing"),
+    ("machines", "sizing", "attach"),
     ("loading",),
     (
         "generation",
@@ -32,7 +49,7 @@ ROWS = (
         "kv_cache",
         "prompt_cache",
     ),
-    ("inspection", "same_output", "server", "tracing"),
+    ("inspection", "same_output", "server", "tracing", "learning"),
     ("planning", "converters"),
     ("library",),
     ("bench",),

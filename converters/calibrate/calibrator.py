@@ -14,10 +14,11 @@ import numpy as np
 
 from ...layers.dense import hidden_values
 from ...layers.predictor import Predictor, default_rank
-from ...layers.projections import neuron_rows, pack
+from ...layers.projections import from_neurons, neuron_rows, pack
 from ...storage.manifest import Calibration, PredictorFacts
 from ..arrays import load_arrays, release
 from ..conversion import Job
+from ..packings import Packings
 from ..resident import write_weights
 from . import text
 from .fit import fit_predictor, split
@@ -34,12 +35,18 @@ class Calibrator:
     Args:
         paths: Of the FFNs, one a layer.
         dtype: Of the predictors, and of the FFNs on flash.
+        packings: How these are packed there.
     """
 
     hidden: np.ndarray  # what the next layer gets; `resume` sets it
 
     def __init__(
-        self, job: Job, model: LayerwiseModel, paths: list[str], dtype: mx.Dtype
+        self,
+        job: Job,
+        model: LayerwiseModel,
+        paths: list[str],
+        dtype: mx.Dtype,
+        packings: Packings,
     ):
         self.job = job
         self.work = job.work
@@ -47,6 +54,7 @@ class Calibrator:
         self.model = model
         self.paths = paths
         self.dtype = dtype
+        self.packings = packings
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -91,7 +99,7 @@ class Calibrator:
         length = self.tokens.shape[1]
         inputs = self.model.run_text(index, path, self.hidden, self.tokens)
         ffn = self.model.load_module(path, self.dtype)
-        self._as_stored(ffn)
+        self._as_stored(path, ffn)
         rank = asked.rank or default_rank(index, len(self.paths), inputs.shape[1])
         arrays, facts = fit_predictor(
             inputs,
@@ -144,18 +152,37 @@ class Calibrator:
             held_out_tokens=held_out.stop - held_out.start,
         )
 
-    def _as_stored(self, ffn: nn.Module) -> None:
+    def _as_stored(self, path: str, ffn: nn.Module) -> None:
         """Give an FFN the values its bundles have, in float32."""
-        packing = self.options.packing
-        for name, rows in neuron_rows(ffn).items():
-            if packing:
-                packed = pack(rows, packing)
-                weight, scales = packed["weight"], packed["scales"]
-                rows = mx.dequantize(weight, scales, packed.get("biases"), **packing)
-            if rows.shape != ffn[name].weight.shape:
-                rows = rows.T
-            ffn[name].weight = rows
+        *ins, out = known = self.packings.unpacked(path, ffn)
+        for name in ins:
+            ffn[name].weight = from_neurons(ffn, name, known[name])
+        ffn[out].weight = known[out].T
         ffn.set_dtype(mx.float32)
+
+
+def as_stored(
+    ffn: nn.Module,
+    packing: dict | None,
+    dtype: mx.Dtype,
+    gate_packing: dict | None = None,
+) -> None:
+    """Give an FFN the values that a folder has of it, as `dtype`.
+
+    Args:
+        packing: Of its projections.
+        gate_packing: Of the first one, where `packing` is None.
+    """
+    packings = [packing or gate_packing, *[packing] * 2]
+    for (name, rows), how in zip(neuron_rows(ffn).items(), packings, strict=False):
+        if how:
+            packed = pack(rows, how)
+            weight, scales = packed["weight"], packed["scales"]
+            rows = mx.dequantize(weight, scales, packed.get("biases"), **how)
+        if rows.shape != ffn[name].weight.shape:
+            rows = rows.T
+        ffn[name].weight = rows
+    ffn.set_dtype(dtype)
 
 
 def _order_by_use(

@@ -20,7 +20,7 @@ import numpy as np
 from ...arrays import parameters
 from ...layers.dense import hidden_values
 from ...layers.predictor import Predictor, possible_bits
-from ...layers.projections import neuron_rows
+from ...layers.projections import deciding_rows
 from ...storage.manifest import PredictorFacts
 
 BATCH = 256
@@ -71,8 +71,7 @@ def fit_predictor(
         quantised from it), and what it does on held-out tokens.
     """
     train, choose, test = split(len(inputs), length)
-    deciding = ffn[next(iter(neuron_rows(ffn)))]
-    up, up_bias = deciding.weight, deciding.get("bias", mx.zeros(len(deciding.weight)))
+    up, up_bias = deciding_rows(ffn)
     active = _active(inputs[train], ffn)
     weights = _start(inputs[train], up, up_bias, rank, seed)
     weights = _train(weights, inputs[train], active, steps, seed)

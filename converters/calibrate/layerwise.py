@@ -40,7 +40,7 @@ class _Probe(nn.Module):
             return getattr(super().__getattr__("_layer"), key)
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands in for an FFN and keeps what it was given."""
 
     def __init__(self, ffn: nn.Module):
@@ -64,6 +64,13 @@ class LayerwiseModel:
         first = next(n for n, m in self.model.named_modules() if m is self.layers[0])
         self._prefix = first.removesuffix("0")
         self._modules = dict(self.model.named_modules())
+        # The list that is walked through, of which some models' `layers` is a copy.
+        self._walked = next(
+            value
+            for module in self.model.modules()
+            for value in module.values()
+            if isinstance(value, list) and value and value[0] is self.layers[0]
+        )
 
     def load_outer(self) -> None:
         """Load embeddings, final norm and head: all that belongs to no layer."""
@@ -81,6 +88,10 @@ class LayerwiseModel:
         prefix = path + "."
         own = [(n.removeprefix(prefix), w) for n, w in weights if n.startswith(prefix)]
         self._load(self._modules[path], own, dtype, strict=True)
+        return self._modules[path]
+
+    def module(self, path: str) -> nn.Module:
+        """The module at `path`, as it is."""
         return self._modules[path]
 
     def embed_text(self, tokens: np.ndarray) -> np.ndarray:
@@ -105,9 +116,28 @@ class LayerwiseModel:
             What its FFN was given, float32 [n·length, D], in the order of the tokens.
         """
         layer = self.load_layer(index)
-        recorder = _Recorder(self._modules[ffn])
-        ffn = ffn.removeprefix(f"{self._prefix}{index}.")
-        layer.update_modules(tree_unflatten([(ffn, recorder)]))
+        recorder = Recorder(self._modules[ffn])
+        self.walk(index, ffn, recorder, hidden, tokens)
+        release(layer)
+        return np.concatenate(recorder.inputs)
+
+    def walk(
+        self,
+        index: int,
+        ffn: str,
+        stand_in: nn.Module,
+        hidden: np.ndarray,
+        tokens: np.ndarray,
+    ) -> None:
+        """Take `hidden` [n, length, D] through a layer that has its weights, in place.
+
+        Args:
+            ffn: Path of the layer's FFN.
+            stand_in: Called in its place.
+        """
+        layer, own = self.layers[index], self._modules[ffn]
+        name = ffn.removeprefix(f"{self._prefix}{index}.")
+        layer.update_modules(tree_unflatten([(name, stand_in)]))
         done = 0
         for batch in _batches(tokens):
             n = batch.shape[0]
@@ -117,9 +147,7 @@ class LayerwiseModel:
             h = finite(f"the output of layer {index}", layer(h, *args, **kwargs))
             hidden[done : done + n] = np.array(h.astype(mx.float32))
             done += n
-        layer.update_modules(tree_unflatten([(ffn, recorder.ffn)]))
-        release(layer)
-        return np.concatenate(recorder.inputs)
+        layer.update_modules(tree_unflatten([(name, own)]))
 
     def embed(
         self, tokens: mx.array, cache: list | None = None
@@ -136,11 +164,11 @@ class LayerwiseModel:
     def _call_with(
         self, probe: _Probe, tokens: mx.array, cache: list | None = None
     ) -> mx.array:
-        self.model.layers[:] = [probe]
+        self._walked[:] = [probe]
         try:
             return self.model(tokens, cache=cache)
         finally:
-            self.model.layers[:] = self.layers
+            self._walked[:] = self.layers
 
     def _load(
         self,

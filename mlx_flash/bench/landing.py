@@ -15,10 +15,10 @@ from ..memory.policies import Lru, Slots
 from ..memory.slot_cache import EMPTY
 from ..memory.slots import UnitSlots
 from ..memory.stats import Stats
+from ..storage.extents import bundle_extent
 from ..storage.limits import CHUNK_BYTES
 from ..storage.manifest import Layer
 from ..storage.reader import Extent, Reader
-from ..storage.source import bundle_extent
 
 CHUNKS = 128  # the buffer for files that are read whole; 32 are in flight at once
 

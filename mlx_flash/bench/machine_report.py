@@ -17,8 +17,8 @@ from typing import Annotated
 import click
 import mlx.core as mx
 
-from .. import DEMO_MODEL
 from ..checkpoints.config import read_config
+from ..demo_models import DEMO_MODEL
 from ..errors import FlashError
 from ..planning.probe import probe
 from ..planning.text import profile_text

@@ -17,6 +17,7 @@ import mlx.core as mx
 from . import alone
 from .families.configs import make_config
 from .options import Count, Folder, Memory, scratch
+from .published import checkpoints
 from .report import Column, Report, cache_state
 from .synthetic import key_of, write_checkpoint
 
@@ -70,13 +71,19 @@ def packed_weights(
     # Values around the middle (7.5 of 4 bits), with a spread like 1/sqrt(inputs)
     scale = 3.2 * 2**-bits * shape[-1] ** -0.5
     middle = (2**bits - 1) / 2
-    scale *= next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
+    scale *= spread(name)
     return {
         # Keys are random words, too.
         name: mx.random.split(key_of(name), math.prod(packed) // 2).reshape(packed),
         f"{path}.scales": mx.full(groups, scale),
         f"{path}.biases": mx.full(groups, -middle * scale),
     }
+
+
+def spread(name: str) -> float:
+    """How much wider than others the values of a weight are spread."""
+    path = name.removesuffix(".weight")
+    return next((f for end, f in SPREAD.items() if path.endswith(end)), 1.0)
 
 
 def run(
@@ -86,6 +93,9 @@ def run(
     prompt_tokens: Count = 16,
     tokens: Count = 8,
     convert: Annotated[bool, "Converted, too."] = False,
+    published: Annotated[
+        bool, "In float32, also with a tensor for each expert, as it is published."
+    ] = False,
 ) -> Report:
     """A mixture of experts larger than its memory, of Qwen3-30B-A3B's shape.
 
@@ -93,11 +103,16 @@ def run(
     Examples:
       mlx-flash bench moe --convert
       mlx-flash bench moe --layers 4 --memory 600MB
+      mlx-flash bench moe --layers 2 --memory 1.2GB --published --convert
     """
     notes = ["Random weights; routing is uniform, the worst case for a cache."]
     with scratch(folder) as place:
-        folders = {"in place": checkpoint(place / "moe", layers)}
-        flash = place / "moe-flash"
+        if published:
+            config = CONFIG | {"num_hidden_layers": layers}
+            folders = checkpoints(place, config, spread)
+        else:
+            folders = {"in place": checkpoint(place / "moe", layers)}
+        flash = place / f"{folders['in place'].name}-flash"
         if convert:
             if not flash.exists():
                 found = alone.convert(folders["in place"], flash, progress=False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from ..errors import FlashError
+from ..storage.skipping import MOST_SKIPPED
 
 if TYPE_CHECKING:
     from ..library.opening import Offer
@@ -35,6 +36,23 @@ class MemoryType(click.ParamType):
         except FlashError as error:
             self.fail(str(error), param, ctx)
         return value
+
+
+class ShareType(click.ParamType):
+    """0.5 or 50%."""
+
+    name = "SHARE"
+
+    def convert(self, value, param, ctx):
+        text = str(value).strip()
+        try:
+            share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= MOST_SKIPPED:
+            most = f"{MOST_SKIPPED:.0%}"
+            self.fail(f"{text!r} cannot be skipped. Try 50%, or up to {most}.")
+        return share
 
 
 class ModelType(click.ParamType):

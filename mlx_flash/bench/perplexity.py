@@ -14,12 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import DEMO_MODEL
+from ..demo_models import DEMO_MODEL
 from ..errors import FlashError
 from ..loading import load
 from ..tracing import PIECE_TOKENS as LENGTH
 from ..tracing import cut_text
-from .options import Count, DemoModel, Memory, Text
+from .options import Count, DemoModel, Memory, ShareType, Text
 from .report import Column, Report, progress
 from .turns import Turns
 
@@ -40,6 +40,9 @@ def run(
     text: Text,
     model: DemoModel = DEMO_MODEL,
     memory: Memory = "50%",
+    skip: Annotated[
+        float | None, ShareType(), "Of a --skippable folder's neurons.  [default: none]"
+    ] = None,
     tokens: Annotated[Count, "For perplexity."] = 65536,
     decode_tokens: Annotated[Count, "Per window."] = 1024,
 ) -> Report:
@@ -47,14 +50,15 @@ def run(
     with load(model, memory=memory, predictor=False, context=LENGTH) as loaded:
         pieces = cut(loaded[1], text, tokens)
         dense = perplexity(loaded[0], pieces)
-    with load(model, memory=memory, context=LENGTH) as (net, _):
+    with load(model, memory=memory, context=LENGTH, skip=skip) as (net, _):
         predicted = perplexity(net, pieces)
-        slots = net.flash.budget.slots
+        slots, lossy = net.flash.budget.slots, net.flash.lossy
         found = [x.predictor for x in net.flash.manifest.layers if x.predictor]
     some = pieces[: max(decode_tokens // LENGTH, 1)]
     rows = []
     for name, policy in POLICIES.items():
-        with load(model, memory=memory, context=LENGTH, **policy) as (net, _):
+        options = {"context": LENGTH, "skip": skip} | policy
+        with load(model, memory=memory, **options) as (net, _):
             turns = Turns({name: net}, WARM)
             for piece in some.tolist():
                 turns.play(piece)
@@ -62,17 +66,20 @@ def run(
     cost = predicted / dense - 1
     note = (
         f"Perplexity on {pieces.size:,} tokens of {text.name}: dense {dense:.3f}, "
-        f"predicted {predicted:.3f} ({cost:+.2%}), memory {memory}."
+        f"{'skipping' if skip else 'predicted'} {predicted:.3f} ({cost:+.2%}), memory "
+        f"{memory}."
     )
     facts = {
         "tokens": pieces.size,
         "dense": dense,
         "predicted": predicted,
         "cost": cost,
+        "skip": skip,
         "slots": slots,
         "recall": [round(x.recall, 4) for x in found],
     }
-    return Report("kept in memory", rows, COLUMNS, [note], facts)
+    notes = [note, f"The model's own figures: {lossy}."] if lossy else [note]
+    return Report("kept in memory", rows, COLUMNS, notes, facts)
 
 
 def cut(tokenizer, text: Path, count: int) -> np.ndarray:
@@ -89,7 +96,8 @@ def cut(tokenizer, text: Path, count: int) -> np.ndarray:
 def perplexity(model: nn.Module, rows: np.ndarray) -> float:
     """Of all tokens but the first of each row, given those before it."""
     for layer in model.flash.layers:
-        layer.sweep_tokens = rows.size  # predict for all: each token gets its own
+        if "predictor" in layer:  # predict for all: each token gets its own
+            layer.sweep_tokens = rows.size
     loss = 0.0
     for row in progress(rows, "reading", "piece"):
         logits = model(mx.array(row[None]))[0, :-1].astype(mx.float32)

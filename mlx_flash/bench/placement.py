@@ -16,8 +16,8 @@ from typing import Annotated
 import click
 import numpy as np
 
-from .. import DEMO_MODEL
 from ..converters.calibrate.placement import order_by_coactivation
+from ..demo_models import DEMO_MODEL
 from ..loading import READ_THREADS, load
 from ..memory.policies import Lrfu, Lru
 from ..storage.limits import PAGE_BYTES

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import click
 
-from .. import DEMO_MODEL
+from ..demo_models import DEMO_MODEL
 from ..errors import FlashError
 from .decode import run_model
 from .options import Budgets, Count, DemoModel, PageCache

@@ -105,12 +105,14 @@ def write_checkpoint(
     folder: Path,
     config: dict,
     make: Callable[[str, tuple[int, ...]], dict[str, mx.array]],
+    save: Callable[[Path, dict[str, mx.array]], None] | None = None,
 ) -> Path:
     """Write a checkpoint, a shard a layer, each made and let go before the next.
 
     Args:
         config: Its config.json, with "num_hidden_layers" and "vocab_size".
         make: Gives the arrays of a weight, by their names in the file.
+        save: Writes a shard; by default MLX does.
 
     Returns:
         `folder`, which takes its name when it is whole.
@@ -127,7 +129,10 @@ def write_checkpoint(
             made: dict[str, mx.array] = {}
             for name, shape in shapes.items():
                 made |= make(name, shape)
-            mx.save_safetensors(str(part / file), made, {"format": "pt"})
+            if save is None:
+                mx.save_safetensors(str(part / file), made, {"format": "pt"})
+            else:
+                save(part / file, made)
             weight_map |= dict.fromkeys(made, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (part / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -17,12 +17,12 @@ from ..errors import FlashError
 from ..generation import stream_generate
 from ..layers.kinds import BLOCK, kind_of
 from ..loading import load_model, load_tokenizer
-from ..memory.policies import Lrfu, Lru
 from ..memory.system import usable_memory_bytes
 from ..memory_size import say_memory
 from ..planning.plan import make_plan
 from ..prompts import context_for, encode_prompt
 from ..run_report import RunReport
+from ..sizing import policy_named
 from ..traces.replay import hit_rate, replay
 from ..traces.trace import Trace
 from ..tracing import record_prompt
@@ -134,7 +134,7 @@ def _measured(
         report = _report(model, load_tokenizer(folder), ids, tokens)
         slots = model.flash.budget.slots
         kind = kind_of(model.flash.manifest)
-    policy = Lrfu() if kind.policy == "lrfu" else Lru()
+    policy = policy_named(kind.policy, kind)
     row = Row(say_memory(memory), tokens=report.generation_tokens)
     row.more = {
         "budget_bytes": memory,

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..demo_models import demo_model
 from ..errors import FlashError
 from ..storage.manifest import MANIFEST, PREDICTORS, RESIDENT
 from .config import CONFIG_FILES
@@ -32,7 +33,7 @@ def find_model(
     """A local folder as it is, or a hub repository downloaded to the hub's own cache.
 
     Args:
-        name: A path, or `owner/repository`.
+        name: A path, `owner/repository`, or a name of `demo_models`.
         revision: Branch, tag or commit of a hub repository.
         checkpoint: Whether a repository's ordinary weights are wanted, or a function
             that decides it from a folder with its configuration; without, it must be
@@ -41,6 +42,7 @@ def find_model(
     Raises:
         FlashError: If it is neither, or the hub cannot be reached or refuses.
     """
+    name = demo_model(name) or name
     folder = find_config(name, revision)
     if Path(name).expanduser() == folder:
         return folder
@@ -64,7 +66,7 @@ def find_model(
 
 def find_config(name: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is, or a hub repository's configuration without weights."""
-    path = Path(name).expanduser()
+    path = demo_model(name) or Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists():

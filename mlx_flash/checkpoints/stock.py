@@ -2,14 +2,15 @@
 
 mlx-lm's own loader builds the model, renames and quantises; arrays are not read until
 they are evaluated. An expert tensor that reached the model as it came from the file can
-be streamed from there; one that was stacked or transposed on the way cannot.
+be streamed from there. `origins.py` follows one that was stacked or split on the way.
 """
 
 import contextlib
 import glob
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..models.registry import get_model_classes
 from ..storage.layout import dtype_name
 from ..storage.open_files import allow_open_files
 from ..storage.safetensors import read_header
-from .config import read_config
+from .config import make_model, read_config
 from .weight_format import main_dtype
 
 
@@ -38,19 +39,37 @@ class Place:
 class Stock:
     """A checkpoint as mlx-lm loads it, nothing evaluated.
 
-    `raw` are the tensors as the files name them, `places` where each of these lies.
+    Attributes:
+        raw: The tensors as the files name them.
+        made: What mlx-lm's `sanitize` made of these, under the model's names.
+        places: Where each tensor of `raw` lies.
     """
 
     folder: Path
     model: nn.Module
     config: dict
     raw: dict[str, mx.array]
+    made: dict[str, mx.array]
     places: dict[str, Place]
 
-    def place(self, array: mx.array) -> Place | None:
-        """Where `array` lies, or None if mlx-lm made it out of what the files hold."""
-        names = (name for name, raw in self.raw.items() if raw is array)
-        return self.places.get(next(names, ""))
+    def forget(self) -> None:
+        """Let go of all tensors, which would keep whatever is evaluated of them."""
+        self.raw.clear()
+        self.made.clear()
+        self._names.clear()
+
+    def sanitizer(self) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+        """What mlx-lm made `made` by, of a model of its own: this one may be packed."""
+        config = read_config(self.folder)
+        return make_model(*get_model_classes(config), config, self.folder).sanitize
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(array): name for name, array in self.raw.items()}
+
+    def tensor(self, array: mx.array) -> str | None:
+        """The tensor that `array` is, None if mlx-lm made it out of what files hold."""
+        return self._names.get(id(array))
 
     def dtype(self) -> str:
         """The dtype of most unquantised values: what the model computes in."""
@@ -72,6 +91,7 @@ def load_stock(folder: Path) -> Stock:
     places = _places(folder)
     allow_open_files(len({place.file for place in places.values()}))
     raw: dict[str, mx.array] = {}
+    made: dict[str, mx.array] = {}
 
     def watched(config: dict) -> tuple[Any, type]:
         model_class, args_class = get_model_classes(config)
@@ -82,7 +102,9 @@ def load_stock(folder: Path) -> Stock:
 
             def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 raw.update(weights)
-                return inherited(weights)
+                result = inherited(weights)
+                made.update(result)
+                return result
 
             model.sanitize = sanitize
             return model
@@ -102,7 +124,7 @@ def load_stock(folder: Path) -> Stock:
             "Check config.json and the checkpoint's shards, or update mlx-lm."
         ) from error
     del model.sanitize  # which holds the model: neither would go before a collection
-    return Stock(folder, model, config, raw, places)
+    return Stock(folder, model, config, raw, made, places)
 
 
 @contextlib.contextmanager

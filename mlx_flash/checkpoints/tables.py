@@ -10,17 +10,17 @@ from dataclasses import replace
 import mlx.nn as nn
 
 from ..layers.lookup import large_tables, table_arrays
+from ..storage.extents import Extent, Region
 from ..storage.layout import lay_out
 from ..storage.manifest import Layer, Manifest, version_of
 from ..storage.safetensors import DTYPES
-from ..storage.source import Extent
 from .stock import Stock
 from .weight_format import layer_of
 
 
 def tables_in_place(
     stock: Stock, manifest: Manifest
-) -> tuple[Manifest, list[list[Extent]]]:
+) -> tuple[Manifest, list[list[Region]]]:
     """A checkpoint's manifest with its large tables, and where the rows of each lie.
 
     Args:
@@ -46,14 +46,17 @@ def with_tables(manifest: Manifest, tables: Sequence[Layer]) -> Manifest:
     )
 
 
-def _extents(stock: Stock, table: nn.Module) -> list[Extent] | None:
+def _extents(stock: Stock, table: nn.Module) -> list[Region] | None:
     """Where the parts of a table's rows lie; None if not as mlx-lm uses them."""
-    extents = []
+    extents: list[Region] = []
     arrays = table_arrays(table)
     parts = lay_out(arrays)
     for index, (part, array) in enumerate(zip(parts, arrays.values(), strict=True)):
-        place = stock.place(array)
-        if place is None or place.bytes != array.nbytes or part.dtype not in DTYPES:
+        tensor = stock.tensor(array)
+        if tensor is None or part.dtype not in DTYPES:
+            return None
+        place = stock.places[tensor]
+        if place.bytes != array.nbytes:
             return None
         whole = ((index, 0, part.bytes),)
         extents.append(Extent(place.file, place.offset, part.bytes, whole))

@@ -5,7 +5,6 @@ import mlx.nn as nn
 from ..errors import FlashError
 from ..layers.dense import gives_zeros
 from ..layers.kinds import BLOCK, EXPERT, NEURON, UnitKind
-from ..layers.projections import count_neurons, known_projections
 
 
 def find_units(
@@ -39,14 +38,11 @@ def _no_neurons(model: nn.Module, ffns: list[nn.Module], config: dict) -> str:
             f"has the activation {activation(config)!r}, which never gives exact zeros"
         )
     both = config | (config.get("text_config") or {})
-    if both.get("quantization") or both.get("quantization_config"):
+    if not config.get("quantization") and (found := both.get("quantization_config")):
         return (
-            "is quantised already, across neurons (bundles of neurons are made from "
-            "float weights)"
+            f"is quantised in a way ({found.get('quant_method', 'unknown')}) that is "
+            "not mlx-lm's own, and is not unpacked for bundles of neurons"
         )
-    (way_in, *_), out = known_projections(ffns[0])
-    if len(ffns[0][way_in].weight) > count_neurons(ffns[0][out]):
-        return f"has gates and ups in one projection ({way_in}), which only blocks keep"
     if len(ffns) != len(model.layers):
         return f"has {len(ffns)} dense FFNs in {len(model.layers)} layers"
     return ""

@@ -101,22 +101,6 @@ def indexed_names(folder: Path) -> set[str]:
         return set()
 
 
-def has_experts_apart(folder: Path) -> bool:
-    """Whether a checkpoint's experts are tensors of their own: `.experts.0.…`.
-
-    They have to be brought together before they can be read as they lie.
-    """
-    names = indexed_names(folder)
-    if not names:
-        names = set(header_tensors(sorted(folder.glob("model*.safetensors"))))
-    return apart(names)
-
-
-def apart(names: Iterable[str]) -> bool:
-    """The same by the names of the tensors."""
-    return any(".experts.0." in name for name in names)
-
-
 def named_dtype(config: dict) -> str | None:
     """The float dtype that config.json names for the weights."""
     text = config.get("text_config") or {}
@@ -198,3 +182,15 @@ def quantize(model: nn.Module, packing: dict, names: set[str]) -> None:
         mode=packing.get("mode", "affine"),
         class_predicate=wanted,
     )
+
+
+def packing_of(model: nn.Module) -> dict[str, dict]:
+    """How each of a model's quantised modules is packed, by its path."""
+    packed = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "bits") and hasattr(module, "group_size"):
+            packed[path] = {k: getattr(module, k) for k in ("group_size", "bits")}
+            packed[path]["mode"] = getattr(module, "mode", "affine")
+            if getattr(module, "global_scale", None) is not None:
+                packed[path]["global_scale"] = True
+    return packed

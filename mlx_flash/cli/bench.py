@@ -34,6 +34,7 @@ BENCHMARKS = {
     "prompts": "What a prompt reads and holds, through each entry point.",
     "report": "This machine in one table to paste: a probe and three models.",
     "reader": "Reader and slot cache on OPT-6.7B's bundles, beside fio.",
+    "skip": "What skipping neurons costs on TEXT, and what it saves.",
     "sweep": "Tokens/s, bytes per token and hit rate over memory budgets.",
     "table2": "The I/O of a token, with each part of the paper's method.",
     "table3": "A token end to end: naive, hybrid and all of the method.",

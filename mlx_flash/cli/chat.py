@@ -122,5 +122,7 @@ def _welcome(screen: "Screen", flash: "Flash", tokenizer: Any) -> None:
         f"{budget / 1e9:.2f} GB of memory, {flash.kind.name}s from flash. "
         "/help lists commands, Ctrl-D ends the chat."
     )
+    if flash.lossy:
+        screen.note(f"{flash.lossy}.")
     if not tokenizer.has_chat_template:
         screen.note("It has no chat template: it continues what you write.")

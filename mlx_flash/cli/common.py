@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from .. import DEMO_MODEL
-from ..bench.options import MemoryType
+from ..bench.options import MemoryType, ShareType
+from ..demo_models import DEMO_MODEL, demo_model
 from ..errors import FlashError, NotEnoughMemory
 
 if TYPE_CHECKING:
@@ -32,14 +32,23 @@ def memory_option(default: str | None, note: str = "") -> Callable:
     )
 
 
+skip_option = click.option(
+    "--skip",
+    type=ShareType(),
+    help="Leave out this share of the neurons, such as 50%: faster and lossy. For "
+    "folders of convert --skippable.",
+)
+
+
 def run_options(command: Callable) -> Callable:
     """--model and --memory of a command that runs the demo model if none is named."""
-    note = f"  [default: auto; demo model: {DEMO_MEMORY}]"
+    note = f"  [default: auto; demo models: {DEMO_MEMORY}]"
     command = memory_option(None, note)(yes_option(command))
     return click.option(
         "--model",
         metavar="NAME",
-        help="Flash folder, checkpoint, or a hub name of one.  [default: demo model]",
+        help="Flash folder, checkpoint, a hub name of one, or demo-moe.  "
+        "[default: demo, the demo model]",
     )(command)
 
 
@@ -47,6 +56,8 @@ def chosen_model(model: str | None, memory: str | None) -> tuple[Path, str]:
     """The folder and the memory that `run_options` stand for."""
     if model is None:
         return DEMO_MODEL, memory or DEMO_MEMORY
+    if memory is None and demo_model(model):
+        memory = DEMO_MEMORY
     return model_folder(model), memory or "auto"
 
 

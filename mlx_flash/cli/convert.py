@@ -27,7 +27,8 @@ from .common import revision_option
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text to train predictors on.  [default: sampled from the model]",
+    help="Text to train predictors on, or to set thresholds by.  [default: sampled "
+    "from the model]",
 )
 @click.option(
     "--calibration-tokens",
@@ -67,6 +68,12 @@ from .common import revision_option
     is_flag=True,
     help="Put the dense FFNs of a mixture of experts on flash, too, as blocks.",
 )
+@click.option(
+    "--skippable",
+    is_flag=True,
+    help="Keep the gates of a dense FFN in memory, so that a run can --skip neurons, "
+    "and measure what that costs.",
+)
 @click.option("--bits", type=int, help="Quantise FFNs.  [default: as they are]")
 @click.option("--group-size", type=int, help="Weights that share a scale.")
 @click.option(
@@ -103,6 +110,7 @@ def convert(source, output, quiet, **options):
       mlx-flash convert facebook/opt-6.7b -o opt-6.7b-flash --calibration notes.txt
       mlx-flash convert ./my-opt -o my-opt-flash --dtype float16
       mlx-flash convert ./my-opt -o my-opt-flash --share 1/2
+      mlx-flash convert ./my-llama -o my-llama-flash --skippable --calibration notes.txt
     """
     from ..converters.convert import convert as run
     from ..library.opening import convert_to_shelf

@@ -10,6 +10,7 @@ from .common import (
     elastic_option,
     page_cache_option,
     shares_option,
+    skip_option,
 )
 from .gathered import gathered
 
@@ -24,7 +25,8 @@ class LoadingOptions:
     window: int | None
     trace: str | None
     no_predictor: bool
-    look_ahead: bool
+    skip: float | None
+    look_ahead: bool | None
     draft_model: str | None
     adapter_path: str | None
     page_cache: str
@@ -43,6 +45,7 @@ class LoadingOptions:
             raise click.UsageError("--window goes with --policy window.")
         return {
             "predictor": not self.no_predictor,
+            "skip": self.skip,
             "policy": self.policy or ("window" if self.window else "auto"),
             "window": self.window or WINDOW,
             "trace": self.trace,
@@ -64,7 +67,8 @@ loading_options = gathered(
             "--policy",
             type=click.Choice(["lru", "lrfu", "window"]),
             help="What stays in memory: what was used last, what was used often and "
-            "lately, or a window.  [default: lrfu for neurons, lru for others]",
+            "lately, or a window.  [default: lrfu, with what mlx-flash learn taught; "
+            "lru for blocks]",
         ),
         click.option(
             "--window",
@@ -82,10 +86,12 @@ loading_options = gathered(
         click.option(
             "--no-predictor", is_flag=True, help="Compute every neuron: exact, slow."
         ),
+        skip_option,
         click.option(
-            "--look-ahead",
-            is_flag=True,
-            help="Read early what the next layer will need.",
+            "--look-ahead/--no-look-ahead",
+            default=None,
+            help="Read early what the next layer will need.  [default: where mlx-flash "
+            "learn taught what that is, and it pays]",
         ),
         click.option(
             "--draft-model",

@@ -36,9 +36,9 @@ def replay(trace, profile, as_json, markdown, plot):
 
         check_plot(plot)
     from ..layers.kinds import KINDS
-    from ..memory.policies import Lrfu, Lru
     from ..memory.whole import Ask, kind_rewards
     from ..profile import load_profile
+    from ..sizing import policy_named
     from ..traces.curves import divided_rates
     from ..traces.replay import SHARES, compare, table
     from ..traces.trace import read_trace
@@ -48,8 +48,8 @@ def replay(trace, profile, as_json, markdown, plot):
     sizes = zip(recorded.units, recorded.unit_bytes, strict=True)
     asks = [Ask(*pair, recorded.asked(layer)) for layer, pair in enumerate(sizes)]
     rewards = kind_rewards(kind, asks, machine)
-    rates = compare(recorded)
-    policy = Lrfu() if kind.policy == "lrfu" else Lru()
+    rates = compare(recorded, half_life=kind.half_life)
+    policy = policy_named(kind.policy, kind)
     divided = divided_rates(recorded, policy, rewards, SHARES)
     if plot:
         from ..bench.plots import plot_hit_rates

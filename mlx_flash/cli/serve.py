@@ -13,6 +13,7 @@ from .common import (
     model_folder,
     page_cache_option,
     shares_option,
+    skip_option,
     yes_option,
 )
 from .serve_options import (
@@ -39,6 +40,7 @@ PROMPT_CACHE_GB = 8.0
 @elastic_option
 @check_option
 @shares_option
+@skip_option
 @listening_options
 @answer_options
 @model_and_cache_options
@@ -51,6 +53,7 @@ def serve(
     elastic,
     check,
     shares,
+    skip,
     adapter_path,
     draft_model,
     trust_remote_code,
@@ -94,6 +97,7 @@ def serve(
         elastic=elastic,
         check=check,
         shares=shares,
+        skip=skip,
         adapter_path=adapter_path,
         draft_model=draft_model,
         trust_remote_code=trust_remote_code,

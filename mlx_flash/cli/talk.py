@@ -123,6 +123,8 @@ class Chat:
             facts.append(f"{talk.cached_tokens:,} not read again")
         if report.hit_rate is not None:
             facts.append(f"{report.hit_rate:.0%} of {report.unit}s in memory")
+        if report.lossy:
+            facts.append(report.lossy)
         used, given = report.peak_memory_bytes, report.memory_budget_bytes
         facts.append(f"{_size(used)} of {_size(given)}")
         return " · ".join(facts)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from ..errors import FlashError
 from .common import (
     check_option,
     chosen_model,
@@ -12,6 +11,7 @@ from .common import (
     run_options,
     sampling_options,
 )
+from .text_file import read_text
 
 
 @click.command()
@@ -51,7 +51,7 @@ def trace(
     """
     if (prompt is None) == (text is None):
         raise click.UsageError("Give either a PROMPT or --text FILE.")
-    words = None if text is None else _read(text)
+    words = None if text is None else read_text(text)
     options = {"page_cache": page_cache, "check": check}
     recorded = _record(prompt, words, model, memory, max_tokens, temp, seed, options)
     recorded.save(output)
@@ -85,14 +85,3 @@ def _record(prompt, words, model, memory, max_tokens, temp, seed, options):
         mx.random.seed(seed)  # after loading, which draws numbers, too
         sampler = make_sampler(temp)
         return record_prompt(network, tokenizer, tokens, max_tokens, sampler=sampler)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FlashError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise FlashError(
-            f"{path} is not text in UTF-8. Convert it first, with iconv for example."
-        ) from error

@@ -17,19 +17,30 @@ from ..errors import FlashError
 from ..memory.fence import evaluate
 from ..memory.footprint import MAX_BATCH
 from ..memory.slots import CLOSED, UnitSlots
+from ..memory.trial import Trial
+from .foresight import Foresight
 from .part import ALL, Part
 
 # x, and how many units each token takes where the kind has such a number → a choice:
-# bool [T, n], or unit ids of any shape.
+# bool [T, n], float32 scores [T, n], or unit ids of any shape.
 Guess = Callable[[mx.array, int], mx.array]
+# x [T, D] of a call, and its choice: unit ids [T, K].
+Watcher = Callable[[mx.array, mx.array], None]
 
 
 @dataclass(frozen=True)
 class LookAhead:
-    """The next layer, and how to guess from this layer's input what it will need."""
+    """The next layer, and how to guess from this layer's input what it will need.
+
+    Attributes:
+        trial: Says whether to guess at all; None where somebody wants it always.
+        first: Whether this layer is the model's first, with which a token begins.
+    """
 
     layer: FlashFFN
     guess: Guess
+    trial: Trial | None = None
+    first: bool = False
 
 
 class FromFlash(nn.Module):
@@ -79,10 +90,17 @@ class FlashFFN(FromFlash):
     apart = 0.0
     batch_tokens = MAX_BATCH
     part: Part = ALL
+    foresight: Foresight | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a few tokens need some units alone, where more are given them all."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
         self._ahead: LookAhead | None = None
+        self._watcher: Watcher | None = None
 
     def attach(self, slots: UnitSlots, batch_tokens: int = MAX_BATCH) -> None:
         super().attach(slots)
@@ -96,14 +114,42 @@ class FlashFFN(FromFlash):
         cuts = [len(x) * i // count for i in range(1, count)]
         return list(mx.split(x, cuts))
 
-    def look_ahead(self, layer: FlashFFN, guess: Guess) -> None:
-        """Begin to read what `layer`, the next one, will need by the `guess` of it."""
-        self._ahead = LookAhead(layer, guess)
+    def look_ahead(
+        self,
+        layer: FlashFFN,
+        guess: Guess,
+        trial: Trial | None = None,
+        first: bool = False,
+    ) -> None:
+        """Begin to read what `layer`, the next one, will need by the `guess` of it.
+
+        `trial` and `first` are those of `LookAhead`.
+        """
+        self._ahead = LookAhead(layer, guess, trial, first)
+
+    def foresee(self, foresight: Foresight) -> None:
+        """Tell the policy from now on which units will be wanted soon."""
+        hide(self, "foresight", foresight)
+
+    def expected(self, x: mx.array) -> mx.array | None:
+        """What `foresight` expects of the tokens after x [T, D]; lazy."""
+        if self.foresight is None or self.part.shared:
+            return None
+        return self.foresight.expected(x)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have `watcher` told of every call's input and of what it chose."""
+        self._watcher = watcher
 
     def guess_next(self, x: mx.array, per_token: int = 0) -> mx.array | None:
         """The choice that the next layer would make if its input were x; lazy."""
         if self._ahead is None:
             return None
+        if (trial := self._ahead.trial) is not None:
+            if self._ahead.first:
+                trial.next_token()
+            if not trial.on:
+                return None
         slots = self._ahead.layer._slots
         if slots is None or slots.holds_all:
             return None
@@ -113,18 +159,25 @@ class FlashFFN(FromFlash):
         """Begin to read what an evaluated guess names."""
         if guess is None or self._ahead is None:
             return
-        slots = self._ahead.layer.slots
-        units = self._ahead.layer.part.here(chosen_units(guess))
-        slots.read_early(units[units < slots.units])
+        layer = self._ahead.layer
+        units = layer.part.here(chosen_units(guess))
+        units = units[units < layer.slots.units]
+        likely = None
+        if mx.issubdtype(guess.dtype, mx.floating) and not layer.part.shared:
+            likely = 1 / (1 + np.exp(-np.asarray(guess).max(axis=0)))
+        layer.slots.read_early(units, likely)
 
 
 def chosen_units(choice: mx.array) -> np.ndarray:
     """The unit ids, sorted and unique, that an evaluated choice names.
 
     Args:
-        choice: bool [T, n], or ids of any shape.
+        choice: bool [T, n], scores [T, n] that are above zero for those that are
+            meant, or ids of any shape.
     """
     named = np.asarray(choice)
+    if np.issubdtype(named.dtype, np.floating):
+        named = named > 0
     if named.dtype == bool:
         return np.flatnonzero(named.any(axis=0))
     return np.unique(named).astype(np.intp)
@@ -189,3 +242,8 @@ def with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
     dict.update(copy, module)
     dict.update(copy, children)
     return copy
+
+
+def given(values: mx.array) -> Callable[[mx.array], mx.array]:
+    """Stands in for a projection of which is known what it gives."""
+    return lambda x: values

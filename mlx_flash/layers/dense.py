@@ -3,12 +3,13 @@
 Shapes: T tokens, D model width, N neurons.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .base import given, with_children
 from .projections import HALVES, known_projections, projections, rows_per_neuron
 
 PROBE_DIMS, PROBE_NEURONS = 8, 512
@@ -35,6 +36,33 @@ def hidden_values(ffn: nn.Module, x: mx.array) -> mx.array:
     _, out = known_projections(ffn)
     with _exchanged(ffn, {out: nn.Identity()}):
         return ffn(x)
+
+
+def hidden_of(ffn: nn.Module, values: Mapping[str, mx.array], out: str) -> mx.array:
+    """What an FFN hands to its projection `out` where those into it give `values`."""
+    stand_ins = {name: given(array) for name, array in values.items()}
+    x = next(iter(values.values()))
+    return with_children(ffn, {**stand_ins, out: nn.Identity()})(x)
+
+
+def is_gated(ffn: nn.Module) -> bool:
+    """Whether a hidden value is its up value times an activation of its gate.
+
+    The activation of 0 must be 0: a neuron without its gate then adds nothing.
+    """
+    ins, out = known_projections(ffn)
+    if len(ins) != 2:
+        return False
+    g, u = mx.random.normal((2, 16, PROBE_NEURONS), key=mx.random.key(0))
+    gate, up = ins
+
+    def hidden(gates: mx.array, ups: mx.array) -> mx.array:
+        return hidden_of(ffn, {gate: gates, up: ups}, out)
+
+    gained = hidden(g, mx.ones_like(u)) * u
+    silent = hidden(mx.zeros_like(g), u)
+    linear = mx.allclose(hidden(g, u), gained, 1e-3, 1e-6)
+    return bool(linear) and not bool(mx.any(silent))
 
 
 def gives_zeros(ffn: nn.Module) -> bool:

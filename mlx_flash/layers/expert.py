@@ -88,6 +88,8 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         """The outputs [..., K, D] of the experts `indices` [..., K] of x [..., D]."""
         tokens = x.reshape(-1, x.shape[-1])
         indices = self.part.agreed(indices)
+        if self._watcher is not None:
+            self._watcher(tokens, indices.reshape(len(tokens), -1))
         if self.slots.holds_all:
             y = self._held(tokens, indices.reshape(len(tokens), -1))
         else:
@@ -114,7 +116,8 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
         guess = None
         if indices.size < SORT_PAIRS:  # a prompt needs most experts anyway
             guess = self.guess_next(x, indices.shape[-1])
-        self.slots.wait_for(indices, guess)
+        soon = self.expected(x)
+        self.slots.wait_for(indices, guess, soon)
         chosen = self.part.places(np.asarray(indices).reshape(len(x), -1))
         pairs, K = chosen.reshape(-1), chosen.shape[-1]
         needed = np.unique(pairs[pairs >= 0]).astype(np.intp)
@@ -153,6 +156,7 @@ class ExpertFFN(NoSuchWeight, FlashFFN):
             needed,
             multiply,
             tokens=len(x),
+            soon=None if soon is None else np.asarray(soon),
             keep=np.unique(last[last >= 0]),  # the next token needs some of the last's
             meanwhile=lambda: self.read_next(guess),
             finish=finish,

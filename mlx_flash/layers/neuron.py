@@ -1,4 +1,4 @@
-"""FFNs with exact zeros: of every token only the neurons it needs are read.
+"""FFNs over neurons: of every token only those that it needs are read.
 
 Shapes: T tokens (batch and length together), D model width, N neurons, K read.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from ..memory.slot_cache import Wave
 from .base import chosen_units, each, join
 from .predictor import Predictor
-from .slot_ffn import SlotFFN, add
+from .slot_ffn import Arrays, SlotFFN, add
 
 # From this many tokens at once all neurons are read in order: the union of what they
 # need is then most of the layer, and long reads are several times faster per byte.
@@ -39,9 +39,23 @@ class NeuronFFN(SlotFFN):
             self.predictor = predictor
         self.sweep_tokens = SWEEP_TOKENS
 
+    @property
+    def sparse(self) -> bool:
+        return "predictor" in self
+
+    def chosen(self, x: mx.array, known: Arrays) -> mx.array:
+        """bool [T, N]: which neurons each of the tokens x [T, D] needs.
+
+        Asked only where the layer is sparse.
+
+        Args:
+            known: What `known` gave for x.
+        """
+        return self.predictor(x)
+
     def stream(self, batches: list[mx.array]) -> mx.array:
         tokens = sum(map(len, batches))
-        if "predictor" not in self or tokens >= self.sweep_tokens:
+        if not self.sparse or tokens >= self.sweep_tokens:
             return self.sweep(batches, tokens)
         return self.decode(join(batches))
 
@@ -53,23 +67,25 @@ class NeuronFFN(SlotFFN):
         one will need much of it.
         """
         slots, last = self.slots, len(batches) - 1
+        known = [self.known(x) for x in batches]
         chosen = keep = None
-        if "predictor" in self:
-            chosen = self.predictor(batches[last])
+        if self.sparse:
+            chosen = self.chosen(batches[last], known[last])
             slots.wait_for(chosen)
             keep = self.part.here(np.flatnonzero(np.asarray(chosen[-1])))
         found: list[mx.array] = []
+        counting = "predictor" in self
 
         def multiply(totals: list[mx.array] | None, wave: Wave) -> list[mx.array]:
             rows, units, wanted = self._cover(wave)
 
             def compute(i: int, x: mx.array) -> mx.array:
                 def through(h: mx.array) -> mx.array:
-                    if chosen is not None and i == last:
+                    if counting and chosen is not None and i == last:
                         found.append(_recalled(h, chosen[:, units], wanted))
                     return h if wanted is None else mx.where(wanted, h, 0)
 
-                part = self.compute(x, slots.parts, rows, units, through)
+                part = self.compute(x, slots.parts, rows, units, through, known[i])
                 return add(totals[i] if totals else None, part)
 
             return each(batches, compute)
@@ -82,8 +98,9 @@ class NeuronFFN(SlotFFN):
         return y
 
     def decode(self, x: mx.array) -> mx.array:
-        """The neurons that are predicted for each of a few tokens x [T, D]."""
-        chosen, guess = self.predictor(x), self.guess_next(x)
+        """The neurons that are chosen for each of a few tokens x [T, D]."""
+        known = self.known(x)
+        chosen, guess = self.chosen(x, known), self.guess_next(x)
         self.slots.wait_for(chosen, guess)
         needed = self.part.here(chosen_units(chosen))
 
@@ -97,7 +114,7 @@ class NeuronFFN(SlotFFN):
             def through(h: mx.array) -> mx.array:
                 return h if masked is None else mx.where(masked, h, 0)
 
-            part = self.compute(x, self.slots.parts, rows, units, through)
+            part = self.compute(x, self.slots.parts, rows, units, through, known)
             return [add(totals[0] if totals else None, part)]
 
         y = self.slots.run(

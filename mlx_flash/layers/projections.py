@@ -3,6 +3,7 @@
 Shapes: D model width, N neurons.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,7 @@ PROJECTIONS = (
 # Ways in that hold a gate and an up row of every neuron: all gates first, then all ups.
 # Phi-3-small's up_proj holds both, too, but in pairs, a neuron's two rows together.
 HALVES = ("gate_up_proj", "proj_1")
+PACKED = ("weight", "scales", "biases")  # the arrays of a quantised linear layer
 
 
 def projections(ffn: nn.Module) -> tuple[tuple[str, ...], str] | None:
@@ -87,11 +89,80 @@ def pack(rows: mx.array, packing: dict[str, Any] | None) -> dict[str, mx.array]:
     """Rows [N, D] as a linear layer holds them, quantised along D where asked for."""
     if packing is None:
         return {"weight": rows}
-    names = ("weight", "scales", "biases")
-    return dict(zip(names, mx.quantize(rows, **packing), strict=False))
+    return dict(zip(PACKED, mx.quantize(rows, **packing), strict=False))
+
+
+def unpack(arrays: Mapping[str, mx.array], packing: dict[str, Any]) -> mx.array:
+    """The floats that the arrays of a quantised linear layer stand for."""
+    weight, scales = arrays["weight"], arrays["scales"]
+    return mx.dequantize(weight, scales, arrays.get("biases"), **packing)
+
+
+def unpacked(linear: nn.Module) -> mx.array:
+    """The weight of a linear layer in floats, lazy where it is packed."""
+    how = packing(linear)
+    return linear.weight if how is None else unpack(linear, how)
+
+
+def by_neuron(ffn: nn.Module, name: str, array: mx.array) -> mx.array:
+    """An array of a projection into the neurons, [N, …], one entry for each.
+
+    One row of [R] is [N, R]. A gate and an up row are [N, 2, 1, R] where the projection
+    holds all gates first, and [N, 2, R] where they come in pairs. Biases have no R.
+    """
+    count, tail = count_neurons(ffn[known_projections(ffn)[1]]), array.shape[1:]
+    if name in HALVES:
+        return array.reshape(2, count, 1, *tail).swapaxes(0, 1)
+    if len(array) > count:
+        return array.reshape(count, -1, *tail)
+    return array
+
+
+def from_neurons(ffn: nn.Module, name: str, array: mx.array) -> mx.array:
+    """What `by_neuron` was given, of what it made of it."""
+    if name in HALVES:
+        return array.swapaxes(0, 1).flatten(0, 2)
+    if len(ffn[name].weight) > len(array):
+        return array.flatten(0, 1)
+    return array
 
 
 def neuron_rows(ffn: nn.Module) -> dict[str, mx.array]:
-    """A row [D] of every projection for each neuron, [N, D], from float weights."""
+    """The rows of every projection for each neuron, in floats: see `by_neuron`.
+
+    Of the projection out of the neurons it is the column, [N, D].
+    """
     ins, out = known_projections(ffn)
-    return {name: ffn[name].weight for name in ins} | {out: ffn[out].weight.T}
+    rows = {name: by_neuron(ffn, name, unpacked(ffn[name])) for name in ins}
+    return rows | {out: unpacked(ffn[out]).T}
+
+
+def neuron_parts(ffn: nn.Module) -> dict[str, mx.array]:
+    """What bundles of neurons hold of an FFN that may be packed, [N, …] each.
+
+    Ways in keep their packing. The way out is packed across neurons, and is packed anew
+    along D.
+    """
+    ins, out = known_projections(ffn)
+    parts = {
+        f"{name}.{key}": by_neuron(ffn, name, array)
+        for name in ins
+        for key, array in ffn[name].items()
+        if key != "bias" and isinstance(array, mx.array)
+    }
+    column = pack(unpacked(ffn[out]).T, packing(ffn[out]))
+    return parts | {f"{out}.{key}": array for key, array in column.items()}
+
+
+def deciding_rows(ffn: nn.Module) -> tuple[mx.array, mx.array]:
+    """(weight [N, D], bias [N]) of the projection that decides who is zero: gates."""
+    name = known_projections(ffn)[0][0]
+    weight = by_neuron(ffn, name, ffn[name].weight)
+    bias = ffn[name].get("bias")
+    count, dims = len(weight), weight.shape[-1]
+    if bias is None:
+        bias = mx.zeros(weight.size // dims)
+    return (
+        weight.reshape(count, -1, dims)[:, 0],
+        by_neuron(ffn, name, bias).reshape(count, -1)[:, 0],
+    )

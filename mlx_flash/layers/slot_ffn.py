@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .adapted import AdaptedInto, AdaptedOutOf
-from .base import FlashFFN, NoSuchWeight, each, hide, join, with_children
+from .base import FlashFFN, NoSuchWeight, each, given, hide, join, with_children
 from .projections import (
     HALVES,
     count_neurons,
@@ -27,6 +27,7 @@ from .projections import (
 from .row_kernel import Rows, rows_into, rows_out
 
 Arrays = Mapping[str, mx.array]
+NOTHING: Arrays = {}
 # Of a linear layer, as it is or wrapped by mlx-lm's LoRA and DoRA.
 WEIGHTS = frozenset(("weight", "scales", "biases", "linear", "lora_a", "lora_b", "m"))
 Through = Callable[[mx.array], mx.array]
@@ -172,12 +173,17 @@ class SlotFFN(FlashFFN):
             parts, here = self.slots.parts, self._neurons_here()
 
             def compute(_: int, rows: mx.array) -> mx.array:
-                return self.compute(rows, parts, neurons=here)
+                known = self.known(rows)
+                return self.compute(rows, parts, neurons=here, known=known)
 
             y = self.finish(each(tokens, compute))
         else:
             y = self.stream(tokens)
         return y.astype(x.dtype).reshape(x.shape)
+
+    def known(self, x: mx.array) -> Arrays:
+        """What x [T, D] gives before slots are needed: projections in, [T, N] each."""
+        return {}
 
     def finish(self, totals: list[mx.array]) -> mx.array:
         """All tokens [T, D], with the bias of the last projection if it has one.
@@ -217,6 +223,7 @@ class SlotFFN(FlashFFN):
         rows: mx.array | slice | None = None,
         neurons: mx.array | None = None,
         through: Through | None = None,
+        known: Arrays = NOTHING,
     ) -> mx.array:
         """The FFN of x [T, D] over some of the slots, without its last bias.
 
@@ -225,10 +232,15 @@ class SlotFFN(FlashFFN):
             rows: Which slots, as MLX arrays are indexed; None for all.
             neurons: Whose they are; None where all are in order.
             through: Given the hidden values [T, K], says what goes on in their place.
+            known: As the method of this name gives it.
         """
         *ins, out = self._names
-        bound = {}
+        bound: dict[str, Callable[..., mx.array]] = {}
         for name in ins:
+            if name in known:
+                values = known[name]
+                bound[name] = given(values if neurons is None else values[:, neurons])
+                continue
             arrays, ids = _arrays(parts, name, rows)
             bound[name] = partial(self[name], arrays=arrays, neurons=neurons, ids=ids)
         arrays, ids = _arrays(parts, out, rows)

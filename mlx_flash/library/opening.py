@@ -13,8 +13,8 @@ from typing import Any
 
 from ..assembly import can_stream
 from ..checkpoints.hub import find_config, find_model, has_weights, hub_cache
+from ..checkpoints.in_place import runs_in_place
 from ..checkpoints.shelf import Note, Shelved, is_unchanged, note_of, shelved
-from ..checkpoints.weight_format import has_experts_apart
 from ..converters.convert import convert
 from ..errors import FlashError
 from ..planning.outline import outline
@@ -75,8 +75,12 @@ def runnable(name: str | Path, agree: Agree, progress: bool = True) -> Path:
     if found is not None:
         return found
     folder = find_config(name)
+    here = has_weights(folder)
     if not needs_conversion(folder, name):
-        return find_model(name, checkpoint=True)
+        folder = find_model(name, checkpoint=True)
+        # How it holds its experts is known now, if it had to be downloaded.
+        if here or not needs_conversion(folder, name):
+            return folder
     place = shelved(name)
     note = note_of(name, folder)
     changed = _is_stale(place, name, folder)
@@ -123,7 +127,7 @@ def needs_conversion(folder: Path, name: str | Path) -> bool:
     local = folder.parent.name != "snapshots" or Path(name).expanduser().is_dir()
     if local and not has_weights(folder):
         return False
-    return not can_stream(folder) or has_experts_apart(folder)
+    return not can_stream(folder) or (has_weights(folder) and not runs_in_place(folder))
 
 
 def convert_to_shelf(

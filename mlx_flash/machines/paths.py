@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from .. import DEMO_MODEL
-
-DEMO = "the demo model"
+from ..demo_models import DEMO_MODELS, demo_name
 
 
 def part_name(part: int, parts: int) -> str:
@@ -19,8 +17,8 @@ def part_name(part: int, parts: int) -> str:
 def portable(path: str | Path) -> str:
     """A path or a hub name as another machine understands it."""
     place = Path(path)
-    if place == DEMO_MODEL:
-        return DEMO
+    if name := demo_name(place):
+        return name
     if place.is_absolute() and place.is_relative_to(Path.home()):
         return f"~/{place.relative_to(Path.home())}"
     return str(path)
@@ -31,8 +29,8 @@ def on_rank(path: str, rank: int, size: int) -> str | Path:
 
     Rank 0's part of a split model stands for the part of each.
     """
-    if path == DEMO:
-        return DEMO_MODEL
+    if path in DEMO_MODELS:
+        return DEMO_MODELS[path]
     place = Path(path)
     if place.name == part_name(0, size):
         path = str(place.with_name(part_name(rank, size)))

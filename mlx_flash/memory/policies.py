@@ -38,6 +38,9 @@ class Lru:
     def use(self, cache: Slots, units: np.ndarray) -> None:
         """A step asks for `units`; `cache.now` counts it already."""
 
+    def expect(self, soon: np.ndarray) -> None:
+        """How soon each unit of the layer will be wanted, as somebody foresees it."""
+
     def ranks(self, cache: Slots) -> np.ndarray:
         """A number for each slot: the lowest are given away first."""
         return cache.last_used
@@ -93,5 +96,33 @@ class Lrfu(Lru):
     def ranks(self, cache: Slots) -> np.ndarray:
         ranks = self._sums[cache.unit_of]
         ranks[cache.unit_of == EMPTY] = -1
+        ranks[cache.last_used == cache.now] = np.inf  # this step needs them
+        return ranks
+
+
+class Foreseen(Lrfu):
+    """Keep what is expected soon: what LRFU keeps, and what the layer's input tells.
+
+    LRFU's sum, as the share of tokens that used a unit lately, is added to what
+    `layers.foresight` expects of the next tokens. Without that it is LRFU.
+    """
+
+    def __init__(self, half_life: int, units: int = 0):
+        super().__init__(half_life, units)
+        self._soon: np.ndarray | None = None
+
+    def for_layer(self, units: int) -> Foreseen:
+        return Foreseen(self.half_life, units)
+
+    def expect(self, soon: np.ndarray) -> None:
+        self._soon = soon
+
+    def ranks(self, cache: Slots) -> np.ndarray:
+        if self._soon is None:
+            return super().ranks(cache)
+        faded = 2.0 ** ((self._since - cache.now) / self.half_life)
+        share = faded * (1 - 2.0 ** (-1 / self.half_life))
+        ranks = (self._sums * share + self._soon)[cache.unit_of]
+        ranks[cache.unit_of == EMPTY] = -np.inf
         ranks[cache.last_used == cache.now] = np.inf  # this step needs them
         return ranks

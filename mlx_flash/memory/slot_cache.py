@@ -85,16 +85,21 @@ class SlotCache:
         self.policy.use(self, units)
         slots = self.slot_of[units]
         self._marks[slots] = self.now  # what this step needs is not evicted
-        absent = np.flatnonzero(slots == EMPTY)
+        present = slots != EMPTY
+        absent = np.flatnonzero(~present)
         missing = units[absent]
         room = len(self.unit_of) - len(units) + len(missing)
         if len(missing) > room:
             yield from self._sweep(units, slots, keep)
-        elif 0 < len(missing) < len(units) <= self.apart * len(self.unit_of):
-            taken, none = self._assign(missing), missing[:0]
-            present = slots != EMPTY
-            yield Wave(units[present], slots[present], none, none, ahead=True)
-            yield Wave(missing, taken, missing, taken)
+            return
+        # What is under way on a guess comes as late as what is missing.
+        there = present & self.valid[slots]
+        count, none = int(there.sum()), missing[:0]
+        apart = len(units) <= self.apart * len(self.unit_of)
+        if apart and 0 < count < len(units):
+            taken = slots[absent] = self._assign(missing)
+            yield Wave(units[there], slots[there], none, none, ahead=True)
+            yield Wave(units[~there], slots[~there], missing, taken)
         else:
             taken = slots[absent] = self._assign(missing)
             yield Wave(units, slots, missing, taken)
@@ -130,19 +135,31 @@ class SlotCache:
         if keep is not None:  # what only passed through goes first
             self.last_used[(self.last_used == self.now) & ~pinned] = self.now - 1
 
-    def early(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def early(
+        self, units: np.ndarray, likely: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Make room for units that the next step will probably need.
 
         Those of them that are there are not given up for it, nor is more than half of
         all slots: what the next step really needs is often older.
+
+        Args:
+            units: int array of unit ids, sorted, unique.
+            likely: A number for each unit of the layer, added to the policy's ranks:
+                how likely the next step asks for it.
 
         Returns:
             The units to read, and the slots that they are read into.
         """
         slots = self.slot_of[units]
         self._marks[slots] = self.now
-        missing = units[slots == EMPTY][: len(self.unit_of) // 2]
-        return missing, self._assign(missing)
+        missing = units[slots == EMPTY]
+        if likely is not None:
+            missing = np.sort(
+                missing[np.argsort(-likely[missing])[: len(self.unit_of) // 2]]
+            )
+        missing = missing[: len(self.unit_of) // 2]
+        return missing, self._assign(missing, likely=likely)
 
     def arrived(self, slots: np.ndarray) -> None:
         """The bytes of the units that `slots` were given to are there."""
@@ -201,13 +218,21 @@ class SlotCache:
         return new, held, taken
 
     def _assign(
-        self, units: np.ndarray, blocked: np.ndarray | None = None
+        self,
+        units: np.ndarray,
+        blocked: np.ndarray | None = None,
+        likely: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Give `units` the longest unused of the slots that are not `blocked`."""
+        """Give `units` the longest unused of the slots that are not `blocked`.
+
+        `likely`, a number for each unit of the layer, is added to what ranks slots.
+        """
         count = len(units)
         if count == 0:
             return units
         ranks, free = self.policy.ranks(self), None
+        if likely is not None:
+            ranks = ranks + np.where(self.unit_of == EMPTY, 0.0, likely[self.unit_of])
         if blocked is not None:
             free = np.flatnonzero(~blocked)
             ranks = ranks[free]

@@ -14,11 +14,11 @@ import numpy as np
 from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
-from ..storage.reader import Extent, Reader, Ticket
+from ..storage.reader import Reader, Region, Ticket
 from .asked import Asked, NotCounted
-from .early import Early
+from .early import Early, begin_early
 from .fence import Fence, begin, evaluate
-from .held import Held, allocate_held, move_held
+from .held import Held, allocate_held, resized_held
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
@@ -26,8 +26,9 @@ from .stats import Stats
 CLOSED = "This model was closed. Load it again to use it."
 
 Total = TypeVar("Total")
-# Told of every step: the units it asks for, its tokens, the units it wants kept.
-Listener = Callable[[np.ndarray, int, np.ndarray | None], None]
+# Told of every step: the units it asks for, its tokens, the units it wants kept, and
+# how soon each unit of the layer is expected.
+Listener = Callable[[np.ndarray, int, np.ndarray | None, np.ndarray | None], None]
 
 
 class UnitSlots:
@@ -46,7 +47,7 @@ class UnitSlots:
     def __init__(
         self,
         layer: Layer,
-        extents: Sequence[Extent],
+        extents: Sequence[Region],
         n_slots: int,
         policy: Lru,
         reader: Reader,
@@ -65,8 +66,7 @@ class UnitSlots:
         self._held = allocate_held(layer, cache)
         self._reader = reader
         self._fence = fence
-        views = self._held.views
-        self._source = reader.add_source(extents, views, layer.units, stored)
+        self._source = reader.add_source(extents, self._held.views, layer.units, stored)
         self.files = Identities(extent.path for extent in extents)
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
@@ -130,18 +130,11 @@ class UnitSlots:
             self._fence.settle()
             self._early = None
             self.cache.recover()
-            self._exchange(n_slots, spare_bytes)
+            for held in resized_held(self._layer, self._held, n_slots, spare_bytes):
+                self._have(held)
             self._in_step = False
             if whole:
                 self.read_all()
-
-    def _exchange(self, n_slots: int, spare_bytes: int) -> None:
-        largest = max(part.bytes for part in self._layer.parts)
-        old = self._held
-        cache, rows, kept = old.cache.resized(n_slots, spare_bytes // largest)
-        # Whatever stops us from here on: one empty slot is little, but not wrong.
-        self._have(allocate_held(self._layer, old.cache.resized(1, 0)[0]))
-        self._have(move_held(self._layer, old, rows, cache, kept))
 
     def _have(self, held: Held) -> None:
         self._held = held
@@ -155,6 +148,7 @@ class UnitSlots:
         keep: np.ndarray | None = None,
         meanwhile: Callable[[], None] | None = None,
         finish: Callable[[Total], Any] | None = None,
+        soon: np.ndarray | None = None,
     ) -> Any:
         """Bring `units` in waves, and fold `multiply` over the waves.
 
@@ -165,6 +159,7 @@ class UnitSlots:
                 from slots so far. The next wave is read meanwhile where slots allow it.
             tokens, keep: As `SlotCache.waves` takes them.
             meanwhile: Called once, when the first wave is there.
+            soon: How soon each unit of the layer is expected, as the policy takes it.
             finish: The last total → what is made of all of it, and returned. The total
                 itself can go then: a model holds nothing but the latest result.
 
@@ -178,12 +173,16 @@ class UnitSlots:
             if self._closed:
                 raise FlashError(CLOSED)
             if self.listener is not None:
-                self.listener(units, tokens, keep)
+                self.listener(units, tokens, keep, soon)
             self.asked.count(units)
             self._begin_step()
-            self._finish_early(units)
+            if self._early is not None:
+                self._early = self._early.counted(units, self.stats)
+            if soon is not None:
+                self.cache.policy.expect(soon)
             waves = self.cache.waves(units, tokens, keep)
             result = self._fold(waves, multiply, meanwhile)
+            self._finish_early()  # what was guessed wrongly
             if finish is not None and result is not None:
                 result = finish(result)
             self._fence.hold(result, self._owner)
@@ -221,7 +220,7 @@ class UnitSlots:
         evaluate(*choices)
         self.stats.waits += 1
 
-    def read_early(self, units: np.ndarray) -> None:
+    def read_early(self, units: np.ndarray, likely: np.ndarray | None = None) -> None:
         """Begin to read what the next step will probably ask for.
 
         A wrong guess costs reads and slots, never correctness; so does a failed read,
@@ -229,6 +228,8 @@ class UnitSlots:
 
         Args:
             units: int array of unit ids, sorted, unique.
+            likely: How likely it will ask for each unit of the layer: what is less
+                likely makes room first.
         """
         with self._fence.lock:
             busy = self._early is not None or self._in_step
@@ -236,12 +237,9 @@ class UnitSlots:
                 return
             self._in_step = True
             self._fence.settle(self._owner)
-            since = time.perf_counter()
-            missing, slots = self.cache.early(units.astype(np.intp, copy=False))
-            self.stats.cache_s += time.perf_counter() - since
-            if len(missing):
-                ticket = self._reader.submit(self._source, missing, slots)
-                self._early = Early(missing, slots, ticket)
+            self._early = begin_early(
+                units, likely, self.cache, self._reader, self._source, self.stats
+            )
             self._in_step = False
 
     def close(self) -> None:
@@ -256,15 +254,15 @@ class UnitSlots:
             mx.synchronize()  # nobody holds what the last step had begun to compute
             self._early = None
             self._held.clear(self.cache.recover())
-            self._held = replace(self._held, whole=False)
-            self._reader.move_source(self._source, self._held.views)
+            self._have(replace(self._held, whole=False))
         self._in_step = True
 
-    def _finish_early(self, units: np.ndarray) -> None:
-        """Wait for what `read_early` began, and count what of it `units` needs."""
-        early, self._early = self._early, None
-        if early is not None:
-            early.finish(units, self._reader, self._held, self.files, self.stats)
+    def _finish_early(self, slots: np.ndarray | None = None) -> None:
+        """Wait for what `read_early` began, if it reads into some of `slots`."""
+        early = self._early
+        if early is not None and (slots is None or early.uses(slots)):
+            self._early = None
+            early.finish(self._reader, self._source, self._held, self.files, self.stats)
 
     def _submit_next(
         self, waves: Iterator[Wave], total: object
@@ -282,6 +280,7 @@ class UnitSlots:
             stats.waits_for_slots += 1
         if not len(wave.missing):
             return wave, None
+        self._finish_early(wave.missing_slots)  # one slot is not read into twice
         self._fence.settle(self._owner)
         since = time.perf_counter()
         ticket = self._reader.submit(self._source, wave.missing, wave.missing_slots)
@@ -289,7 +288,8 @@ class UnitSlots:
         return wave, ticket
 
     def _await(self, wave: Wave, ticket: Ticket | None) -> None:
-        """Wait for a wave's reads. Nothing else makes a slot VALID."""
+        """Wait for a wave's reads, also for those that were begun on a guess."""
+        self._finish_early(wave.slots)
         if ticket is None:
             return
         since = time.perf_counter()

@@ -58,6 +58,11 @@ class Stats:
         return self.early_right / self.early if self.early else None
 
     @property
+    def early_share(self) -> float | None:
+        """Share of the units that had to be read that were begun to be read early."""
+        return self.early_right / self.misses if self.early else None
+
+    @property
     def read_gb_per_s(self) -> float | None:
         return self.bytes_read / 1e9 / self.read_s if self.read_s else None
 

@@ -67,6 +67,7 @@ class Info:
             "dtype": manifest.dtype,
             "bits": _common([_bits(found) for found in self.on_flash]),
             "resident_bits": _bits(self.resident),
+            "skip_perplexity": _perplexity(manifest),
         }
 
     def text(self) -> str:
@@ -113,6 +114,8 @@ class Info:
                 f"calibrated on {c.tokens:,} tokens of {printable(c.text)}, measured "
                 f"on {c.held_out_tokens:,} others"
             )
+        if manifest.skipping:
+            lines.append(f"--skip      {manifest.skipping.summary()}")
         return "\n".join(lines)
 
     def _share_row(self, share: StoredShare) -> str:
@@ -185,6 +188,14 @@ def _info(
     }
     on_flash = tuple(those(module) for module in modules)
     return Info(name, state, manifest, tuple(sorted(rest)), on_flash)
+
+
+def _perplexity(manifest: Manifest) -> dict[str, float] | None:
+    """What was measured, by the share of neurons that was skipped."""
+    if (found := manifest.skipping) is None:
+        return None
+    pairs = zip(found.measured, found.perplexity, strict=True)
+    return {f"{share:g}": perplexity for share, perplexity in pairs}
 
 
 def _packings(model: nn.Module) -> dict[str, Packing]:

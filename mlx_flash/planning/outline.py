@@ -13,15 +13,22 @@ import mlx.nn as nn
 from ..assembly import empty_model, shapes_of
 from ..checkpoints import weight_format
 from ..checkpoints.config import make_model, read_config
-from ..checkpoints.hub import find_config, remote_tensors, weight_sizes
+from ..checkpoints.hub import (
+    find_config,
+    has_weights,
+    remote_tensors,
+    weight_sizes,
+)
+from ..checkpoints.in_place import runs_in_place
 from ..checkpoints.tables import with_tables
 from ..checkpoints.units import find_units
 from ..layers.kinds import EXPERT, NEURON
 from ..layers.lookup import large_tables, table_arrays
 from ..layers.predictor import Predictor, default_rank, possible_bits
+from ..layers.projections import count_neurons, known_projections
 from ..memory.footprint import Shapes
 from ..models.registry import get_model_classes
-from ..storage.manifest import MANIFEST, Layer, Manifest
+from ..storage.manifest import MANIFEST, Manifest
 from ..storage.manifest_reading import parse_manifest
 
 
@@ -93,7 +100,9 @@ def _of_checkpoint(
         weight_format.layer_of(path, kind.split(module))
         for path, module in modules.items()
     )
-    predictor_bytes = _predictor_bytes(layers, dtype) if kind is NEURON else 0
+    predictor_bytes = 0
+    if kind is NEURON:
+        predictor_bytes = _predictor_bytes(list(modules.values()), dtype)
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
     )
@@ -102,7 +111,9 @@ def _of_checkpoint(
         manifest,
         [weight_format.layer_of(path, table_arrays(table)) for path, table in tables],
     )
-    in_place = kind is EXPERT and not weight_format.apart(names)
+    # Of what is on the hub, only loading it will tell how it holds its experts.
+    here = has_weights(folder)
+    in_place = kind is EXPERT and (not here or runs_in_place(folder))
     return Outline(
         kind="checkpoint",
         model=model,
@@ -133,13 +144,14 @@ def _header_tensors(folder: Path) -> weight_format.Tensors:
     return weight_format.header_tensors(sorted(folder.glob("model*.safetensors")))
 
 
-def _predictor_bytes(layers: tuple[Layer, ...], dtype: str) -> int:
+def _predictor_bytes(ffns: list[nn.Module], dtype: str) -> int:
     """Of the predictors that `convert` gives layers of neurons by default."""
     total = 0
-    for index, layer in enumerate(layers):
-        dims = layer.parts[0].shape[-1]
-        rank = default_rank(index, len(layers), dims)
-        predictor = Predictor(dims, layer.units, rank, possible_bits(dims, rank))
+    for index, ffn in enumerate(ffns):
+        out = ffn[known_projections(ffn)[1]]
+        neurons, dims = count_neurons(out), len(out.weight)
+        rank = default_rank(index, len(ffns), dims)
+        predictor = Predictor(dims, neurons, rank, possible_bits(dims, rank))
         predictor.set_dtype(getattr(mx, dtype))
         total += weight_format.weight_bytes(predictor)
     return total

@@ -237,8 +237,8 @@ def _parts(cost: Cost, scale: float) -> dict[str, float]:
 
 def _assumed(found: Outline, hit_rate: float | None, held: float) -> list[str]:
     kind = kind_of(found.manifest)
-    if kind is BLOCK:
-        return ["every block is needed for every token"]
+    if kind.name not in MEASURED:
+        return [f"every {kind.name} is needed for every token"]
     lines = []
     if kind is NEURON:
         facts = [x.predictor for x in found.manifest.layers if x.predictor]

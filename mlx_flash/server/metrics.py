@@ -43,6 +43,7 @@ class FlashCollector(Collector):
                 "name": state.model.name,
                 "unit": state.model.unit,
                 "version": __version__,
+                "lossy": state.model.lossy or "",
             },
         )
         yield self._requests()

@@ -98,6 +98,7 @@ class Monitor:
             context=flash.budget.context,
             page_cache=not flash.direct_io,
             chat=self._chat,
+            lossy=flash.lossy,
         )
 
     def _memory(self) -> Memory:

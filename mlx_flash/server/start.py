@@ -56,6 +56,8 @@ def serve(
             f"the model and {flash.budget.context:,} tokens of context, reading {way} "
             "the page cache."
         )
+        if flash.lossy:
+            line += f" Output: {flash.lossy}."
         listener.ready = lambda: print(line, file=sys.stderr, flush=True)
         listener.serve_forever()
 

@@ -9,7 +9,10 @@ from ..memory.stats import Stats
 
 @dataclass(frozen=True)
 class Model:
-    """What is served. `chat` is whether it has a chat template."""
+    """What is served. `chat` is whether it has a chat template.
+
+    `lossy` says in what its output is not the model's own, None if it is.
+    """
 
     name: str
     unit: str
@@ -18,6 +21,7 @@ class Model:
     context: int
     page_cache: bool
     chat: bool
+    lossy: str | None
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ static PyObject *py_create(PyObject *Py_UNUSED(self), PyObject *args)
     PyObject *capsule = PyCapsule_New(r, "reader", free_reader);
     if (!capsule)
         return NULL;
-
     if ((error = start_threads(r, threads))) {
         Py_DECREF(capsule);
         errno = error;
@@ -190,26 +189,23 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     PyObject *capsule, *source;
     unsigned long long units, slots;
     long long n;
-    if (!PyArg_ParseTuple(args, "OOKKL", &capsule, &source, &units, &slots, &n))
+    int guess;
+    if (!PyArg_ParseTuple(args, "OOKKLp", &capsule, &source, &units, &slots, &n,
+                          &guess))
         return NULL;
     Reader *r = get_reader(capsule);
     Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
     if (!s)
         return NULL;
-    int64_t most = n * s->pieces_per_unit; /* pieces, and so jobs */
-    if (n > s->n_slots || most > INT32_MAX) { /* before memory is asked for */
+    /* Before memory is asked for */
+    if (n > s->n_slots || n * s->pieces_per_unit > INT32_MAX) {
         refuse("a batch of %lld units is too large for %lld slots", n, s->n_slots);
         return NULL;
     }
-    double submitted = monotonic_s();
-    Batch *b = malloc(sizeof *b + (size_t)n * sizeof(Pick) +
-                      (size_t)most * (sizeof(Piece) + sizeof(Job)));
+    Batch *b = new_batch(s, n);
     if (!b)
         return PyErr_NoMemory();
-    *b = (Batch){.source = s, .submitted = submitted, .ended = submitted};
-    b->picks = (Pick *)(b + 1);
-    b->pieces = (Piece *)(b->picks + n);
-    b->jobs = (Job *)(b->pieces + most);
+    b->guess = guess;
     const int64_t *from = (int64_t *)(uintptr_t)units;
     const int64_t *to = (int64_t *)(uintptr_t)slots;
     if (!check_picks(b, s, from, to, n)) {
@@ -218,7 +214,6 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     }
     plan_reads(b, n, r->max_gap);
     b->done = b->n_jobs == 0;
-
     PyObject *ticket = PyCapsule_New(b, "ticket", NULL);
     if (!ticket || PyCapsule_SetContext(ticket, capsule) ||
         PyCapsule_SetDestructor(ticket, free_ticket)) {
@@ -286,7 +281,7 @@ static PyMethodDef methods[] = {
     {"move_source", py_move_source, METH_VARARGS,
      "move_source(reader, source, parts, n_slots)"},
     {"submit", py_submit, METH_VARARGS,
-     "submit(reader, source, address of units, of slots, length) -> ticket"},
+     "submit(reader, source, address of units, of slots, length, guess) -> ticket"},
     {"wait", py_wait, METH_VARARGS, "wait(ticket) -> what it read, or what failed"},
     {"drain", py_drain, METH_O, "drain(reader): waits until nothing is in flight"},
     {"close", py_close, METH_O, "close(reader): ends all flights, joins the threads"},

@@ -1,7 +1,5 @@
-/* Plans a batch of units as few long reads, and reads it with a pool of threads.
-
-   The units are sorted by file offset, neighbours merged into one read, large parts
-   split. Worker threads claim the reads with an atomic counter. */
+/* Reads planned batches with a pool of threads, which claim the reads with an atomic
+   counter. */
 
 #include "_reads.h"
 
@@ -21,79 +19,6 @@ double monotonic_s(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
-
-/* align is a power of two; division here was half the cost of planning */
-static int64_t floor_to(int64_t x, int64_t align) { return x & -align; }
-static int64_t ceil_to(int64_t x, int64_t align) { return (x + align - 1) & -align; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* ---- plan: on the caller's thread ---- */
-
-static int by_unit(const void *a, const void *b)
-{
-    int64_t x = ((const Pick *)a)->unit, y = ((const Pick *)b)->unit;
-    return (x > y) - (x < y);
-}
-
-void sort_picks(Batch *b, int64_t n) { qsort(b->picks, (size_t)n, sizeof(Pick), by_unit); }
-
-/* Adds a piece to the last job if one read may serve both, else opens a new job.
-   `gap` is how many unwanted bytes, beyond alignment, are worth reading over. */
-static void add_piece(Batch *b, const Extent *e, Piece piece, int32_t index,
-                      int64_t gap)
-{
-    int64_t start = floor_to(piece.offset, e->align);
-    int64_t end = ceil_to(piece.offset + piece.bytes, e->align);
-    int64_t ends = piece.offset | piece.bytes | (int64_t)(uintptr_t)piece.dst;
-    b->pieces[index] = piece;
-    if (b->n_jobs) {
-        Job *job = &b->jobs[b->n_jobs - 1];
-        const Piece *last = &b->pieces[index - 1];
-        int64_t skipped = piece.offset - (last->offset + last->bytes);
-        int32_t iovecs = job->iovecs + (skipped > 0 ? 2 : 1);
-        /* skipped < 0: the same unit a second time, for another slot */
-        if (job->extent == e && skipped >= 0 && start - job->end <= gap &&
-            end - job->start <= MERGE_BYTES && iovecs <= MERGE_IOVECS) {
-            b->bytes += end - job->end;
-            job->end = end;
-            job->count++;
-            job->iovecs = iovecs;
-            job->ends |= ends; /* and so of the gap before it */
-            job->straight = floor_to(job->ends, e->scatter) == job->ends;
-            return;
-        }
-    }
-    int straight = floor_to(ends, e->align) == ends;
-    b->jobs[b->n_jobs++] = (Job){e, start, end, index, 1, ends, 1, straight};
-    b->bytes += end - start;
-}
-
-void plan_reads(Batch *b, int64_t n, int64_t max_gap)
-{
-    int32_t index = 0;
-    const Part *part = b->source->parts;
-    const Extent *e = b->source->extents, *end = e + b->source->n_extents;
-    for (; e < end; part += e++->n_parts) {
-        for (const Pick *pick = b->picks; pick < b->picks + n; pick++) {
-            int64_t unit = e->offset + pick->unit * e->stride, gap = max_gap;
-            for (const Part *p = part; p < part + e->n_parts; p++) {
-                uint8_t *row = (uint8_t *)(intptr_t)p->rows + pick->slot * p->bytes;
-                int64_t at = unit + p->offset, stop = at + p->bytes;
-                while (at < stop) { /* large parts are cut at a page of the file */
-                    int64_t cut = floor_to(at + CHUNK_BYTES, PAGE);
-                    int64_t bytes = (stop - at > CHUNK_BYTES ? cut : stop) - at;
-                    add_piece(b, e, (Piece){at, bytes, row}, index++, gap);
-                    at += bytes;
-                    row += bytes;
-                }
-                /* Padding inside a unit costs less than a second read. */
-                gap = larger(max_gap, PAGE);
-            }
-        }
-    }
-}
-
-/* ---- read: on the worker threads ---- */
 
 static int fill_iovecs(const Batch *b, const Job *job, uint8_t *buffer, int64_t skip,
                        struct iovec *iov)
@@ -164,19 +89,25 @@ static int reserve(Reader *r, int64_t jobs, int most)
     return wake;
 }
 
-/* The lock is taken twice per thread and batch, never per read. A batch has ended
-   when it has left the queue, all its jobs claimed, and its last user lets go. */
+static Queue *queue_of(Reader *r, const Batch *b)
+{
+    return b->guess ? &r->guessed : &r->needed;
+}
+
+/* The lock is taken twice per thread and batch, never per read, but where a thread
+   leaves a guess to read what is needed. A batch has ended when it has left the queue,
+   all its jobs claimed, and its last user lets go. */
 void *read_batches(void *arg)
 {
     Reader *r = arg;
     uint8_t *buffer = NULL;
     pthread_mutex_lock(&r->lock);
     for (;;) {
-        while (!r->head && !r->stop) {
+        Batch *b;
+        while (!(b = r->needed.head) && !(b = r->guessed.head) && !r->stop) {
             r->idle++;
             pthread_cond_wait(&r->work, &r->lock);
         }
-        Batch *b = r->head;
         if (!b)
             break; /* stopped, and nothing left in flight to claim */
         b->users++;
@@ -187,7 +118,8 @@ void *read_batches(void *arg)
 
         int64_t i, got;
         int error = 0;
-        while (!error && (i = atomic_fetch_add(&b->claimed, 1)) < b->n_jobs)
+        while (!error && !(b->guess && atomic_load(&r->waiting)) &&
+               (i = atomic_fetch_add(&b->claimed, 1)) < b->n_jobs)
             error = run_job(b, &b->jobs[i], &buffer, &got);
         if (error) /* the batch is lost: leave the rest unread */
             atomic_store(&b->claimed, b->n_jobs);
@@ -198,9 +130,12 @@ void *read_batches(void *arg)
             b->failed = i;
             b->got = got;
         }
-        if (r->head == b)
-            r->head = b->next;
-        if (--b->users == 0) {
+        Queue *queue = queue_of(r, b);
+        int claimed = atomic_load(&b->claimed) >= b->n_jobs;
+        if (claimed && queue->head == b)
+            queue->head = b->next;
+        atomic_store(&r->waiting, r->needed.head != NULL);
+        if (--b->users == 0 && claimed) {
             b->ended = monotonic_s();
             b->done = 1;
             r->in_flight--;
@@ -221,11 +156,13 @@ int queue_batch(Reader *r, Batch *b)
     if (stop) {
         b->done = 1;
     } else if (b->n_jobs) {
-        if (r->head)
-            r->tail->next = b;
+        Queue *queue = queue_of(r, b);
+        if (queue->head)
+            queue->tail->next = b;
         else
-            r->head = b;
-        r->tail = b;
+            queue->head = b;
+        queue->tail = b;
+        atomic_store(&r->waiting, r->needed.head != NULL);
         r->in_flight++;
         wake = reserve(r, 1, 1);
     }

@@ -1,4 +1,4 @@
-/* What _reader.c (Python's side) and _reads.c (planning and reading) share.
+/* What _reader.c (Python's side), _read_plan.c and _reads.c (reading) share.
 
    Words: a piece is a run of bytes with one destination, a job is one read. */
 
@@ -27,6 +27,8 @@ typedef struct {
     int64_t scatter; /* the same for each buffer of a read into several of them */
     int64_t offset, stride;
     int64_t n_parts; /* by offset, not overlapping */
+    int64_t offsets; /* 0, or the address of a table in the place of offset and stride:
+                        where each part of each unit lies, -1 if in another file */
 } Extent;
 
 typedef struct Source {
@@ -53,19 +55,26 @@ typedef struct Batch { /* one block of memory, with the arrays that it points to
     const Source *source;
     Pick *picks;
     Piece *pieces;
+    Piece *places; /* for planning alone */
     Job *jobs;
     int64_t n_jobs, bytes;
     atomic_llong claimed;
     /* Under the reader's lock: */
     int users, done, abandoned, error; /* error: an errno or SHORT_READ */
+    int guess;                         /* gives way to batches that are none */
     int64_t failed, got;               /* the job that failed, how far it came */
     double submitted, ended;
 } Batch;
 
+typedef struct { /* in submit order; only the head is being claimed */
+    Batch *head, *tail;
+} Queue;
+
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
-    Batch *head, *tail; /* in submit order; only the head is being claimed */
+    Queue needed, guessed;
+    atomic_int waiting; /* whether jobs of `needed` are left to claim */
     Source *sources;
     int stop, joined, n_threads, idle; /* idle: asleep, and not being woken */
     int64_t in_flight; /* batches that have not ended */
@@ -73,6 +82,18 @@ typedef struct {
     pid_t pid; /* threads do not survive a fork: a child must not wait for them */
     pthread_t *threads;
 } Reader;
+
+/* align is a power of two; division here was half the cost of planning */
+static inline int64_t floor_to(int64_t x, int64_t align) { return x & -align; }
+static inline int64_t ceil_to(int64_t x, int64_t align)
+{
+    return (x + align - 1) & -align;
+}
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* A batch with room for n picks and all that is planned of them; NULL if there is no
+   memory. Its time begins now. */
+Batch *new_batch(const Source *s, int64_t n);
 
 /* Sorts the picks of a batch by unit. */
 void sort_picks(Batch *b, int64_t n);

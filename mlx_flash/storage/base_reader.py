@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import FlashError
-from .source import Extent, OpenFiles, Source, make_source, move_source
+from .extents import Region
+from .source import OpenFiles, Source, make_source, move_source
 
 SHORT_READ = -1  # beside the errnos: the file ends too early
 
@@ -63,7 +64,7 @@ class Reader:
 
     def add_source(
         self,
-        extents: Sequence[Extent],
+        extents: Sequence[Region],
         slots: Sequence[np.ndarray],
         n_units: int,
         stored: np.ndarray | None = None,
@@ -88,10 +89,16 @@ class Reader:
         moved = move_source(facts, slots)
         self._sources[source] = (moved, self._move(registered, moved))
 
-    def submit(self, source: int, units: np.ndarray, slots: np.ndarray) -> Ticket:
+    def submit(
+        self, source: int, units: np.ndarray, slots: np.ndarray, guess: bool = False
+    ) -> Ticket:
         """Start to read units into slots, and return at once.
 
         Batches in flight together must not share slots: their order is not kept.
+
+        Args:
+            guess: Nobody waits for these units yet: reads of other batches that were
+                not begun go first.
 
         Raises:
             ValueError: An id is out of range, a slot comes twice, the lengths differ.
@@ -107,7 +114,7 @@ class Reader:
             if units.size and not 0 <= units.min() <= units.max() < len(facts.stored):
                 raise ValueError(f"a unit is not in [0, {len(facts.stored)})")
             units = _ids("units", facts.stored[units])
-        return Ticket(facts, self._submit(registered, units, slots))
+        return Ticket(facts, self._submit(registered, units, slots, guess))
 
     def wait(self, ticket: Ticket) -> ReadResult:
         """Block until every read of the batch has ended, also when one fails.
@@ -157,7 +164,9 @@ class Reader:
     def _move(self, registered: Any, source: Source) -> Any:
         raise NotImplementedError
 
-    def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:
+    def _submit(
+        self, registered: Any, units: np.ndarray, slots: np.ndarray, guess: bool
+    ) -> Any:
         raise NotImplementedError
 
     def _wait(self, handle: Any) -> tuple:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .skipping import Skipping
 from .typed_json import from_json
 
 FORMAT_VERSION = 1
@@ -33,7 +34,8 @@ MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
 BUNDLES = "bundles"
-UNITS = ("neuron", "expert", "block")
+UNITS = ("neuron", "gated neuron", "expert", "block")
+GATED = "gated neuron"  # whose gates are resident
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Layer:
     """One FFN on flash. `module` is its path in the model's module tree.
 
     `sample` is of some pieces of the file (`digests.sample_sha256`). It is empty in
-    folders that an earlier version wrote.
+    folders that an earlier version wrote. `thresholds` are those of gated neurons.
     """
 
     module: str
@@ -84,6 +86,7 @@ class Layer:
     order: str
     predictor: PredictorFacts | None
     sample: str = ""
+    thresholds: tuple[float, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +116,7 @@ class SideFile:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text the predictors were trained on: a file's name or `sampled`."""
+    """The text of predictors or thresholds: a file's name or `sampled`."""
 
     text: str
     tokens: int
@@ -163,6 +166,7 @@ class Manifest:
     layers: tuple[Layer, ...]
     side_files: tuple[SideFile, ...] = ()
     share: StoredShare | None = None
+    skipping: Skipping | None = None
     tables: tuple[Layer, ...] = ()
     blocks: tuple[Layer, ...] = ()
 
@@ -208,11 +212,13 @@ class Manifest:
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
-        if self.share is None:
-            del fields["share"]
-        for name in ("tables", "blocks"):
+        for name in ("share", "skipping", "tables", "blocks"):
             if not fields[name]:
                 del fields[name]
+        for name in ("layers", "tables", "blocks"):
+            for entry in fields.get(name, ()):
+                if not entry["thresholds"]:
+                    del entry["thresholds"]
         return json.dumps(fields, indent=1) + "\n"
 
 

@@ -9,6 +9,7 @@ from .files import read_json
 from .manifest import (
     BESIDE_VERSION,
     BUNDLES,
+    GATED,
     MANIFEST,
     UNITS,
     Layer,
@@ -61,6 +62,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     if not manifest.layers:
         raise FlashError(f"{folder / MANIFEST} names no FFN layer.")
     _check_share(manifest, folder)
+    _check_skipping(manifest, folder)
     for weights in filter(None, (manifest.resident, manifest.predictors)):
         path = _inside(folder, weights.file)
         header, _ = read_header(path)
@@ -104,6 +106,22 @@ def _check_share(manifest: Manifest, folder: Path) -> None:
         or any(units < layer.units for units, layer in pairs)
     ):
         raise FlashError(f"{folder / MANIFEST}: its share contradicts its layers.")
+
+
+def _check_skipping(manifest: Manifest, folder: Path) -> None:
+    """Hold what a folder says of skipping neurons against its layers."""
+    skipping, problem = manifest.skipping, None
+    if skipping is not None:
+        problem = skipping.problem([layer.thresholds for layer in manifest.layers])
+    elif any(layer.thresholds for layer in manifest.layers):
+        problem = "its layers have thresholds for no shares"
+    if (skipping is not None) != (manifest.unit == GATED):
+        problem = f"{manifest.unit}s {'cannot' if skipping else 'must'} be skippable"
+    if problem:
+        raise FlashError(
+            f"{folder / MANIFEST}: {problem}. Convert the model again: "
+            "mlx-flash convert --skippable --overwrite"
+        )
 
 
 def _check_layer(layer: Layer, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .base_reader import Reader
+from .extents import Extent, Region
 from .source import Source, address
 
 try:
@@ -27,8 +28,9 @@ class NativeReader(Reader):
     def _register(self, source: Source) -> Any:
         extents = b""
         for extent, opened in zip(source.extents, source.opened, strict=True):
-            facts = *opened, extent.offset, extent.stride, len(extent.parts)
-            extents += struct.pack("=6q", *facts)
+            place = _place(extent)
+            facts = *opened, *place[:2], len(extent.parts), place[2]
+            extents += struct.pack("=7q", *facts)
         return _reader.add_source(
             self._reader, extents, _parts(source), source.n_units, source.n_slots
         )
@@ -37,16 +39,24 @@ class NativeReader(Reader):
         _reader.move_source(self._reader, registered, _parts(source), source.n_slots)
         return registered
 
-    def _submit(self, registered: Any, units: np.ndarray, slots: np.ndarray) -> Any:
-        return _reader.submit(
-            self._reader, registered, address(units), address(slots), units.size
-        )
+    def _submit(
+        self, registered: Any, units: np.ndarray, slots: np.ndarray, guess: bool
+    ) -> Any:
+        where = address(units), address(slots), units.size
+        return _reader.submit(self._reader, registered, *where, guess)
 
     def _wait(self, handle: Any) -> tuple:
         return _reader.wait(handle)
 
     def _drain(self) -> None:
         _reader.drain(self._reader)
+
+
+def _place(extent: Region) -> tuple[int, int, int]:
+    """(offset, stride, address of a table of offsets), 0 for what an extent lacks."""
+    if isinstance(extent, Extent):
+        return extent.offset, extent.stride, 0
+    return 0, 0, address(extent.offsets)  # which the source keeps alive
 
 
 def _parts(source: Source) -> bytes:

@@ -1,7 +1,7 @@
 """The reader in Python, for where the C extension was not built: the same bytes.
 
-A thread reads one unit at a time, or a piece of a long one. Units are not merged, which
-the C reader does: Python would spend on planning what merging saves.
+A thread reads one unit at a time, or a piece of a long one. Units at a fixed stride are
+not merged, which the C reader does: Python would spend on planning what merging saves.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .base_reader import SHORT_READ, Reader
+from .extents import ABSENT, Places
 from .limits import CHUNK_BYTES, PAGE_BYTES
 from .source import Source, address
 
@@ -50,6 +51,7 @@ class Batch:
     jobs: deque[Job]
     submitted: float
     left: int
+    first: "deque[Batch]"  # whose jobs go before its own
     done: Any = field(default_factory=threading.Lock)
     changes: Any = field(default_factory=threading.Lock)
     bytes_read: int = 0
@@ -68,6 +70,7 @@ class PythonReader(Reader):
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "mlx-flash-reader")
         self._batches: set[Batch] = set()
+        self._needed: deque[Batch] = deque(maxlen=1)  # the last that is no guess
         self._pid = os.getpid()
         self._stop_with(_abandon, self._pool, self._batches)
 
@@ -82,12 +85,18 @@ class PythonReader(Reader):
     def _move(self, registered: Source, source: Source) -> Source:
         return source
 
-    def _submit(self, registered: Source, units: np.ndarray, slots: np.ndarray):
+    def _submit(
+        self, registered: Source, units: np.ndarray, slots: np.ndarray, guess: bool
+    ) -> Batch:
         self._check_process()
         submitted = time.perf_counter()
         _check_ids(registered, units, slots)
         jobs = deque(_jobs(registered, units, slots))
-        batch = Batch(registered, jobs, submitted, len(jobs), ended=submitted)
+        first: deque[Batch] = self._needed if guess else deque()
+        ended = submitted
+        batch = Batch(registered, jobs, submitted, len(jobs), first, ended=ended)
+        if not guess:
+            self._needed.append(batch)
         batch.done.acquire()
         self._batches.add(batch)
         for _ in range(min(self._threads, len(jobs))):
@@ -133,46 +142,85 @@ def _jobs(source: Source, units: np.ndarray, slots: np.ndarray) -> Iterator[Job]
     order = np.argsort(units, kind="stable")
     picks = list(zip(units[order].tolist(), slots[order].tolist(), strict=True))
     for number, extent in enumerate(source.extents):
-        _, first, _ = extent.parts[0]
-        _, last, last_size = extent.parts[-1]
-        whole = last + last_size - first
+        if isinstance(extent, Places):
+            yield from _jobs_of_places(source, number, extent, picks)
+            continue
         for unit, slot in picks:
             begin = extent.offset + unit * extent.stride
-            rows = [(at, source.slots[index][slot]) for index, at, _ in extent.parts]
-            if whole <= CHUNK_BYTES:
-                pieces = [(at - first, row) for at, row in rows]
-                yield Job(number, begin + first, whole, pieces)
-                continue
-            for at, row in rows:
-                for cut in range(0, len(row), CHUNK_BYTES):
-                    piece = row[cut : cut + CHUNK_BYTES]
-                    yield Job(number, begin + at + cut, len(piece), [(0, piece)])
+            rows = [
+                (begin + at, source.slots[index][slot]) for index, at, _ in extent.parts
+            ]
+            yield from _jobs_of_run(number, rows)
+
+
+def _jobs_of_places(
+    source: Source, number: int, extent: Places, picks: list[tuple[int, int]]
+) -> Iterator[Job]:
+    """The reads of parts at places of their own; neighbours become one read."""
+    rows = [
+        (at, source.slots[index][slot])
+        for unit, slot in picks
+        for (index, _, _), at in zip(
+            extent.parts, extent.offsets[unit].tolist(), strict=True
+        )
+        if at != ABSENT
+    ]
+    run: list[tuple[int, np.ndarray]] = []
+    for at, row in sorted(rows, key=lambda pair: pair[0]):
+        begin, last = (run[0][0], run[-1]) if run else (at, (at, row[:0]))
+        if at != last[0] + len(last[1]) or at + len(row) - begin > CHUNK_BYTES:
+            yield from _jobs_of_run(number, run)
+            run = []
+        run.append((at, row))
+    yield from _jobs_of_run(number, run)
+
+
+def _jobs_of_run(number: int, rows: list[tuple[int, np.ndarray]]) -> Iterator[Job]:
+    """One read for rows (offset in the file, destination), or several if it is long."""
+    if not rows:
+        return
+    first, (last, last_row) = rows[0][0], rows[-1]
+    whole = last + len(last_row) - first
+    if whole <= CHUNK_BYTES:
+        yield Job(number, first, whole, [(at - first, row) for at, row in rows])
+        return
+    for at, row in rows:
+        for cut in range(0, len(row), CHUNK_BYTES):
+            piece = row[cut : cut + CHUNK_BYTES]
+            yield Job(number, at + cut, len(piece), [(0, piece)])
 
 
 def _work(batch: Batch) -> None:
     """Read jobs of a batch until none is left; runs in a thread of the pool."""
-    while True:
-        try:
-            job = batch.jobs.popleft()
-        except IndexError:
-            return
-        start, asked, got, error = job.offset, job.size, 0, errno.EIO
-        try:
-            start, asked, got = _read(batch.source, job)
-            error = 0 if got >= job.offset + job.size - start else SHORT_READ
-        except OSError as failed:
-            error = failed.errno or error
-        finally:
-            with batch.changes:
-                batch.reads += 1
-                batch.bytes_read += asked
-                batch.left -= 1
-                if error:  # the batch is lost: leave the rest unread
-                    batch.failure = error, job.extent, start, asked, got
-                    batch.left -= _clear(batch.jobs)
-                if not batch.left:
-                    batch.ended = time.perf_counter()
-                    batch.done.release()
+    while (found := _next_job(batch)) is not None:
+        _run(*found)
+
+
+def _next_job(batch: Batch) -> tuple[Batch, Job] | None:
+    for queue in (*tuple(batch.first), batch):
+        with contextlib.suppress(IndexError):
+            return queue, queue.jobs.popleft()
+    return None
+
+
+def _run(batch: Batch, job: Job) -> None:
+    start, asked, got, error = job.offset, job.size, 0, errno.EIO
+    try:
+        start, asked, got = _read(batch.source, job)
+        error = 0 if got >= job.offset + job.size - start else SHORT_READ
+    except OSError as failed:
+        error = failed.errno or error
+    finally:
+        with batch.changes:
+            batch.reads += 1
+            batch.bytes_read += asked
+            batch.left -= 1
+            if error:  # the batch is lost: leave the rest unread
+                batch.failure = error, job.extent, start, asked, got
+                batch.left -= _clear(batch.jobs)
+            if not batch.left:
+                batch.ended = time.perf_counter()
+                batch.done.release()
 
 
 def _clear(jobs: deque[Job]) -> int:

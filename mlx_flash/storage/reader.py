@@ -3,11 +3,19 @@
 from ..errors import FlashError
 from . import native_reader
 from .base_reader import Reader, ReadResult, Ticket
+from .extents import Extent, Places, Region
 from .native_reader import NativeReader
 from .python_reader import PythonReader
-from .source import Extent
 
-__all__ = ["Extent", "ReadResult", "Reader", "Ticket", "open_reader"]
+__all__ = [
+    "Extent",
+    "Places",
+    "ReadResult",
+    "Reader",
+    "Region",
+    "Ticket",
+    "open_reader",
+]
 
 
 def open_reader(

@@ -1,7 +1,7 @@
 """Where a layer's units lie in files, and the arrays that they are read into."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,32 +10,8 @@ import numpy as np
 
 from ..errors import FlashError
 from .direct_io import open_uncached
+from .extents import Region, check_extents
 from .limits import PAGE_BYTES, SCATTER_BYTES
-from .manifest import Layer
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A run of one file in which units follow each other at a fixed stride.
-
-    Attributes:
-        path: The file.
-        offset: Of unit 0, in bytes.
-        stride: Bytes from one unit to the next.
-        parts: (slot array, offset in the unit, bytes) of each part.
-    """
-
-    path: Path
-    offset: int
-    stride: int
-    parts: tuple[tuple[int, int, int], ...]
-
-
-def bundle_extent(layer: Layer, folder: Path) -> Extent:
-    """A layer of a flash folder: all parts of a unit lie side by side in its file."""
-    parts = tuple((i, part.offset, part.bytes) for i, part in enumerate(layer.parts))
-    path = folder / layer.file
-    return Extent(path, layer.data_offset, layer.unit_bytes, parts)
 
 
 class OpenFile(NamedTuple):
@@ -96,7 +72,7 @@ class Source:
         stored: Which units of the files are read, by their numbers there; None for all.
     """
 
-    extents: tuple[Extent, ...]
+    extents: tuple[Region, ...]
     opened: tuple[OpenFile, ...]
     slots: tuple[np.ndarray, ...]
     n_units: int
@@ -106,7 +82,7 @@ class Source:
 
 
 def make_source(
-    extents: Sequence[Extent],
+    extents: Sequence[Region],
     slots: Sequence[np.ndarray],
     n_units: int,
     files: OpenFiles,
@@ -128,11 +104,12 @@ def make_source(
     """
     arrays = tuple(slots)
     n_slots = _check_slots(arrays)
-    checked = tuple(_check_extents(extents, arrays, n_units))
     if stored is not None:
         if len(stored) != n_units or stored[0] < 0 or (np.diff(stored) < 1).any():
             raise ValueError(f"{n_units} units that are stored as {stored}")
         n_units = int(stored[-1]) + 1
+    row_bytes = [array.shape[1] for array in arrays]
+    checked = tuple(check_extents(extents, row_bytes, n_units))
     opened = tuple(_open(extent, n_units, files) for extent in checked)
     return Source(checked, opened, arrays, n_units, n_slots, files, stored)
 
@@ -150,7 +127,7 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _open(extent: Extent, n_units: int, files: OpenFiles) -> OpenFile:
+def _open(extent: Region, n_units: int, files: OpenFiles) -> OpenFile:
     try:
         opened = files.open(extent.path)
         have = os.fstat(opened.descriptor).st_size
@@ -159,8 +136,7 @@ def _open(extent: Extent, n_units: int, files: OpenFiles) -> OpenFile:
             f"{extent.path} cannot be read: {error.strerror}. "
             "Check the path, or convert the model again: mlx-flash convert"
         ) from error
-    _, last, size = extent.parts[-1]
-    need = extent.offset + (n_units - 1) * extent.stride + last + size
+    need = extent.end(n_units)
     if have < need:
         raise FlashError(
             f"{extent.path} has {have:,} of {need:,} bytes. "
@@ -180,27 +156,3 @@ def _check_slots(slots: tuple[np.ndarray, ...]) -> int:
         if len(array) != len(slots[0]):
             raise ValueError(f"slots {i} have {len(array)} rows, not {len(slots[0])}")
     return len(slots[0]) if slots else 0
-
-
-def _check_extents(
-    extents: Sequence[Extent], slots: tuple[np.ndarray, ...], n_units: int
-) -> Iterator[Extent]:
-    """The extents with their parts in file order."""
-    if n_units < 1:
-        raise ValueError(f"{n_units} units")
-    filled = sorted(part[0] for extent in extents for part in extent.parts)
-    if filled != list(range(len(slots))) or not filled:
-        raise ValueError(f"the parts fill slots {filled}, there are {len(slots)}")
-    for extent in extents:
-        parts = sorted(extent.parts, key=lambda part: part[1])
-        end = 0
-        for index, offset, size in parts:
-            row = slots[index].shape[1]
-            if size != row:
-                raise ValueError(f"a part of {size} bytes for slots of {row}")
-            if offset < end:
-                raise ValueError(f"the part at {offset} starts before byte {end}")
-            end = offset + size
-        if not parts or extent.offset < 0 or end > extent.stride:
-            raise ValueError(f"parts of {end} bytes do not fit: {extent}")
-        yield Extent(extent.path, extent.offset, extent.stride, tuple(parts))

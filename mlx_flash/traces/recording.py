@@ -32,6 +32,7 @@ class Recorder:
         # Of each layer and step: units asked for and to keep, both packed, and tokens.
         self._steps: list[list[tuple[np.ndarray, np.ndarray, int]]]
         self._steps = [[] for _ in flash.layers]
+        self._soon: list[list[np.ndarray]] = [[] for _ in flash.layers]
         self._warm = [0] * len(flash.layers)
 
     def mark_warm(self) -> None:
@@ -64,7 +65,15 @@ class Recorder:
             keep=tuple(np.stack(marks) for marks in keep),
             tokens=tuple(np.array(counts, np.int32) for counts in tokens),
             warm=tuple(self._warm),
+            soon=self._all_soon(),
         )
+
+    def _all_soon(self) -> tuple[np.ndarray, ...]:
+        """What was expected at every step; () where some step had nothing expected."""
+        pairs = zip(self._soon, self._steps, strict=True)
+        if not all(len(soon) == len(steps) for soon, steps in pairs):
+            return ()
+        return tuple(np.stack(soon) for soon in self._soon)
 
     def _listener(self, index: int, units: int):
         def packed(ids: np.ndarray | None) -> np.ndarray:
@@ -73,8 +82,15 @@ class Recorder:
                 marks[ids] = True
             return np.packbits(marks)
 
-        def hear(asked: np.ndarray, tokens: int, keep: np.ndarray | None) -> None:
+        def hear(
+            asked: np.ndarray,
+            tokens: int,
+            keep: np.ndarray | None,
+            soon: np.ndarray | None,
+        ) -> None:
             self._steps[index].append((packed(asked), packed(keep), tokens))
+            if soon is not None:
+                self._soon[index].append(soon.astype(np.float16))
 
         return hear
 

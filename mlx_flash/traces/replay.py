@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..memory.policies import Lrfu, Lru, Window
+from ..memory.policies import Foreseen, Lrfu, Lru, Window
 from ..memory.slot_cache import SlotCache
 from ..tables import Table
 from .trace import Trace
@@ -35,7 +35,8 @@ def replay(trace: Trace, policy: Lru | None, slots: Sequence[int]) -> Counts:
         if policy is None:
             hits = _optimum(steps, trace.units[layer], n_slots)
         else:
-            hits = _engine(steps, SlotCache(trace.units[layer], n_slots, policy))
+            cache = SlotCache(trace.units[layer], n_slots, policy)
+            hits = _engine(steps, cache, trace.soon[layer] if trace.soon else None)
         asked = [len(units) for units, *_ in steps]
         warm = trace.warm[layer]
         counts.append((sum(hits[warm:]), sum(asked[warm:])))
@@ -53,10 +54,21 @@ def even_slots(trace: Trace, share: float) -> tuple[int, ...]:
     return tuple(min(max(int(share * n), 1), n) for n in trace.units)
 
 
-def compare(trace: Trace, shares: Sequence[float] = SHARES) -> dict[str, list[float]]:
-    """Hit rate of every policy at every budget, by the policy's name."""
+def compare(
+    trace: Trace,
+    shares: Sequence[float] = SHARES,
+    half_life: int = Lrfu.HALF_LIFE,
+) -> dict[str, list[float]]:
+    """Hit rate of every policy at every budget, by the policy's name.
+
+    Args:
+        half_life: Of LRFU, in tokens, and of what foresight is added to.
+    """
     policies: dict[str, Lru | None] = {f"window {k}": Window(k) for k in WINDOWS}
-    policies |= {"lru": Lru(), "lrfu": Lrfu(), OPTIMUM: None}
+    policies |= {"lru": Lru(), "lrfu": Lrfu(half_life)}
+    if trace.soon:
+        policies["foresight"] = Foreseen(half_life)
+    policies[OPTIMUM] = None
     budgets = [even_slots(trace, share) for share in shares]
     return {
         name: [hit_rate(replay(trace, policy, slots)) for slots in budgets]
@@ -80,11 +92,13 @@ def table(
     )
 
 
-def _engine(steps: list[Step], cache: SlotCache) -> list[int]:
+def _engine(steps: list[Step], cache: SlotCache, soon: np.ndarray | None) -> list[int]:
     """Hits of each step, its reads done at once."""
     hits = []
-    for step in steps:
+    for i, step in enumerate(steps):
         hits.append(0)
+        if soon is not None:
+            cache.policy.expect(soon[i].astype(np.float32))
         for wave in cache.waves(*step):
             cache.arrived(wave.missing_slots)
             hits[-1] += len(wave.units) - len(wave.missing)

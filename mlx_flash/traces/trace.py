@@ -4,6 +4,8 @@ The file is NumPy's compressed npz: `facts`, JSON as uint8, and for layer i
     bits_i    uint8 [steps, ceil(units / 8)], as `np.packbits` packs them
     keep_i    the same of what was to stay in memory after a step in several waves
     tokens_i  int32 [steps]: how many tokens each step brought
+    soon_i    float16 [steps, units]: how soon each unit was expected (`foresight`),
+              where the model has somebody to expect it
 """
 
 import json
@@ -19,6 +21,7 @@ from ..errors import FlashError
 VERSION = 1
 FACTS = ("model", "unit", "units", "unit_bytes", "warm")
 ARRAYS = ("bits", "keep", "tokens")
+SOON = "soon"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Trace:
         units, unit_bytes: Of each layer.
         bits, keep, tokens: Of each layer, as in the file.
         warm: How many steps of each layer came before figures count: the prompt.
+        soon: Of each layer, as in the file; () where nothing was expected.
     """
 
     model: str
@@ -40,6 +44,7 @@ class Trace:
     keep: tuple[np.ndarray, ...]
     tokens: tuple[np.ndarray, ...]
     warm: tuple[int, ...]
+    soon: tuple[np.ndarray, ...] = ()
 
     def steps(self, layer: int) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
         """(sorted unit ids, tokens, ids to keep) of each step of a layer."""
@@ -64,7 +69,7 @@ class Trace:
         """
         facts = {"version": VERSION} | {name: getattr(self, name) for name in FACTS}
         arrays = {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-        for name in ARRAYS:
+        for name in (*ARRAYS, SOON):
             for i, array in enumerate(getattr(self, name)):
                 arrays[f"{name}_{i}"] = array
         try:
@@ -115,6 +120,7 @@ def _parse(facts: dict, arrays: Mapping[str, np.ndarray]) -> Trace:
         keep=tuple(arrays[f"keep_{i}"] for i in layers),
         tokens=tuple(arrays[f"tokens_{i}"] for i in layers),
         warm=tuple(int(n) for n in facts["warm"]),
+        soon=tuple(arrays[f"{SOON}_{i}"] for i in layers if f"{SOON}_{i}" in arrays),
     )
 
 
@@ -124,10 +130,14 @@ def _check(trace: Trace) -> None:
         raise ValueError("it has no layers")
     if not len(trace.units) == len(trace.unit_bytes) == len(trace.warm):
         raise ValueError("its facts are of several numbers of layers")
+    if len(trace.soon) not in (0, len(trace.units)):
+        raise ValueError("of some layers it has not what was expected")
     for i, units in enumerate(trace.units):
         steps = len(trace.tokens[i])
         for marks in (trace.bits[i], trace.keep[i]):
             if marks.dtype != np.uint8 or marks.shape != (steps, -(-units // 8)):
                 raise ValueError(f"layer {i} is not of {units} units")
+        if trace.soon and trace.soon[i].shape != (steps, units):
+            raise ValueError(f"layer {i} is not of {units} units")
         if units < 1 or not steps > trace.warm[i] >= 0:
             raise ValueError(f"layer {i} has no steps")

@@ -18,6 +18,7 @@ from mlx_flash.cli import main
 from mlx_flash.cli.bench import BENCHMARKS
 from mlx_flash.memory.stats import Stats
 from mlx_flash.storage.manifest_reading import read_manifest
+from mlx_flash.storage.safetensors import read_header
 
 WORDS = "Once upon a time there was a little girl. She had a red ball. " * 60
 SMALL_MOE = {
@@ -209,6 +210,20 @@ def test_experts_in_place_and_converted_read_the_same(small_moe, tmp_path):
     assert read_manifest(folder / "moe-flash").unit == "expert"
     # A second run takes both folders as they are.
     assert "Converting took" not in run("moe", *args, "--convert", "--folder", folder)
+
+
+@pytest.mark.slow  # a quarter of a minute
+def test_experts_as_they_are_published_read_the_same(small_moe, tmp_path):
+    report, folder = tmp_path / "m.json", tmp_path / "kept"
+    args = "--layers", 2, "--memory", "90%", "--tokens", 3, "--prompt-tokens", 4
+    run("moe", *args, "--published", "--folder", folder, "--json", report)
+    published, stacked = json.loads(report.read_text())["rows"]
+    assert (published["name"], stacked["name"]) == ("as published", "in place")
+    assert published["hit_rate"] == stacked["hit_rate"]
+    # An expert's tensors lie side by side there, in the order of their names.
+    assert published["reads_per_token"] < stacked["reads_per_token"]
+    names, _ = read_header(folder / "moe-published" / "model-0.safetensors")
+    assert "model.layers.0.mlp.experts.15.gate_proj.weight" in names
 
 
 class Once:

@@ -36,14 +36,14 @@ def test_every_expert_array_lies_where_the_file_has_its_bytes(sharded):
     loaded = load_stock(sharded)
     for module in switch_layers(loaded.model).values():
         for array in switch_parts(module).values():
-            place = loaded.place(array)
+            place = loaded.places[loaded.tensor(array)]
             with open(place.file, "rb") as file:
                 file.seek(place.offset)
                 assert file.read(place.bytes) == bytes(memoryview(array))
 
 
 def test_an_array_of_nobody_has_no_place(sharded):
-    assert load_stock(sharded).place(mx.zeros(3)) is None
+    assert load_stock(sharded).tensor(mx.zeros(3)) is None
 
 
 def test_each_header_is_parsed_once(sharded, monkeypatch):
@@ -57,5 +57,5 @@ def test_each_header_is_parsed_once(sharded, monkeypatch):
     monkeypatch.setattr(stock, "read_header", counted)
     loaded = load_stock(sharded)
     for array in loaded.raw.values():
-        assert loaded.place(array) is not None
+        assert loaded.tensor(array) in loaded.places
     assert sorted(seen) == sorted(f.name for f in sharded.glob("model-*.safetensors"))

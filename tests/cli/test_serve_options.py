@@ -60,6 +60,7 @@ def test_every_option_reaches_the_server(tmp_path):
         *("--prompt-cache-bytes", "2MB", "--prompt-cache-dir", str(tmp_path)),
         *("--prompt-cache-gb", "1.5", "--context", "99", "--memory", "7GB"),
         *("--page-cache", "off", "--no-elastic", "--check", "full", "--shares", "2:1"),
+        *("--skip", "30%"),
         *("--decode-concurrency", "1", "--prompt-concurrency", "1"),
     )
     assert code == 0, error
@@ -88,6 +89,7 @@ def test_every_option_reaches_the_server(tmp_path):
     assert call.kwargs == {
         "folder_of_model": Path("m"),
         "context": 99,
+        "skip": 0.3,
         "page_cache": "off",
         "elastic": False,
         "check": "full",

@@ -182,7 +182,7 @@ def test_activations_are_those_of_the_whole_model(tmp_path, checkpoint):
     whole.load_weights(list(source.weights().items()))
     recorders = []
     for layer in whole.layers:
-        recorders.append(layerwise._Recorder(layer.mlp))
+        recorders.append(layerwise.Recorder(layer.mlp))
         layer.mlp = recorders[-1]
     mx.eval(whole(mx.array(tokens)))
     for inputs, recorder in zip(seen, recorders, strict=True):

@@ -25,12 +25,15 @@ PACKED = {"bits": 4, "group_size": 32, "progress": False}
 KINDS = {
     "neurons": OPTIONS,
     "packed neurons": {"unit": "neuron", "rank": 0, **PACKED},
+    "gated neurons": {"skippable": True, "calibration_tokens": 256, **PACKED},
     "experts": PACKED,
     "blocks": {"progress": False},
 }
 
 
 def source(kind, folder):
+    if kind == "gated neurons":
+        return write_checkpoint(folder, LLAMA | {"intermediate_size": 640})
     if kind.endswith("neurons"):
         return make_checkpoint(folder, ffn_dim=640)
     if kind == "experts":

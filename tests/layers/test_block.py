@@ -18,6 +18,7 @@ from mlx_flash.storage.manifest_reading import read_manifest
 
 CONFIG = LLAMA | {"intermediate_size": 256, "mlp_bias": True}
 FUSED = CONFIG | {"model_type": "phi3"}  # gate_up_proj: all gate rows, then all up rows
+TOKENS = mx.array([[1, 2, 3, 4, 5]])
 GEMMA_3N = {
     "model_type": "gemma3n_text",
     "head_dim": 16,
@@ -160,14 +161,16 @@ def test_activations_of_their_own(tmp_path, monkeypatch, name):
     model.flash.close()
 
 
-def test_fused_projections_with_zeros_become_blocks(tmp_path, monkeypatch, capsys):
+def test_fused_projections_with_zeros_become_blocks_where_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(phi3, "swiglu", lambda gate, x: nn.relu(gate) * x)
     checkpoint = write_checkpoint(tmp_path / "stock", FUSED)
-    flash = mlx_flash.convert(checkpoint, tmp_path / "flash")
+    flash = mlx_flash.convert(checkpoint, tmp_path / "flash", unit="block")
     assert read_manifest(flash).unit == "block"
-    assert "one projection (gate_up_proj)" in capsys.readouterr().err
-    with pytest.raises(FlashError, match="gate_up_proj.*leave out --unit"):
-        mlx_flash.convert(checkpoint, tmp_path / "other", unit="neuron")
+    expected = mlx_load_model(checkpoint)[0](TOKENS)
+    model = stream(flash, 2)
+    diff = mx.abs(model(TOKENS) - expected).max() / mx.abs(expected).max()
+    assert diff.item() < 1e-5
+    model.flash.close()
 
 
 def test_bundles_of_another_shape_are_seen(folders):

@@ -35,8 +35,8 @@ from mlx_flash.memory.stats import Stats
 from mlx_flash.planning.info import look_at
 from mlx_flash.planning.plan import make_plan
 from mlx_flash.planning.text import plan_text
+from mlx_flash.storage.extents import bundle_extent
 from mlx_flash.storage.reader import open_reader
-from mlx_flash.storage.source import bundle_extent
 
 ROWS, WIDTH = 2_000, 64
 PACKINGS = {

@@ -66,7 +66,7 @@ def test_exactly_the_chosen_neurons_are_computed(bench, masks, data):
         n_slots, lambda x: mx.array(current[-1]), policy=policy, native=False
     )
     asked = []
-    ffn.slots.listener = lambda units, tokens, keep: asked.append(units)
+    ffn.slots.listener = lambda units, *_: asked.append(units)
     results = []
     for i, mask in enumerate(masks):
         current.append(mask)

@@ -235,9 +235,14 @@ def test_a_quantised_checkpoint_keeps_its_packing_in_blocks(tmp_path, capsys):
         KINDS["relu llama"] | {"quantization": quantize},
         dict(tree_flatten(model.parameters())),
     )
-    flash = mlx_flash.convert(packed, tmp_path / "flash")
-    assert "quantised already" in capsys.readouterr().err
+    flash = mlx_flash.convert(packed, tmp_path / "flash", unit="block")
+    assert "Its FFNs are quantised" not in capsys.readouterr().err
     assert read_manifest(flash).unit == "block"
+    tokens = mx.array([[4, 5, 6]])
+    expected = model(tokens)
+    with mlx_flash.load_model(flash, "1GB") as (streamed, _):
+        diff = mx.abs(streamed(tokens) - expected).max() / mx.abs(expected).max()
+    assert diff.item() < 1e-5
 
 
 @pytest.mark.parametrize("unit", ["neuron", "block"])

@@ -16,8 +16,8 @@ from mlx_flash.memory.fence import Fence
 from mlx_flash.memory.policies import Lru
 from mlx_flash.memory.slots import UnitSlots
 from mlx_flash.memory.stats import Stats
+from mlx_flash.storage.extents import bundle_extent
 from mlx_flash.storage.reader import open_reader
-from mlx_flash.storage.source import bundle_extent
 
 UNITS, DIMS, TOP_K = 8, 64, 2
 MANY = 32  # experts: mlx-lm sorts before there are four pairs for each of them

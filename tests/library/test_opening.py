@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from fake_hub import COMMIT, NAME
 from huggingface_hub import constants
 from opt_checkpoints import files_of, save_tokenizer
+from published import ELSEWHERE, write_published
 from stock_checkpoints import LLAMA, QWEN3, write_checkpoint, write_original
 
 import mlx_flash
@@ -88,8 +89,16 @@ def test_what_runs_as_it_lies_is_not_converted(tmp_path, asked, flash_folder):
     assert asked == [] and all_shelved() == []
 
 
-def test_experts_that_are_stored_apart_are_converted(tmp_path, asked):
-    folder = find(write_original(tmp_path / "experts", QWEN3), asked)
+def test_experts_that_are_stored_one_by_one_are_not_converted(tmp_path, asked):
+    experts = write_original(tmp_path / "experts", QWEN3)
+    assert find(experts, asked) == experts
+    assert asked == [] and all_shelved() == []
+
+
+def test_experts_that_lie_transposed_are_converted(tmp_path, asked):
+    lay_out, _ = ELSEWHERE["qwen3_vl_moe"]
+    experts = write_published(tmp_path / "experts", "qwen3_vl_moe", lay_out)
+    folder = find(experts, asked)
     assert len(asked) == 1 and read_manifest(folder).unit == "expert"
 
 
@@ -165,6 +174,23 @@ def test_a_full_disk_is_seen_before_anything_is_asked(dense, asked, monkeypatch)
 
 
 # The hub
+
+
+def test_a_repository_whose_experts_prove_to_be_transposed(hub, tmp_path, asked):
+    lay_out, _ = ELSEWHERE["qwen3_vl_moe"]
+    folder = write_published(tmp_path / "experts", "qwen3_vl_moe", lay_out)
+    save_tokenizer(folder)
+    hub.files = files_of(folder)
+    found = find(NAME, asked)
+    assert found.parent == shelf() and read_manifest(found).unit == "expert"
+    (offer,) = asked
+    assert has_weights(find_config(NAME)) and offer.disk_bytes > 0
+
+
+def test_a_repository_whose_experts_lie_one_by_one(hub, tmp_path, asked):
+    folder = write_original(tmp_path / "experts", QWEN3)
+    hub.files = files_of(folder)
+    assert find(NAME, asked).name == COMMIT and asked == []
 
 
 def test_a_dense_repository(hub, dense, asked, monkeypatch):

@@ -87,6 +87,8 @@ def drafted(name: str, model) -> None:
 
 def load(folder: str):
     options = {"context": 512} | ({"shares": shares} if shares != "-" else {})
+    if folder.endswith("skipped"):
+        options["skip"] = 0.5
     memory = 1000.0
     while True:  # another rank may need more than this one
         try:

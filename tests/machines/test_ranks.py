@@ -27,7 +27,9 @@ def models(tmp_path_factory):
     convert(opt, folder / "all-neurons", unit="neuron", rank=0, progress=False)
     llama = write_checkpoint(folder / "llama", LLAMA | {"intermediate_size": 192})
     convert(llama, folder / "blocks", progress=False)
-    names = "experts", "packed", "neurons", "all-neurons", "blocks"
+    gated = {"skippable": True, "calibration_tokens": 256}
+    convert(llama, folder / "skipped", progress=False, **gated)
+    names = "experts", "packed", "neurons", "all-neurons", "blocks", "skipped"
     for name in names:
         save_tokenizer(folder / name)
     return [folder / name for name in names]

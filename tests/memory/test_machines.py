@@ -145,7 +145,7 @@ class FakeReader:
         if self.calls == self.interrupt:
             raise Interrupted
 
-    def submit(self, source, units, slots):
+    def submit(self, source, units, slots, guess=False):
         self.pass_call()
         batch = Batch(self.views[source], units.copy(), slots.copy())
         self.batches.append(batch)

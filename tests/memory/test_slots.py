@@ -49,7 +49,7 @@ class FakeReader:
     def drain(self):
         self.drained += 1
 
-    def submit(self, source, units, slots):
+    def submit(self, source, units, slots, guess=False):
         self.batches.append((units.tolist(), slots.tolist()))
         for view in self.views:
             view[slots] = 0xEE  # from now on the old bytes may be gone at any time

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from fake_hub import NAME
 from machine_profile import PROFILE
 from opt_checkpoints import files_of, make_checkpoint
+from published import ELSEWHERE, write_published
 
 from mlx_flash.assembly import assemble
 from mlx_flash.cli import main
@@ -99,8 +100,16 @@ def test_experts_in_place_need_no_conversion(tmp_path):
     assert plan.model_bytes == assemble(src, True).manifest.model_bytes
 
 
-def test_experts_apart_are_converted_first(tmp_path):
+def test_experts_stored_one_by_one_need_none_either(tmp_path):
     src = moe.write_original(tmp_path / "model", moe.QWEN3)
+    plan = make_plan(src, "1GB", context=16)
+    assert (plan.unit, plan.convert, plan.disk_bytes) == ("expert", False, 0)
+    assert plan.model_bytes == assemble(src, True).manifest.model_bytes
+
+
+def test_experts_that_lie_transposed_are_converted_first(tmp_path):
+    lay_out, _ = ELSEWHERE["qwen3_vl_moe"]
+    src = write_published(tmp_path / "model", "qwen3_vl_moe", lay_out)
     plan = make_plan(src, "1GB", context=16)
     assert plan.convert and plan.disk_bytes == plan.model_bytes
 

@@ -799,3 +799,32 @@ def test_macos_turns_cache_and_readahead_off(neurons, monkeypatch):
     fd, direct = direct_io.open_uncached(neurons[0][0].path, True)
     os.close(fd)
     assert direct and calls == [(fd, 48, 1), (fd, 45, 0)]
+
+
+@natives
+def test_guessed_reads_give_way(native, tmp_path):
+    """What is needed has come while some of an older guess has not.
+
+    The guess has no end in sight for one thread; now and then it may have, where this
+    test's own thread has to wait for long, so some attempts are allowed.
+    """
+    many, size = 20_000, 512
+    path = random_file(tmp_path / "units", 2 * many * size)
+    extents = [Extent(path, 0, 2 * size, ((0, 0, size),))]
+    with open_reader(1, direct=False, native=native, max_gap_bytes=0) as reader:
+        slots = aligned_rows(many, size)
+        needed = aligned_rows(1, size)
+        guess = reader.add_source(extents, [slots], many)
+        source = reader.add_source(extents, [needed], many)
+        one, all_ids = np.zeros(1, np.int64), np.arange(many)
+        overtaken = False
+        for _ in range(10):
+            slots[:] = CANARY
+            early = reader.submit(guess, all_ids, all_ids, guess=True)
+            reader.wait(reader.submit(source, one + many - 1, one))
+            overtaken |= bool((slots[-1] == CANARY).all())
+            reader.wait(early)
+            whole = np.frombuffer(path.read_bytes(), np.uint8).reshape(many, 2, size)
+            np.testing.assert_array_equal(slots, whole[:, 0])
+            np.testing.assert_array_equal(needed[0], whole[-1, 0])
+        assert overtaken

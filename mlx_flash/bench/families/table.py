@@ -136,7 +136,9 @@ tokens ({DENSE_PROMPT} for dense models) and {DECODED} steps of decoding; the la
 difference of any logit to the same model in memory (mlx-lm's, or ours where it has
 none), 0 being identical to the bit. float32, MLX {facts["mlx"]} on its CPU backend,
 mlx-lm {facts["mlx_lm"]}. All were streamed from converted folders, {facts["in_place"]}
-of those with experts also in place. Layers are those that have such FFNs: Gemma 3n's
+of those with experts also in place: from the layout that mlx-lm saves. Which layouts of
+published checkpoints run in place is in [commands.md](commands.md#mixtures-of-experts).
+Layers are those that have such FFNs: Gemma 3n's
 sparse ones are no sums over their neurons, and stay in memory. {facts["tables"]} models
 looked their embeddings up on flash, with {ROWS} slots a table; those of the others give
 the logits, too.

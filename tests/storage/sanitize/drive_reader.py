@@ -31,7 +31,12 @@ class Client:
         self.c, self.reader, self.content = c, reader, content
         self.rng = np.random.default_rng(seed)
         self.slots = [np.zeros((SLOTS, n), np.uint8) for n in (FIRST, STRIDE - FIRST)]
-        extents = struct.pack("=6q", fd, 1, 1, 0, STRIDE, 2)
+        begins = STRIDE * np.arange(UNITS, dtype=np.int64)[:, None]
+        self.places = np.ascontiguousarray(begins + np.array([0, FIRST]))
+        place = (0, STRIDE, 2, 0)  # the same bytes, at a stride or by their places
+        if seed % 2:
+            place = (0, 0, 2, self.places.ctypes.data)
+        extents = struct.pack("=7q", fd, 1, 1, *place)
         parts = b"".join(
             struct.pack("=Q2q", array.ctypes.data, offset, array.shape[1])
             for array, offset in zip(self.slots, (0, FIRST), strict=True)

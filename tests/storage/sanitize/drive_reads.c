@@ -1,4 +1,4 @@
-/* Drives _reads.c under a sanitizer: threads that submit, wait, abandon and drain at
+/* Drives _read_plan.c and _reads.c under a sanitizer: threads that submit, wait, abandon and drain at
    the same time, reads that fail, and readers that stop while reads are in flight.
 
    Every byte that arrived is compared with the file. Exits with 1 where one differs. */
@@ -106,7 +106,7 @@ static void *submit_batches(void *arg)
     uint8_t *rows = malloc(SLOTS * STRIDE);
     Part parts[] = {{(intptr_t)rows, 0, FIRST},
                     {(intptr_t)rows + SLOTS * FIRST, FIRST, STRIDE - FIRST}};
-    Extent good = {c->fd, 1, 1, 0, STRIDE, 2}, bad = {-1, 1, 1, 0, STRIDE, 2};
+    Extent good = {c->fd, 1, 1, 0, STRIDE, 2, 0}, bad = {-1, 1, 1, 0, STRIDE, 2, 0};
     Source source = {.n_units = UNITS, .n_slots = SLOTS, .n_extents = 1,
                      .pieces_per_unit = 2, .extents = &good, .parts = parts};
     Source lost = source;
