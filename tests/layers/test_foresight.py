@@ -130,7 +130,7 @@ def test_nothing_half_written_is_left(learned, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(foresight_file.mx, "save_safetensors", fail)
-    with pytest.raises(FlashError, match="No space left"):
+    with pytest.raises(FlashError, match="disk is full"):
         write_foresight(
             path, manifest, [Foresight(64, 8, 8), Foresight(64, 8, None)], {}
         )

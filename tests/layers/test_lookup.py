@@ -256,6 +256,7 @@ def test_a_folder_with_tables_is_of_version_3(converted):
     assert manifest["format_version"] == 3
     [table] = manifest["tables"]
     assert table["module"] == "model.embed_tokens" and table["units"] == 97
+    assert not any("thresholds" in x for x in [table, *manifest["layers"]])
     assert "model.embed_tokens.weight" not in mx.load(
         str(converted / "resident.safetensors")
     )
