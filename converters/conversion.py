@@ -7,7 +7,7 @@ one layer at a time, and in the end all that is in no bundle.
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ from ..errors import FlashError
 from ..layers.kinds import UnitKind
 from ..progress import bars
 from ..storage.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     PREDICTORS,
     RESIDENT,
-    SHARE_VERSION,
     Calibration,
     Manifest,
+    version_of,
 )
 from ..storage.manifest_reading import check_manifest
 from ..storage.skipping import Skipping
@@ -35,6 +34,7 @@ from .options import ConvertOptions
 from .portion import Portion
 from .resident import copy_config, write_weights
 from .source import Source
+from .tables import take_tables, write_tables
 from .workfolder import WorkFolder
 
 
@@ -85,6 +85,8 @@ class Cutter:
         kind: Of the units.
         activation, dtype: What the manifest says of them.
         modules: The FFNs by path, in the order of the layers.
+        blocks: The paths of those that come last and become blocks beside the others,
+            whatever `kind` these have.
         calibration: The text that predictors were fitted to, if there are any.
         skipping: What it costs to skip neurons, if that is possible.
     """
@@ -93,6 +95,7 @@ class Cutter:
     activation: str
     dtype: str
     modules: dict[str, nn.Module]
+    blocks: Collection[str] = ()
     calibration: Calibration | None = None
     skipping: Skipping | None = None
 
@@ -134,7 +137,8 @@ def write_folder(job: Job, cutter: Cutter) -> None:
 def _check_portion(portion: Portion, cutter: Cutter) -> None:
     """Refuse shares that leave a machine without units, before anything is written."""
     for path, module in cutter.modules.items():
-        portion.owned(path, CutBundles(cutter.kind.split(module)))
+        if path not in cutter.blocks:
+            portion.owned(path, CutBundles(cutter.kind.split(module)))
 
 
 def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
@@ -142,7 +146,7 @@ def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
     work, module = job.work, list(cutter.modules)[index]
     path = work.folder / f"ffn/layer_{index:02d}.safetensors"
     parts, facts = cutter.cut(index)
-    if job.portion is None:
+    if job.portion is None or module in cutter.blocks:
         entry = write_bundles(path, module, parts)
     else:
         bundles = CutBundles(parts)
@@ -158,6 +162,12 @@ def _write_layer(job: Job, cutter: Cutter, index: int) -> None:
 def _write_rest(job: Job, cutter: Cutter) -> None:
     source, folder = job.source, job.work.folder
     arrays, packed = cutter.rest()
+    found = take_tables(source, arrays)
+    for path in found:
+        job.say(f"{path} is only looked up: its rows stay on flash.")
+    tables = write_tables(folder, found)
+    count = len(cutter.modules) - len(cutter.blocks)
+    layers, blocks = tuple(job.work.layers[:count]), tuple(job.work.layers[count:])
     resident = write_weights(folder / RESIDENT, arrays)
     predictors = cutter.predictors()
     config: dict = {"dtype": cutter.dtype}
@@ -167,9 +177,10 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
     local = Path(source.name)
     share = None
     if job.portion:
-        share = job.portion.stored(folder, resident, job.work.whole)
+        beside = blocks + tables
+        share = job.portion.stored(folder, resident, job.work.whole, beside)
     manifest = Manifest(
-        format_version=SHARE_VERSION if share else FORMAT_VERSION,
+        format_version=version_of(share, blocks + tables),
         # A path would say more about this machine than about the model.
         source=local.resolve().name if local.exists() else source.name,
         revision=source.revision,
@@ -182,9 +193,11 @@ def _write_rest(job: Job, cutter: Cutter) -> None:
         if predictors
         else None,
         calibration=cutter.calibration,
-        layers=tuple(job.work.layers),
+        layers=layers,
         side_files=side_digests(folder),
         share=share,
+        tables=tables,
+        blocks=blocks,
         skipping=cutter.skipping,
     )
     if source.look() != source.fingerprint:  # now that nothing more of it is read

@@ -41,6 +41,8 @@ class ConvertOptions:
             together lie together, so that a read brings several) or "checkpoint".
         unit: "neuron" or "block" for dense FFNs; by default neurons where the
             activation gives exact zeros, and calibration finds enough of them.
+        blocks: Of a mixture of experts, put dense FFNs and shared experts on flash,
+            too, as blocks. By default they stay in memory.
         skippable: Cut gated FFNs into neurons whose gates stay in memory, and find out
             while converting what it costs to skip shares of them.
         bits: Quantise what goes to flash; by default it stays as it is.
@@ -68,6 +70,7 @@ class ConvertOptions:
     fit_steps: int = 400
     order: str = "coactivation"
     unit: str | None = None
+    blocks: bool = False
     skippable: bool = False
     bits: int | None = None
     group_size: int | None = None
@@ -136,6 +139,11 @@ class ConvertOptions:
         Raises:
             FlashError: Naming the options, and why they have no meaning.
         """
+        if self.blocks and unit != "expert":
+            raise FlashError(
+                f"--blocks would be ignored: it is for mixtures of experts, and {name} "
+                f"becomes {unit}s. Leave it out."
+            )
         given = [x for x in FITTING if getattr(self, x) != getattr(type(self), x)]
         if unit == "gated neuron":
             given = [x for x in given if not x.startswith("calibration")]
@@ -176,6 +184,8 @@ class ConvertOptions:
         facts["calibration"] = str(self.calibration) if self.calibration else None
         facts["quantize"] = self.packing
         facts["quantize_resident"] = self.resident_packing
+        if self.blocks:
+            facts["blocks"] = True
         if self.share:  # absent from what an earlier version's interrupted run noted
             facts |= {"share": self.share, "shares": self.shares}
         return facts

@@ -13,7 +13,14 @@ from ..checkpoints.digests import compare, manifest_digests, side_digests, side_
 from ..errors import FlashError
 from ..progress import Bar
 from ..storage.digests import file_sha256
-from ..storage.manifest import MANIFEST, SHARE_VERSION, Manifest, StoredShare
+from ..storage.manifest import (
+    MANIFEST,
+    Layer,
+    Manifest,
+    StoredShare,
+    Weights,
+    version_of,
+)
 from ..storage.manifest_reading import check_manifest, parse_manifest
 from ..storage.safetensors import write_error
 from .bundles import StoredBundles, write_bundles
@@ -105,7 +112,8 @@ def _missing_bytes(manifest: Manifest, entry: Part) -> int:
     """About what is still to be written of a part."""
     layers = manifest.layers[len(entry.work.layers) :]
     on_flash = sum(layer.nbytes for layer in layers) * entry.portion.fraction
-    return manifest.resident.bytes + manifest.predictor_bytes + int(on_flash)
+    rest = manifest.resident.bytes + manifest.beside_bytes + manifest.predictor_bytes
+    return rest + int(on_flash)
 
 
 def _check_disk(nbytes: int, place: Path) -> None:
@@ -157,7 +165,10 @@ def _check_rest(folder: Path, manifest: Manifest) -> None:
 def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None:
     """Copy all else to a part, and write its manifest last."""
     target = entry.work.folder
-    for weights in filter(None, (manifest.resident, manifest.predictors)):
+    whole: list[Weights | Layer] = [manifest.resident, *manifest.beside]
+    if manifest.predictors:
+        whole.append(manifest.predictors)
+    for weights in whole:
         copy = target / weights.file
         shutil.copyfile(folder / weights.file, copy)
         if file_sha256(copy) != weights.sha256:
@@ -165,13 +176,13 @@ def _write_rest(folder: Path, manifest: Manifest, entry: Part, bar: Bar) -> None
                 f"{copy} reads back differently from what was copied. The disk is "
                 "failing, or something else writes there."
             )
-        bar.advance(weights.bytes)
+        bar.advance(weights.nbytes if isinstance(weights, Layer) else weights.bytes)
     for name, path in side_files(folder).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
     own = dataclasses.replace(
         manifest,
-        format_version=SHARE_VERSION,
+        format_version=version_of(entry.share, manifest.beside),
         layers=tuple(entry.work.layers),
         side_files=side_digests(target),
         share=entry.share,

@@ -37,7 +37,11 @@ class Portion:
         return owned(units, unit_bytes, self.shares, self.part)
 
     def stored(
-        self, folder: Path, resident: Weights, whole: Sequence[Layer]
+        self,
+        folder: Path,
+        resident: Weights,
+        whole: Sequence[Layer],
+        beside: Sequence[Layer],
     ) -> StoredShare:
         """What the manifest says of it.
 
@@ -45,12 +49,13 @@ class Portion:
             folder: One with the model's config.json.
             resident: The weights that stay in memory.
             whole: The layers of the whole model.
+            beside: What is on flash beside them, and whole in every part.
         """
         return StoredShare(
             self.shares,
             self.part,
             tuple(layer.units for layer in whole),
-            model_digest(folder, resident.sha256, whole),
+            model_digest(folder, resident.sha256, (*whole, *beside)),
         )
 
 

@@ -74,7 +74,9 @@ def split(
     parts = []
     for number in chosen:
         portion = Portion(made_of, number)
-        share = portion.stored(folder, manifest.resident, manifest.layers)
+        share = portion.stored(
+            folder, manifest.resident, manifest.layers, manifest.beside
+        )
         work = WorkFolder(place / part_name(number, machines))
         parts.append(Part(portion, share, work))
     was_there = place.exists()

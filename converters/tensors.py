@@ -15,7 +15,7 @@ from ..arrays import parameters
 from ..checkpoints.stock import load_stock
 from ..checkpoints.weight_format import packing_of
 from ..errors import FlashError
-from ..layers.kinds import UnitKind
+from ..layers.kinds import BLOCK, UnitKind
 from .arrays import finite, release
 from .conversion import Cutter, Job
 from .resident import quantize_modules
@@ -44,6 +44,15 @@ class TensorCutter(Cutter):
         self._cast_to = getattr(mx, self.dtype) if job.options.dtype else None
         stock.forget()
         self.modules = kind.find(self._model)
+        if job.options.blocks:
+            blocks = BLOCK.find(self._model)
+            if not blocks:
+                raise FlashError(
+                    f"--blocks would be ignored: {job.source.name} has no dense FFN "
+                    "beside its experts. Leave it out."
+                )
+            self.modules |= blocks
+            self.blocks = frozenset(blocks)
         if job.options.packing:
             _quantize(self.modules, job.options.packing, job.source.name)
         if job.options.resident_packing:
@@ -57,8 +66,8 @@ class TensorCutter(Cutter):
         nbytes = sum(array.nbytes for array in parameters(self._model).values())
         ffn_bytes = sum(
             array.nbytes
-            for module in self.modules.values()
-            for array in kind.arrays(module).values()
+            for path, module in self.modules.items()
+            for array in self._kind(path).arrays(module).values()
         )
         job.check_disk(nbytes, ffn_bytes, len(self.modules))
 
@@ -69,21 +78,21 @@ class TensorCutter(Cutter):
     def cut(self, index: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
         path, module = list(self.modules.items())[index]
         parts = {}
-        for name, array in self.kind.split(module).items():
+        for name, array in self._kind(path).split(module).items():
             parts[name] = self._cast(name, array)
             if mx.issubdtype(array.dtype, mx.floating):
                 finite(f"{path}.{name}", parts[name])
         return parts, {}
 
     def finish(self, index: int) -> None:
-        module = list(self.modules.values())[index]
-        release(module, self.kind.arrays(module))
+        path, module = list(self.modules.items())[index]
+        release(module, self._kind(path).arrays(module))
 
     def rest(self) -> tuple[dict[str, mx.array], dict[str, dict]]:
         bundled = {
             f"{path}.{name}"
             for path, module in self.modules.items()
-            for name in self.kind.arrays(module)
+            for name in self._kind(path).arrays(module)
         }
         kept = {
             name: self._cast(name, array)
@@ -93,6 +102,9 @@ class TensorCutter(Cutter):
         packed = packing_of(self._model)
         release(self._model)  # it would hold what is evaluated for writing
         return kept, packed
+
+    def _kind(self, path: str) -> UnitKind:
+        return BLOCK if path in self.blocks else self.kind
 
     def _cast(self, name: str, array: mx.array) -> mx.array:
         floating = mx.issubdtype(array.dtype, mx.floating)

@@ -90,15 +90,18 @@ def _nbytes(parts: Assembled) -> int:
 
 
 def _check_streamed(folder: Path, parts: Assembled, kind: str) -> None:
-    """Refuse an adapter of FFNs on flash that cannot be taken to their units."""
+    """Refuse an adapter of what is on flash that cannot be taken to its units."""
     names, _ = read_header(folder / WEIGHTS)
-    for entry in parts.manifest.layers:
+    manifest = parts.manifest
+    for entry in manifest.layers + manifest.beside:
         if not any(name.startswith(f"{entry.module}.") for name in names):
             continue
         reason = None
         if kind != "lora":
             reason = f"as {kind}, which needs the weights themselves"
-        elif parts.kind is EXPERT:
+        elif entry in manifest.tables:
+            reason = "whose embeddings are on flash"
+        elif parts.kind is EXPERT and entry in manifest.layers:
             reason = "whose experts are on flash"
         elif entry.order != "checkpoint":
             reason = "whose neurons lie in another order on flash"

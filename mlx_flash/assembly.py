@@ -13,15 +13,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from .arrays import parameters
 from .checkpoints.config import make_model, read_config
 from .checkpoints.in_place import describe_in_place
 from .checkpoints.stock import load_stock
+from .checkpoints.tables import tables_in_place
 from .errors import FlashError, reason_of
 from .layers.attention import in_pieces
-from .layers.base import FlashFFN, Guess
+from .layers.base import FlashFFN, FromFlash, Guess
+from .layers.exchange import exchange, exchange_beside
 from .layers.foresight import Foresight
 from .layers.kinds import EXPERT, UnitKind, kind_of
 from .memory.footprint import Shapes, find_shapes
@@ -46,6 +47,8 @@ class Assembled:
         stored: Of each layer, the numbers that its units have there; None where they
             are the same.
         shapes: For the budget.
+        beside, beside_extents: The modules of what is on flash beside these layers,
+            in the manifest's order, and where their units lie.
     """
 
     model: nn.Module
@@ -56,6 +59,8 @@ class Assembled:
     extents: list[list[Region]]
     shapes: Shapes
     stored: Sequence[np.ndarray | None] = ()
+    beside: Sequence[FromFlash] = ()
+    beside_extents: Sequence[list[Region]] = ()
 
     def look_ahead(
         self, learned: Sequence[Foresight] = (), trial: Trial | None = None
@@ -133,13 +138,18 @@ def _from_flash(folder: Path, predictor: bool) -> Assembled:
     shapes = _shapes(model, manifest, config, folder)
     model = empty_model(manifest, config, folder)
     in_pieces(model)
-    layers = _exchange(model, manifest, predictor, folder)
+    layers = exchange(model, manifest, predictor, folder)
+    beside = exchange_beside(model, manifest, folder)
     _load_resident(model, manifest, predictor, folder)
-    extents: list[list[Region]] = [
-        [bundle_extent(layer, folder)] for layer in manifest.layers
-    ]
+    extents = [_bundles(entry, folder) for entry in manifest.layers]
+    places = [_bundles(entry, folder) for entry in manifest.beside]
     kind = kind_of(manifest)
-    return Assembled(model, config, manifest, kind, layers, extents, shapes)
+    found = Assembled(model, config, manifest, kind, layers, extents, shapes)
+    return replace(found, beside=beside, beside_extents=places)
+
+
+def _bundles(entry: Layer, folder: Path) -> list[Region]:
+    return [bundle_extent(entry, folder)]
 
 
 def _in_place(folder: Path) -> Assembled:
@@ -147,13 +157,18 @@ def _in_place(folder: Path) -> Assembled:
     model, config = stock.model, stock.config
     manifest, extents = describe_in_place(stock)
     shapes = _shapes(model, manifest, config, folder)
-    layers = _exchange(model, manifest, False, folder)
-    return Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
+    manifest, places = tables_in_place(stock, manifest)
+    layers = exchange(model, manifest, False, folder)
+    beside = exchange_beside(model, manifest, folder)
+    found = Assembled(model, config, manifest, EXPERT, layers, extents, shapes)
+    return replace(found, beside=beside, beside_extents=places)
 
 
 def _shapes(model: nn.Module, manifest: Manifest, config: dict, folder: Path) -> Shapes:
     try:
-        return shapes_of(model, config, [x.module for x in manifest.layers])
+        return shapes_of(
+            model, config, [x.module for x in (*manifest.layers, *manifest.blocks)]
+        )
     except Exception as error:  # MLX's and mlx-lm's, of sizes that contradict
         raise FlashError(
             f"{folder / 'config.json'} describes a model that cannot run: "
@@ -172,54 +187,6 @@ def _quantize(model: nn.Module, quantization: dict | None) -> None:
             named.get(path, False) if hasattr(module, "to_quantized") else False
         ),
     )
-
-
-def _exchange(
-    model: nn.Module, manifest: Manifest, predictor: bool, folder: Path
-) -> list[FlashFFN]:
-    """Put an FFN over slots in the place of every FFN that the manifest names."""
-    kind = kind_of(manifest)
-    found = dict(model.named_modules())
-    layers = []
-    for entry in manifest.whole_layers:
-        if entry.module not in found:
-            raise FlashError(
-                f"{folder}: the manifest exchanges {entry.module}, which a model of "
-                f"type {manifest.model_type!r} does not have. Convert it again."
-            )
-        module = found[entry.module]
-        _check_parts(kind, module, entry, manifest, folder)
-        try:
-            layers.append(kind.make(module, entry, predictor))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            assert entry.predictor is not None  # nothing else can be impossible
-            raise FlashError(
-                f"{folder / MANIFEST}, {entry.module}: no predictor of rank "
-                f"{entry.predictor.rank} and {entry.predictor.bits} bits is possible "
-                f"({str(error).splitlines()[0]})."
-            ) from error
-    names = [entry.module for entry in manifest.layers]
-    model.update_modules(tree_unflatten(list(zip(names, layers, strict=True))))
-    return layers
-
-
-def _check_parts(
-    kind: UnitKind, module: nn.Module, entry: Layer, manifest: Manifest, folder: Path
-) -> None:
-    """Hold the parts that a manifest describes against the module they belong to."""
-    arrays = kind.parts(module, entry.units, getattr(mx, manifest.dtype))
-    want = {k: (dtype_name(a.dtype), tuple(a.shape)) for k, a in arrays.items()}
-    have = {p.name: (p.dtype, (entry.units, *p.shape)) for p in entry.parts}
-    if not kind.same_dtypes:
-        want = {name: ("", shape) for name, (_, shape) in want.items()}
-        have = {name: ("", shape) for name, (_, shape) in have.items()}
-    if have != want:
-        names = want.keys() | have.keys()
-        some = sorted(name for name in names if want.get(name) != have.get(name))
-        raise FlashError(
-            f"{folder}: bundles of {entry.module} and its config.json disagree about "
-            f"its {kind.name}s ({some[0]}). Convert the model again."
-        )
 
 
 def _load_resident(

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from .assembly import Assembled
 from .draft_model import DraftModel
 from .errors import FlashError
-from .layers.base import FlashFFN
+from .layers.base import FlashFFN, FromFlash
 from .layers.kinds import UnitKind
 from .memory.budget import Budget
 from .memory.elastic import Elastic, Watch
@@ -55,6 +55,7 @@ class Flash:
         told_of_prompt: Is called with the tokens of a long call that are through.
         pool: How its memory is divided at the moment.
         layers: Its FFNs on flash.
+        beside: What else is on flash: dense FFNs of a mixture, tables of embeddings.
         positions: How many the model has, None if it has no limit.
         shapes: What its size in memory depends on besides weights.
         vocabulary: Tokens it knows: ids from 0 on.
@@ -79,6 +80,7 @@ class Flash:
         self.manifest: Manifest = parts.manifest
         self.kind: UnitKind = parts.kind
         self.layers: list[FlashFFN] = parts.layers
+        self.beside: Sequence[FromFlash] = parts.beside
         self.positions: int | None = parts.config.get("max_position_embeddings")
         self.shapes = parts.shapes
         self.vocabulary = parts.shapes.vocabulary
@@ -193,8 +195,8 @@ class Flash:
             self.machines.close()
         with self._fence.lock:
             self.closed = True
-            for layer in self.layers:
-                layer.detach()
+            for module in (*self.layers, *self.beside):
+                module.detach()
             if self.pool is not None:
                 self.pool.close()
             self._reader.close()

@@ -15,13 +15,14 @@ import mlx.core as mx
 
 from .adapters import adapter_digest, apply_adapter
 from .assembly import Assembled, assemble, can_stream
+from .attach import attach_beside, attach_slots, loading_bar
 from .checkpoints.foresight_file import find_foresight, read_foresight
 from .checkpoints.hub import find_model
 from .checkpoints.record import check_files
 from .checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from .chunks import in_chunks
 from .draft_model import open_draft
-from .errors import FlashError
+from .errors import FlashError, NotEnoughMemory
 from .flash import Flash, Loaded
 from .layers.expert import ExpertFFN
 from .layers.foresight import Foresight
@@ -30,17 +31,15 @@ from .machines.division import Divide, facts_of
 from .machines.follow import Follower
 from .machines.lead import Lead
 from .machines.start import start
-from .memory.budget import LEAST_CONTEXT, Budget, total_bytes
+from .memory.budget import LEAST_CONTEXT, total_bytes
 from .memory.footprint import MAX_BATCH, MAX_PREFILL
 from .memory.page_cache import use_page_cache
 from .memory.policies import Lru
 from .memory.pool import Pool
-from .memory.slots import UnitSlots
 from .memory.system import check_gpu_memory
 from .memory.trial import Trial
-from .progress import Bar
 from .resident import read_weights
-from .sizing import budget_of, needs_of, policy_of
+from .sizing import budget_of, needs_of, policy_of, with_hint
 from .skipping import skip_neurons
 from .storage.direct_io import cached_before
 from .storage.limits import PAGE_BYTES
@@ -156,15 +155,19 @@ def _load(
     draft = None
     if wanted.draft_model is not None:
         draft = open_draft(wanted.draft_model, folder, footprint.context)
-    budget = budget_of(memory, draft, footprint, folder, by_layer, least_context)
+    try:
+        budget = budget_of(memory, draft, footprint, folder, by_layer, least_context)
+    except NotEnoughMemory as error:
+        raise with_hint(error, parts) from None
     # Who gives more than the model can use, does no harm with it.
     taken = draft.nbytes if draft else 0
     check_gpu_memory(min(budget.total_bytes, footprint.most_bytes) + taken)
 
+    blocks = parts.manifest.blocks
     through = use_page_cache(
         wanted.page_cache,
-        parts.manifest.layers,
-        budget.slots,
+        parts.manifest.layers + blocks,
+        budget.slots + budget.beside_slots[: len(blocks)],
         budget.total_bytes,
         parts.kind.worth_caching,
     )
@@ -177,15 +180,17 @@ def _load(
     flash = Flash(parts, folder, budget, reader, draft)
     flash.adapter = adapter.sha256 if adapter else None
     flash.skip = wanted.skip or 0.0
-    files = {extent.path for extents in parts.extents for extent in extents}
+    extents = (*parts.extents, *parts.beside_extents)
+    files = {extent.path for places in extents for extent in places}
     try:
         mx.reset_peak_memory()
-        with _bar(parts, budget, wanted.progress) as bar:
+        with loading_bar(parts, budget, wanted.progress) as bar:
             read_weights(parts.model, folder, bar)
             if draft is not None:
                 draft.read()
             flash.cached_share = cached_before(files, not through)
-            slots = _attach_slots(flash, parts, policy, wanted.overlap, bar)
+            slots = attach_slots(flash, parts, policy, wanted.overlap, bar)
+            slots += attach_beside(flash, parts, bar)
     except BaseException:
         flash.close()
         raise
@@ -241,37 +246,3 @@ def _share(
     adapter = None if path is None else adapter_digest(path)
     memory_bytes = min(total - beside, parts.manifest.ffn_bytes)
     return divide(parts, facts_of(parts, folder, memory_bytes, adapter)), total
-
-
-def _bar(parts: Assembled, budget: Budget, shown: bool | None) -> Bar:
-    """For all bytes that loading reads."""
-    manifest = parts.manifest
-    pairs = zip(budget.slots, manifest.layers, strict=True)
-    whole = sum(layer.nbytes for n, layer in pairs if n == layer.units)
-    total = manifest.resident.bytes + manifest.predictor_bytes + whole
-    return Bar("loading", total, shown, unit="B", unit_scale=True)
-
-
-def _attach_slots(
-    flash: Flash, parts: Assembled, policy: Lru, overlap: bool, bar: Bar
-) -> list[UnitSlots]:
-    """Give every layer its slots, and fill those of layers that are held whole."""
-    attached = []
-    for i, layer in enumerate(parts.layers):
-        slots = UnitSlots(
-            parts.manifest.layers[i],
-            parts.extents[i],
-            flash.budget.slots[i],
-            policy,
-            flash._reader,
-            flash._fence,
-            flash.stats,
-            layer.apart if overlap else 0.0,
-            parts.stored[i] if parts.stored else None,
-        )
-        layer.attach(slots, flash.budget.batch_tokens)
-        if slots.n_slots == slots.units:
-            slots.read_all()
-            bar.advance(parts.manifest.layers[i].nbytes)
-        attached.append(slots)
-    return attached

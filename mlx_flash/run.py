@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .memory.stats import Stats
+from .storage.manifest import Manifest
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -79,6 +81,52 @@ class RankReport:
     def __str__(self) -> str:
         held = "" if self.hit_rate is None else f", {self.hit_rate:.0%} was in memory"
         return f"{self.name} read {self.bytes_read / 1e6:,.1f} MB{held}"
+
+
+@dataclass(frozen=True)
+class BesideReport:
+    """What is on flash beside a model's layers, and how much of it memory holds.
+
+    Attributes:
+        blocks, blocks_held_whole, block_bytes: Dense FFNs of a mixture of experts.
+        tables, tables_held_whole, table_bytes: Tables of embeddings.
+    """
+
+    blocks: int = 0
+    blocks_held_whole: int = 0
+    block_bytes: int = 0
+    tables: int = 0
+    tables_held_whole: int = 0
+    table_bytes: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest, slots: Sequence[int]) -> BesideReport:
+        """The report of a model that has so many slots of each."""
+        whole = [n == x.units for n, x in zip(slots, manifest.beside, strict=True)]
+        count = len(manifest.blocks)
+        return cls(
+            count,
+            sum(whole[:count]),
+            manifest.beside_bytes - manifest.table_bytes,
+            len(manifest.tables),
+            sum(whole[count:]),
+            manifest.table_bytes,
+        )
+
+    def lines(self) -> list[str]:
+        """A line for a person of each sort that there is."""
+        lines = []
+        if self.blocks:
+            lines.append(
+                f"dense       {self.block_bytes / 1e6:,.1f} MB on flash as blocks; "
+                f"FFNs held whole: {self.blocks_held_whole} of {self.blocks}"
+            )
+        if self.tables:
+            lines.append(
+                f"embeddings  {self.table_bytes / 1e6:,.1f} MB on flash, read by rows; "
+                f"tables held whole: {self.tables_held_whole} of {self.tables}"
+            )
+        return lines
 
 
 @dataclass

@@ -12,7 +12,7 @@ from .layers.kinds import BLOCK, kind_of
 from .memory.stats import Stats
 from .memory.system import peak_process_bytes
 from .reported import Reported
-from .run import RankReport, Run
+from .run import BesideReport, RankReport, Run
 from .storage.manifest import Manifest
 
 COLD = 0.01  # of the files in memory, at most
@@ -54,7 +54,6 @@ class RunReport:
     was measured to cost; 0 and None where the output is the model's own.
 
     `ranks` has what each of several machines read; it is empty on one.
-
     `page_cache` is whether reads went through the page cache, `cached_share` what of
     the files they could find in memory when the model was loaded: 0 is cold.
     """
@@ -73,6 +72,7 @@ class RunReport:
     layers_held_whole: int
     page_cache: bool
     cached_share: float | None
+    beside: BesideReport = field(default_factory=BesideReport)
     resizes: list[tuple[float, int]] = field(default_factory=list)
     resizes_refused: list[tuple[float, int, int]] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -122,6 +122,7 @@ class RunReport:
             ),
             page_cache=not flash.direct_io,
             cached_share=flash.cached_share,
+            beside=BesideReport.of(manifest, budget.beside_slots),
             skip=flash.skip,
             lossy=flash.lossy,
         )
@@ -208,8 +209,9 @@ class RunReport:
             f"{self.peak_process_bytes / 1e6:.0f} MB)",
             f"layers      {self.layers_from_flash} of {self.layers_total} FFN layers "
             f"from flash, {self.layers_held_whole} of them held whole",
-            self._reads_line(),
         ]
+        lines += self.beside.lines()
+        lines.append(self._reads_line())
         if self.resizes:
             least = min(nbytes for _, nbytes in self.resizes)
             lines.append(
@@ -232,9 +234,8 @@ class RunReport:
         return "\n".join(lines)
 
     def _reads_line(self) -> str:
-        line = (
-            f"reads       {'through' if self.page_cache else 'around'} the page cache"
-        )
+        way = "through" if self.page_cache else "around"
+        line = f"reads       {way} the page cache"
         if self.cached_share is None:
             return line + ", cold or warm is not known"
         if self.cached_share < COLD:

@@ -6,7 +6,7 @@ from pathlib import Path
 from .assembly import Assembled
 from .draft_model import DraftModel
 from .errors import FlashError, NotEnoughMemory
-from .layers.kinds import UnitKind
+from .layers.kinds import BLOCK, EXPERT, UnitKind
 from .load_options import LoadOptions
 from .memory.budget import Budget, make_budget, total_bytes
 from .memory.divide import Divide
@@ -17,6 +17,7 @@ from .memory_size import LEAST_BARE, say_memory
 from .traces.curves import by_trace
 
 DEFAULT_CONTEXT = 2048
+WORTH_BLOCKS_BYTES = 64_000_000  # from which a mixture's dense FFNs are worth a hint
 
 
 def needs_of(
@@ -25,7 +26,9 @@ def needs_of(
     """What the model needs besides slots, and how slots are given to layers."""
     positions = parts.config.get("max_position_embeddings")
     context = options.context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    footprint = Footprint(parts.manifest, parts.shapes, parts.kind, context)
+    footprint = Footprint(
+        parts.manifest, parts.shapes, parts.kind, context, dense=BLOCK
+    )
     kind, layers = parts.kind, parts.manifest.layers
     if not options.predictor:
         layers = tuple(replace(layer, predictor=None) for layer in layers)
@@ -64,6 +67,21 @@ def budget_of(
             "more, or a smaller draft.",
             least_bytes=need,
         ) from error
+
+
+def with_hint(error: NotEnoughMemory, parts: Assembled) -> NotEnoughMemory:
+    """The error with a way to need less, if dense FFNs of a mixture stay in memory."""
+    if parts.kind is not EXPERT or parts.manifest.blocks:
+        return error
+    dense = BLOCK.find(parts.model).values()
+    nbytes = sum(a.nbytes for ffn in dense for a in BLOCK.arrays(ffn).values())
+    if nbytes < WORTH_BLOCKS_BYTES:
+        return error
+    return NotEnoughMemory(
+        f"{error} Dense FFNs are {nbytes / 1e6:,.1f} MB of the resident weights: "
+        "mlx-flash convert --blocks puts these on flash, too.",
+        least_bytes=error.least_bytes,
+    )
 
 
 def policy_of(options: LoadOptions, kind: UnitKind, foreseen: bool = False) -> Lru:

@@ -16,6 +16,7 @@ from mlx_lm.utils import _get_classes
 
 import mlx_flash
 from mlx_flash import sizing as loader
+from mlx_flash.memory.beside import least_beside
 from mlx_flash.memory.budget import make_budget
 
 COMMON = dict(
@@ -191,12 +192,16 @@ def write_original(folder: Path, config: dict, seed: int = 1) -> Path:
 
 
 def stream(folder: Path, *slots: int, **options):
-    """The model with so many slots for every layer, or for each."""
+    """The model with so many slots for every layer, or for each.
+
+    What is on flash beside the layers has its least slots.
+    """
 
     def exactly(*args):
-        budget = make_budget(*args)
+        budget, manifest = make_budget(*args), args[1].manifest
         counts = slots if len(slots) > 1 else slots * len(budget.slots)
-        return dataclasses.replace(budget, slots=counts)
+        few = least_beside(manifest)
+        return dataclasses.replace(budget, slots=counts, beside_slots=few)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "make_budget", exactly)

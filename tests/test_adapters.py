@@ -16,7 +16,7 @@ from stock_checkpoints import write_checkpoint as write_stock
 import mlx_flash
 from mlx_flash.errors import FlashError
 from mlx_flash.generation import stream_generate
-from mlx_flash.layers import block
+from mlx_flash.layers import block, lookup
 from mlx_flash.prompt_cache import model_identity
 
 PROMPT = [11, 20, 21, 22, 13, 12]
@@ -141,6 +141,40 @@ def test_neurons_in_the_order_of_the_checkpoint(tmp_path):
             results.append(logits(model, PROMPT))
     assert difference(results[0], results[1]) < 1e-4
     assert difference(results[0], before) > 0.01
+
+
+def test_dense_ffns_beside_experts(tmp_path):
+    config = QWEN3 | dict(model_type="qwen2_moe", shared_expert_intermediate_size=256)
+    source = write_stock(tmp_path / "stock", config)
+    save_tokenizer(source)
+    folder = mlx_flash.convert(source, tmp_path / "flash", blocks=True, progress=False)
+    keys = [*ATTENTION, "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"]
+    adapter = train(source, tmp_path / "shared", keys)
+    theirs = logits(mlx_lm.load(source, adapter_path=str(adapter))[0])
+    for memory in ("1MB", "1GB"):
+        with mlx_flash.load_model(
+            folder, memory, context=128, adapter_path=adapter
+        ) as (
+            model,
+            _,
+        ):
+            ours = logits(model)
+        assert difference(ours, theirs) < 1e-4 * mx.abs(theirs[0]).max().item()
+    dora = train(source, tmp_path / "dora", keys, "dora")
+    with pytest.raises(FlashError, match="which needs the weights themselves"):
+        mlx_flash.load_model(folder, "1GB", adapter_path=dora)
+
+
+def test_embeddings_on_flash_take_no_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
+    source = write_stock(tmp_path / "stock", QWEN3)
+    save_tokenizer(source)
+    folder = train(source, tmp_path / "attention", ATTENTION)
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    weights["model.embed_tokens.lora_a"] = mx.zeros((97, 4))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    with pytest.raises(FlashError, match="embeddings are on flash"):
+        mlx_flash.load_model(source, "1GB", adapter_path=folder)
 
 
 def test_experts_take_adapters_of_attention_alone(tmp_path):

@@ -25,6 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from stock_checkpoints import LLAMA, QWEN3, stream
 
 import mlx_flash
+from mlx_flash.layers import lookup
+from mlx_flash.memory import beside
 
 STEP, NEXT_STEP = ((11,),), ((42,),)
 PROMPT = ((84, 63, 64, 73, 24, 32, 20, 6),)  # tokens that need every unit of a layer
@@ -63,8 +65,13 @@ KINDS = {
     "skipped neurons": Kind(24, (8, 20), (False,), 1e-5, skip=0.5),
     "experts in place": Kind(8, (2, 5), (False, True), 0),
     "converted experts": Kind(8, (2, 5), (False, True), 0),
+    "experts and rows": Kind(8, (2, 5), (False,), 0),
+    "experts and blocks": Kind(8, (2, 5), (False,), 1e-5),
     "blocks": Kind(11, (4, 9), (False,), 1e-5),
 }
+# Experts beside a dense FFN of eleven blocks
+SHARED = QWEN3 | dict(model_type="qwen2_moe", shared_expert_intermediate_size=11 * 241)
+TABLE_SLOTS = 3  # of embeddings: a prompt looks eight up
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,9 @@ def make_folder(name, base):
         # Eleven is prime: an eighth is the most that a block may hold of a layer.
         config = LLAMA | {"intermediate_size": 11 * 241}
         source = stock_checkpoints.write_checkpoint(base / "source", config)
+    elif name == "experts and blocks":
+        source = stock_checkpoints.write_checkpoint(base / "source", SHARED)
+        options = {"blocks": True}
     elif name in ("gated neurons", "skipped neurons"):
         config = LLAMA | {"intermediate_size": 24}
         source = stock_checkpoints.write_checkpoint(base / "source", config)
@@ -105,7 +115,14 @@ def make_folder(name, base):
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory):
     """The name of a kind, and the folder of a tiny model of it."""
-    return request.param, make_folder(request.param, tmp_path_factory.mktemp("made"))
+    name = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "experts and rows":
+            patch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
+            patch.setattr(beside, "TABLE_SLOTS", TABLE_SLOTS)
+        folder = make_folder(name, tmp_path_factory.mktemp("made"))
+        assert ((folder / "ffn/table_00.safetensors").exists()) == ("rows" in name)
+        yield name, folder
 
 
 @pytest.fixture

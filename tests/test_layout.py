@@ -36,7 +36,7 @@ ROWS = (
     ),
     ("flash",),
     ("load_options",),
-    ("machines", "sizing"),
+    ("machines", "sizing", "attach"),
     ("loading",),
     (
         "generation",

@@ -88,7 +88,7 @@ def manifest_digests(folder: Path) -> dict[str, Noted]:
     weights: list[Weights | Layer] = [manifest.resident]
     if manifest.predictors:
         weights.append(manifest.predictors)
-    weights += manifest.layers
+    weights += manifest.layers + manifest.beside
     remedy = "Restore them from a copy, or convert the model again with --overwrite."
     noted = {
         entry.file: Noted(

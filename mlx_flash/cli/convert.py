@@ -64,6 +64,11 @@ from .common import revision_option
     help="What a dense FFN is cut into.  [default: as its sparsity suggests]",
 )
 @click.option(
+    "--blocks",
+    is_flag=True,
+    help="Put the dense FFNs of a mixture of experts on flash, too, as blocks.",
+)
+@click.option(
     "--skippable",
     is_flag=True,
     help="Keep the gates of a dense FFN in memory, so that a run can --skip neurons, "

@@ -43,11 +43,41 @@ class LookAhead:
     first: bool = False
 
 
-class FlashFFN(nn.Module):
-    """An FFN module whose weights are in slots, not in the module.
+class FromFlash(nn.Module):
+    """A module whose weights are in slots, not in the module.
 
-    It stands in a model where the ordinary FFN stood. The slots are attached after the
+    It stands in a model where the ordinary one stood. The slots are attached after the
     model was built and detached when it is closed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slots: UnitSlots | None = None
+
+    @property
+    def slots(self) -> UnitSlots:
+        """The slots that are attached.
+
+        Raises:
+            FlashError: If the model was closed.
+        """
+        if self._slots is None:
+            raise FlashError(CLOSED)
+        return self._slots
+
+    def attach(self, slots: UnitSlots, batch_tokens: int = MAX_BATCH) -> None:
+        """Take weights from `slots` from now on."""
+        self._slots = slots
+
+    def detach(self) -> None:
+        """Let go of the slots. Calls then raise a FlashError."""
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+
+
+class FlashFFN(FromFlash):
+    """An FFN module whose weights are in slots.
 
     Attributes:
         apart: For `SlotCache`: up to which share of the slots a step is cut in two.
@@ -69,24 +99,11 @@ class FlashFFN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._slots: UnitSlots | None = None
         self._ahead: LookAhead | None = None
         self._watcher: Watcher | None = None
 
-    @property
-    def slots(self) -> UnitSlots:
-        """The slots that are attached.
-
-        Raises:
-            FlashError: If the model was closed.
-        """
-        if self._slots is None:
-            raise FlashError(CLOSED)
-        return self._slots
-
     def attach(self, slots: UnitSlots, batch_tokens: int = MAX_BATCH) -> None:
-        """Multiply from `slots` from now on."""
-        self._slots = slots
+        super().attach(slots)
         self.batch_tokens = batch_tokens
 
     def batches(self, x: mx.array) -> list[mx.array]:
@@ -96,12 +113,6 @@ class FlashFFN(nn.Module):
             return [x]
         cuts = [len(x) * i // count for i in range(1, count)]
         return list(mx.split(x, cuts))
-
-    def detach(self) -> None:
-        """Let go of the slots. Calls then raise a FlashError."""
-        if self._slots is not None:
-            self._slots.close()
-            self._slots = None
 
     def look_ahead(
         self,
@@ -185,7 +196,7 @@ class NoSuchWeight:
         found = super().__contains__(name)  # type: ignore[misc]
         if name in self.on_flash and not found:
             raise FlashError(
-                f"{name} cannot be changed: the weights of this FFN are on flash. "
+                f"{name} cannot be changed: the weights of this module are on flash. "
                 "Change the ordinary model (mlx_lm.fuse for adapters) and convert it."
             )
         return found

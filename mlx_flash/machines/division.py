@@ -140,7 +140,8 @@ def identity(parts: Assembled, folder: Path) -> str:
     if manifest.share is not None:
         return manifest.share.model
     if (folder / MANIFEST).exists():
-        return model_digest(folder, manifest.resident.sha256, manifest.layers)
+        entries = (*manifest.layers, *manifest.beside)
+        return model_digest(folder, manifest.resident.sha256, entries)
     digest = hashlib.sha256(file_sha256(folder / "config.json").encode())
     for path in sorted(folder.glob(SHARDS)):
         digest.update(sample_sha256(path).encode())
@@ -148,7 +149,11 @@ def identity(parts: Assembled, folder: Path) -> str:
 
 
 def model_digest(folder: Path, resident_sha256: str, layers: Sequence[Layer]) -> str:
-    """The digest of a whole flash folder's model."""
+    """The digest of a whole flash folder's model.
+
+    Args:
+        layers: All of its layers, then what is beside them.
+    """
     config = file_sha256(folder / "config.json")
     facts = [config, resident_sha256, *(layer.sha256 for layer in layers)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -24,3 +24,10 @@ class Asked:
     def counts(self) -> np.ndarray:
         """How many steps asked for each unit."""
         return self._of_unit + self._of_all
+
+
+class NotCounted(Asked):
+    """Of rows of embeddings, which are too many to be counted."""
+
+    def count(self, units: np.ndarray) -> None:
+        return

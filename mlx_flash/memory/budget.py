@@ -12,6 +12,13 @@ from ..errors import NotEnoughMemory
 from ..memory_size import parse_memory, say_memory
 from ..storage.manifest import Manifest
 from . import system
+from .beside import (
+    blocks_first,
+    bytes_beside,
+    least_beside,
+    more_beside,
+    tables_last,
+)
 from .divide import Divide
 from .footprint import CACHED, MAX_PREFILL, Footprint
 
@@ -22,6 +29,8 @@ WORKSPACE_SHARE = 0.03  # of the budget, for the activations of a prompt chunk
 @dataclass(frozen=True)
 class Budget:
     """Bytes of each use; `slots[i]` is the number of slots of FFN layer i.
+
+    `beside_slots` are those of what `memory.beside` is about; they take `beside_bytes`.
 
     `kv_bytes` was reckoned for `context` tokens, `workspace_bytes` for prompt chunks of
     `prefill_tokens` that FFNs multiply `batch_tokens` at a time. `cache_bytes` of the
@@ -38,6 +47,8 @@ class Budget:
     prefill_tokens: int
     batch_tokens: int
     context: int
+    beside_slots: tuple[int, ...] = ()
+    beside_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -115,28 +126,61 @@ def _fit_for(total: int, footprint: Footprint, divide: Divide | None) -> Budget 
         whole_call = min(footprint.context, MAX_PREFILL)  # as mlx-lm cuts prompts
         waiting = whole_call if whole_call > tokens else 0
         workspace = footprint.workspace_bytes(tokens, batch, waiting)
-        if share_slots(room - workspace, footprint) is not None:
+        if all_slots(room - workspace, footprint) is not None:
             # Only a long prompt has logits wait: it will take slots for them.
             workspace = footprint.workspace_bytes(tokens, batch)
-            slots = share_slots(room - workspace, footprint, divide)
+            given = all_slots(room - workspace, footprint, divide)
             break
     else:
         return None
-    assert slots is not None  # with less workspace there are no fewer
-    manifest = footprint.manifest
+    assert given is not None  # with less workspace there are no fewer
+    manifest, (slots, beside) = footprint.manifest, given
     slot_bytes = bytes_of_slots(slots, footprint)
+    used = footprint.fixed_bytes + slot_bytes + more_beside(manifest, beside)
     return Budget(
         total_bytes=total,
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         kv_bytes=footprint.kv_bytes,
-        workspace_bytes=total - footprint.fixed_bytes - slot_bytes,
+        workspace_bytes=total - used,
         slot_bytes=slot_bytes,
         slots=slots,
         prefill_tokens=tokens,
         batch_tokens=batch,
         context=footprint.context,
+        beside_slots=beside,
+        beside_bytes=bytes_beside(manifest, beside),
     )
+
+
+def all_slots(
+    room: float, footprint: Footprint, divide: Divide | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Slots of each layer, and of what is on flash beside them.
+
+    Args:
+        room: Bytes for all slots, but for the least ones beside the layers.
+
+    Returns:
+        None if a layer would get fewer than it works with.
+    """
+    manifest, layers = footprint.manifest, footprint.manifest.layers
+    slots = share_slots(room, footprint, divide)
+    if slots is None:
+        return None
+    if not manifest.beside:
+        return slots, ()
+    beside = blocks_first(
+        manifest, room - bytes_of_slots(footprint.least_slots, footprint)
+    )
+    rest = room - more_beside(manifest, beside)
+    shared = share_slots(rest, footprint, divide)
+    if shared is None:  # layers of many sizes want more than their least slots
+        beside, rest, shared = least_beside(manifest), room, slots
+    whole = all(n == layer.units for n, layer in zip(shared, layers, strict=True))
+    if whole:
+        beside = tables_last(manifest, beside, rest - bytes_of_slots(shared, footprint))
+    return shared, beside
 
 
 def bytes_of_slots(slots: Sequence[int], footprint: Footprint) -> int:

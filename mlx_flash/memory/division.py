@@ -8,7 +8,7 @@ reserve for its KV cache takes them, too.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .budget import Budget, share_slots
+from .budget import Budget, all_slots
 from .divide import Divide
 from .footprint import MAX_PREFILL, Footprint
 
@@ -17,11 +17,19 @@ KV_AHEAD = 256  # tokens
 
 @dataclass(frozen=True)
 class Division:
-    """Slots of each layer beside chunks of so many tokens and so much KV cache."""
+    """Slots of each layer beside chunks of so many tokens and so much KV cache.
+
+    `beside_slots` are those of what `memory.beside` is about.
+    """
 
     slots: tuple[int, ...]
     tokens: int
     kv_bytes: int
+    beside_slots: tuple[int, ...] = ()
+
+    @property
+    def all_slots(self) -> tuple[int, ...]:
+        return self.slots + self.beside_slots
 
 
 def as_divided(footprint: Footprint, budget: Budget) -> Footprint:
@@ -84,12 +92,17 @@ class Divider:
         workspace += footprint.growth_bytes(kv_bytes - footprint.kv_bytes)
         fixed = footprint.fixed_bytes - footprint.kv_bytes + kv_bytes
         room = budget.total_bytes - fixed - workspace
-        slots = share_slots(room, footprint, self.divide)
-        if slots is None:
+        found = all_slots(room, footprint, self.divide)
+        if found is None:
             return None
-        usual = zip(slots, budget.slots, strict=True)
-        return Division(tuple(min(pair) for pair in usual), tokens, kv_bytes)
+        pairs = zip(found, (budget.slots, budget.beside_slots), strict=True)
+        slots, beside = (_fewer(*pair) for pair in pairs)
+        return Division(slots, tokens, kv_bytes, beside)
 
     def _bytes(self, slots: Sequence[int]) -> int:
         layers = self.footprint.manifest.layers
         return sum(n * x.unit_bytes for n, x in zip(slots, layers, strict=True))
+
+
+def _fewer(slots: Sequence[int], usual: Sequence[int]) -> tuple[int, ...]:
+    return tuple(min(pair) for pair in zip(slots, usual, strict=True))

@@ -7,6 +7,7 @@ or the step is over.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.reader import Reader, Ticket
 from .held import Held
+from .slot_cache import SlotCache
 from .stats import Stats
 
 
@@ -62,6 +64,7 @@ class Early:
         Raises:
             FlashError: If that fails, too, or a file changed.
         """
+        since = time.perf_counter()
         cache = held.cache
         mine = cache.unit_of[self.slots] == self.units
         try:
@@ -79,3 +82,25 @@ class Early:
         files.check()
         cache.arrived(self.slots[mine])
         stats.count(result)
+        stats.io_s += time.perf_counter() - since
+
+
+def begin_early(
+    units: np.ndarray,
+    likely: np.ndarray | None,
+    cache: SlotCache,
+    reader: Reader,
+    source: int,
+    stats: Stats,
+) -> Early | None:
+    """Begin to read those of `units` that are not in slots; None if all are.
+
+    `likely` is as `UnitSlots.read_early` takes it.
+    """
+    since = time.perf_counter()
+    missing, slots = cache.early(units.astype(np.intp, copy=False), likely)
+    stats.cache_s += time.perf_counter() - since
+    if not len(missing):
+        return None
+    ticket = reader.submit(source, missing, slots, guess=True)
+    return Early(missing, slots, ticket)

@@ -17,6 +17,7 @@ from ..arrays import arrays_of
 from ..storage.manifest import Layer, Manifest
 from ..storage.safetensors import DTYPES
 from .allocation import spare_bytes
+from .beside import bytes_beside, least_beside, more_beside
 
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
@@ -161,6 +162,7 @@ class Footprint:
         share: Of a layer's units, the most that have slots.
         logits: Of so many tokens there is room for logits, in float32.
         adapter_bytes: Of weights that are resident beside the manifest's.
+        dense: The unit kind of the manifest's blocks, if it has any.
     """
 
     manifest: Manifest
@@ -170,6 +172,7 @@ class Footprint:
     share: float = 1.0
     logits: int = LOGITS
     adapter_bytes: int = 0
+    dense: Needs | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -179,10 +182,14 @@ class Footprint:
 
     @property
     def fixed_bytes(self) -> int:
-        """What is there whatever memory is given: weights, predictors, KV cache."""
+        """What is there whatever memory is given: weights, predictors, KV cache.
+
+        With the least slots of what is on flash beside the layers.
+        """
         manifest = self.manifest
         weights = manifest.resident.bytes + manifest.predictor_bytes
-        return weights + self.adapter_bytes + self.kv_bytes
+        beside = bytes_beside(manifest, least_beside(manifest))
+        return weights + beside + self.adapter_bytes + self.kv_bytes
 
     @property
     def logits_bytes(self) -> int:
@@ -203,7 +210,10 @@ class Footprint:
         """What one token occupies while an FFN multiplies it."""
         experts, layers = self.shapes.experts_per_token, self.manifest.layers
         size, share = self._value_bytes, self.share
-        return self.needs.hidden_bytes(layers, size, experts, share)
+        hidden = self.needs.hidden_bytes(layers, size, experts, share)
+        if self.dense is not None and (blocks := self.manifest.blocks):
+            hidden = max(hidden, self.dense.hidden_bytes(blocks, size, experts, 1.0))
+        return hidden
 
     @property
     def per_token_bytes(self) -> int:
@@ -286,4 +296,5 @@ class Footprint:
     def most_bytes(self) -> int:
         """The budget beyond which more memory changes nothing."""
         everything = self.fixed_bytes + self.manifest.ffn_bytes + self.page_bytes
+        everything += more_beside(self.manifest)
         return everything + self.workspace_bytes(MAX_PREFILL, MAX_BATCH)

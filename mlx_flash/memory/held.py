@@ -4,6 +4,7 @@ Each part of a unit has one MLX array `[n_slots, *shape]`. NumPy views of the sa
 memory are what the reader writes to, so nothing is staged or copied.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -63,6 +64,20 @@ def move_held(
         mx.clear_cache()
         _add_part(held, part)[kept] = staged
     return held
+
+
+def resized_held(
+    layer: Layer, old: Held, n_slots: int, spare_bytes: int
+) -> Iterator[Held]:
+    """Another number of slots, with as many units as fit into `spare_bytes`.
+
+    First comes one empty slot, to be used if whatever follows is stopped: it is little,
+    but not wrong. `old` is of no use once the second one was asked for.
+    """
+    largest = max(part.bytes for part in layer.parts)
+    cache, rows, kept = old.cache.resized(n_slots, spare_bytes // largest)
+    yield allocate_held(layer, old.cache.resized(1, 0)[0])
+    yield move_held(layer, old, rows, cache, kept)
 
 
 def _add_part(held: Held, part: Part) -> np.ndarray:

@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..errors import FlashError
 from ..memory_size import say_memory
 from . import pressure
+from .beside import more_beside
 from .budget import Budget, bytes_of_slots, least_bytes, make_budget, total_bytes
 from .caches import Caches
 from .divide import Divide
@@ -30,6 +31,8 @@ CLOSER = 0.01  # of the budget: how near a shrunken one comes to the least that 
 
 class Pool:
     """The slots of all layers of a model, which is to be asked before every call.
+
+    Those of the manifest's layers come first, then those of what is beside them.
 
     Attributes:
         budget: How memory is divided as a rule.
@@ -58,7 +61,9 @@ class Pool:
         self._lock = lock
         self._divide = divide
         self.caches = Caches()
-        self.division = Division(budget.slots, budget.prefill_tokens, budget.kv_bytes)
+        self.division = Division(
+            budget.slots, budget.prefill_tokens, budget.kv_bytes, budget.beside_slots
+        )
         self._rest = self.division  # where nothing has to give way
         self._given_bytes = budget.total_bytes  # by whoever uses the model
         self._wanted_bytes: int | None = None
@@ -242,7 +247,8 @@ class Pool:
         now, usual = self.division, self.budget
         fits = tokens <= now.tokens and kv_bytes <= now.kv_bytes
         enough = tokens <= usual.prefill_tokens and kv_bytes <= usual.kv_bytes
-        if not fits or (now.slots != self._rest.slots and enough):
+        given_way = now.all_slots != self._rest.all_slots
+        if not fits or (given_way and enough):
             divider = Divider(usual, self._footprint, self._divide)
             self._change(self._best(divider, tokens, kv_bytes))
 
@@ -280,10 +286,13 @@ class Pool:
         room = budget.total_bytes - weights - kv_bytes
         self.division = replace(division, tokens=0)
         slots = [layer.n_slots for layer in self._layers]
-        order = sorted(range(len(slots)), key=lambda i: division.slots[i] - slots[i])
+        ffns = len(division.slots)
+        wanted = division.all_slots
+        order = sorted(range(len(slots)), key=lambda i: wanted[i] - slots[i])
         for i in order:
-            slots[i] = division.slots[i]
-            spare = room - bytes_of_slots(slots, footprint)
+            slots[i] = wanted[i]
+            spare = room - bytes_of_slots(slots[:ffns], footprint)
+            spare -= more_beside(footprint.manifest, slots[ffns:])
             # Others may need memory just now: a resize must not make that worse.
             spare = min(spare, pressure.available_bytes() // 2)
             self._layers[i].resize(slots[i], max(spare, 0))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .places import make_places
 from .policies import EMPTY, Lru
 
 
@@ -55,8 +56,7 @@ class SlotCache:
             raise ValueError(f"{slots} slots for {units} units")
         self.policy = policy.for_layer(units)
         self.apart = apart
-        # Indices of the machine's own width: NumPy converts any other on every use.
-        self.slot_of = np.full(units, EMPTY, np.intp)
+        self.slot_of = make_places(units, slots)
         self.unit_of = np.full(slots, EMPTY, np.intp)
         self.valid = np.zeros(slots, bool)
         # One more than slots, so that marking slot EMPTY marks nothing.

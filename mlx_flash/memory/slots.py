@@ -15,10 +15,10 @@ from ..errors import FlashError
 from ..storage.identity import Identities
 from ..storage.manifest import Layer
 from ..storage.reader import Reader, Region, Ticket
-from .asked import Asked
-from .early import Early
+from .asked import Asked, NotCounted
+from .early import Early, begin_early
 from .fence import Fence, begin, evaluate
-from .held import Held, allocate_held, move_held
+from .held import Held, allocate_held, resized_held
 from .policies import Lru
 from .slot_cache import SlotCache, Wave
 from .stats import Stats
@@ -55,18 +55,18 @@ class UnitSlots:
         stats: Stats,
         apart: float = 0.0,
         stored: np.ndarray | None = None,
+        rows: bool = False,
     ):
         self.listener: Listener | None = None
-        self.asked = Asked(layer.units)
+        self.asked = (NotCounted if rows else Asked)(layer.units)
         self.stats = stats
+        self._count = stats.count_rows if rows else stats.count_units
         self._layer = layer
-        self._held = allocate_held(
-            layer, SlotCache(layer.units, n_slots, policy, apart)
-        )
+        cache = SlotCache(layer.units, n_slots, policy, apart)
+        self._held = allocate_held(layer, cache)
         self._reader = reader
         self._fence = fence
-        views = self._held.views
-        self._source = reader.add_source(extents, views, layer.units, stored)
+        self._source = reader.add_source(extents, self._held.views, layer.units, stored)
         self.files = Identities(extent.path for extent in extents)
         self._early: Early | None = None
         self._in_step = False  # still True when a step begins: the last one stopped
@@ -130,18 +130,11 @@ class UnitSlots:
             self._fence.settle()
             self._early = None
             self.cache.recover()
-            self._exchange(n_slots, spare_bytes)
+            for held in resized_held(self._layer, self._held, n_slots, spare_bytes):
+                self._have(held)
             self._in_step = False
             if whole:
                 self.read_all()
-
-    def _exchange(self, n_slots: int, spare_bytes: int) -> None:
-        largest = max(part.bytes for part in self._layer.parts)
-        old = self._held
-        cache, rows, kept = old.cache.resized(n_slots, spare_bytes // largest)
-        # Whatever stops us from here on: one empty slot is little, but not wrong.
-        self._have(allocate_held(self._layer, old.cache.resized(1, 0)[0]))
-        self._have(move_held(self._layer, old, rows, cache, kept))
 
     def _have(self, held: Held) -> None:
         self._held = held
@@ -244,12 +237,9 @@ class UnitSlots:
                 return
             self._in_step = True
             self._fence.settle(self._owner)
-            since = time.perf_counter()
-            missing, slots = self.cache.early(units.astype(np.intp, copy=False), likely)
-            self.stats.cache_s += time.perf_counter() - since
-            if len(missing):
-                ticket = self._reader.submit(self._source, missing, slots, guess=True)
-                self._early = Early(missing, slots, ticket)
+            self._early = begin_early(
+                units, likely, self.cache, self._reader, self._source, self.stats
+            )
             self._in_step = False
 
     def close(self) -> None:
@@ -264,19 +254,15 @@ class UnitSlots:
             mx.synchronize()  # nobody holds what the last step had begun to compute
             self._early = None
             self._held.clear(self.cache.recover())
-            self._held = replace(self._held, whole=False)
-            self._reader.move_source(self._source, self._held.views)
+            self._have(replace(self._held, whole=False))
         self._in_step = True
 
     def _finish_early(self, slots: np.ndarray | None = None) -> None:
         """Wait for what `read_early` began, if it reads into some of `slots`."""
         early = self._early
-        if early is None or not (slots is None or early.uses(slots)):
-            return
-        self._early = None
-        since = time.perf_counter()
-        early.finish(self._reader, self._source, self._held, self.files, self.stats)
-        self.stats.io_s += time.perf_counter() - since
+        if early is not None and (slots is None or early.uses(slots)):
+            self._early = None
+            early.finish(self._reader, self._source, self._held, self.files, self.stats)
 
     def _submit_next(
         self, waves: Iterator[Wave], total: object
@@ -288,8 +274,7 @@ class UnitSlots:
         stats.cache_s += time.perf_counter() - since
         if wave is None:
             return None, None
-        stats.hits += len(wave.units) - len(wave.missing)
-        stats.misses += len(wave.missing)
+        self._count(len(wave.units), len(wave.missing))
         if total is not None:
             evaluate(total)  # also before a wave of hits: it would pile up in memory
             stats.waits_for_slots += 1

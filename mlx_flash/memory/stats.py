@@ -18,7 +18,8 @@ class Stats:
     predictions can be compared with the truth because every neuron is computed anyway.
     `waits` counts how often the host waited for MLX to know what to read, while MLX had
     nothing else to do; `waits_for_slots` how often for slots that MLX still computed
-    from, behind which reads were under way.
+    from, behind which reads were under way. `rows` of embeddings that were looked up
+    are no hits and misses; `rows_read` of them were not in memory.
     """
 
     hits: int = 0
@@ -34,6 +35,8 @@ class Stats:
     waits_for_slots: int = 0
     swept_active: int = 0
     swept_predicted: int = 0
+    rows: int = 0
+    rows_read: int = 0
 
     @classmethod
     def of(cls, found: dict) -> Stats:
@@ -74,6 +77,16 @@ class Stats:
         if not self.swept_active:
             return None
         return self.swept_predicted / self.swept_active
+
+    def count_units(self, needed: int, missing: int) -> None:
+        """Add units of FFNs that were needed, of which some were not in memory."""
+        self.hits += needed - missing
+        self.misses += missing
+
+    def count_rows(self, needed: int, missing: int) -> None:
+        """The same of rows of embeddings."""
+        self.rows += needed
+        self.rows_read += missing
 
     def count(self, result: ReadResult) -> None:
         """Add what a batch of reads took."""

@@ -91,6 +91,8 @@ class Work:
         steps: Layers of the model, FFNs and attention together counting as one.
         kv_bytes: Of caches, gone through for each token.
         load_bytes: What is read before the first token.
+        blocks: Dense FFNs of a mixture of experts on flash.
+        rows: Tables of embeddings on flash.
     """
 
     resident: tuple[Matrices, ...]
@@ -98,6 +100,8 @@ class Work:
     steps: int
     kv_bytes: float = 0.0
     load_bytes: float = 0.0
+    blocks: tuple[FlashLayer, ...] = ()
+    rows: tuple[FlashLayer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class Cost:
 
 def token_bytes(work: Work) -> float:
     """Bytes that one more token reads on average, on any machine."""
-    return sum(_asked(layer, _missing(layer))[0] for layer in work.layers)
+    layers = (*work.layers, *work.blocks, *work.rows)
+    return sum(_asked(layer, _missing(layer))[0] for layer in layers)
 
 
 def token_cost(profile: Profile, work: Work) -> Cost:
@@ -137,7 +142,7 @@ def token_cost(profile: Profile, work: Work) -> Cost:
     for weights in work.resident:
         compute_s += weights.nbytes / _rate(profile, weights).bytes_per_s
     total = Cost(compute_s=compute_s)
-    for layer in work.layers:
+    for layer in (*work.layers, *work.blocks):
         read = _read(profile, layer, _missing(layer))
         share = layer.computed / layer.units
         rate = _rate(profile, layer.weights)
@@ -148,7 +153,7 @@ def token_cost(profile: Profile, work: Work) -> Cost:
         total += replace(
             cost, wait_s=layer.waits * profile.wait_s, waits=float(layer.waits)
         )
-    return total
+    return total + _rows_cost(profile, work, 1)
 
 
 def prompt_cost(
@@ -176,6 +181,9 @@ def prompt_cost(
         total += Cost(compute_s=compute_s)
         for layer, slots in zip(work.layers, filled, strict=True):
             total += _chunk_cost(profile, layer, now, slots)
+        for layer in work.blocks:
+            total += _chunk_cost(profile, layer, now, layer.slots)
+        total += _rows_cost(profile, work, now)
         filled = [layer.slots for layer in work.layers]
         tokens -= now
     return total
@@ -201,6 +209,17 @@ def _chunk_cost(profile: Profile, layer: FlashLayer, tokens: int, held: int) -> 
         wait_s=layer.waits * profile.wait_s,
         waits=float(layer.waits),
     )
+
+
+def _rows_cost(profile: Profile, work: Work, tokens: int) -> Cost:
+    """What tables cost that are not held whole: rows of random tokens, and waiting."""
+    total = Cost()
+    for table in work.rows:
+        if table.slots < table.units:
+            missing = table.units * (1 - (1 - 1 / table.units) ** tokens)
+            read = _read(profile, table, missing)
+            total += replace(read, wait_s=profile.wait_s, waits=1.0)
+    return total
 
 
 def load_s(profile: Profile, work: Work) -> float:

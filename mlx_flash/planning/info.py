@@ -59,6 +59,10 @@ class Info:
             "resident_bytes": manifest.resident.bytes,
             "predictor_bytes": manifest.predictor_bytes,
             "ffn_bytes": manifest.ffn_bytes,
+            "tables": len(manifest.tables),
+            "table_bytes": manifest.table_bytes,
+            "blocks": len(manifest.blocks),
+            "block_bytes": manifest.beside_bytes - manifest.table_bytes,
             "source": manifest.source,
             "dtype": manifest.dtype,
             "bits": _common([_bits(found) for found in self.on_flash]),
@@ -92,6 +96,19 @@ class Info:
             f"{' and '.join(packings)}",
             f"predictors  {size(manifest.predictor_bytes)}  (not part of the model)",
         ]
+        if blocks := manifest.blocks:
+            nbytes = manifest.beside_bytes - manifest.table_bytes
+            lines.insert(
+                -1,
+                f"dense       {size(nbytes)}  on flash as blocks: {len(blocks)} FFNs",
+            )
+        if tables := manifest.tables:
+            rows = sum(table.units for table in tables)
+            lines.insert(
+                -1,
+                f"embeddings  {size(manifest.table_bytes)}  on flash as {rows:,} rows "
+                f"in tables: {len(tables)}",
+            )
         if c := manifest.calibration:
             lines.append(
                 f"calibrated on {c.tokens:,} tokens of {printable(c.text)}, measured "
@@ -158,6 +175,7 @@ def _info(
     name: str, state: str, manifest: Manifest, packings: dict[str, Packing]
 ) -> Info:
     modules = [f"{layer.module}." for layer in manifest.layers]
+    beside = [f"{entry.module}." for entry in manifest.beside]
 
     def those(*starts: str) -> tuple[Packing, ...]:
         found = {p for path, p in packings.items() if f"{path}.".startswith(starts)}
@@ -166,7 +184,7 @@ def _info(
     rest = {
         packing
         for path, packing in packings.items()
-        if not f"{path}.".startswith(tuple(modules))
+        if not f"{path}.".startswith((*modules, *beside))
     }
     on_flash = tuple(those(module) for module in modules)
     return Info(name, state, manifest, tuple(sorted(rest)), on_flash)

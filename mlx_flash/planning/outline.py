@@ -20,8 +20,10 @@ from ..checkpoints.hub import (
     weight_sizes,
 )
 from ..checkpoints.in_place import runs_in_place
+from ..checkpoints.tables import with_tables
 from ..checkpoints.units import find_units
 from ..layers.kinds import EXPERT, NEURON
+from ..layers.lookup import large_tables, table_arrays
 from ..layers.predictor import Predictor, default_rank, possible_bits
 from ..layers.projections import count_neurons, known_projections
 from ..memory.footprint import Shapes
@@ -67,7 +69,7 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
         shapes = shapes_of(
             empty_model(manifest, config, folder),
             config,
-            [layer.module for layer in manifest.layers],
+            [entry.module for entry in manifest.layers + manifest.blocks],
         )
         model = empty_model(manifest, config, folder)
         download_bytes = sum(sizes.values())
@@ -103,6 +105,11 @@ def _of_checkpoint(
         predictor_bytes = _predictor_bytes(list(modules.values()), dtype)
     manifest = weight_format.manifest_of(
         name, model, config["model_type"], kind, dtype, layers, predictor_bytes
+    )
+    tables = large_tables(build()).items()
+    manifest = with_tables(
+        manifest,
+        [weight_format.layer_of(path, table_arrays(table)) for path, table in tables],
     )
     # Of what is on the hub, only loading it will tell how it holds its experts.
     here = has_weights(folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FlashError
-from ..layers.kinds import NEURON, kind_of
+from ..layers.kinds import BLOCK, NEURON, kind_of
 from ..memory.budget import LEAST_CONTEXT, least_bytes, make_budget
 from ..memory.divide import Divide
 from ..memory.division import Divider, as_divided
@@ -61,6 +61,8 @@ class Plan:
     resident_bytes: int
     predictor_bytes: int
     ffn_bytes: int
+    table_bytes: int
+    block_bytes: int
     least_bytes: int
     best_bytes: int
     memory_bytes: int
@@ -138,7 +140,9 @@ def plan_of(
         )
     positions = found.config.get("max_position_embeddings")
     wanted = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    footprint = Footprint(manifest, found.shapes, kind_of(manifest), wanted)
+    footprint = Footprint(
+        manifest, found.shapes, kind_of(manifest), wanted, dense=BLOCK
+    )
     least_context = None if context else LEAST_CONTEXT
     divide = _divide(found, profile)
     budget = make_budget(memory, footprint, Path(name), divide, least_context)
@@ -169,6 +173,8 @@ def plan_of(
         resident_bytes=manifest.resident.bytes,
         predictor_bytes=manifest.predictor_bytes,
         ffn_bytes=manifest.ffn_bytes,
+        table_bytes=manifest.table_bytes,
+        block_bytes=manifest.beside_bytes - manifest.table_bytes,
         least_bytes=least_bytes(footprint),
         best_bytes=footprint.most_bytes,
         memory_bytes=budget.total_bytes,

@@ -40,7 +40,8 @@ def first_prompt(
             break
         slots = division.slots
         held = [min(pair) for pair in zip(held, slots, strict=True)]
-        work = make_work(found, replace(budget, slots=slots), selection, tokens)
+        now = replace(budget, slots=slots, beside_slots=division.beside_slots)
+        work = make_work(found, now, selection, tokens)
         total += prompt_cost(profile, work, call, division.tokens, held)
         held = list(slots)
     # Then slots come back. Layers that are to be held whole are filled at once.

@@ -53,7 +53,7 @@ def make_work(
 ) -> Work:
     """The work of one token after `context` others."""
     manifest = found.manifest
-    on_flash = {layer.module for layer in manifest.layers}
+    on_flash = {entry.module for entry in manifest.layers + manifest.blocks}
     resident = resident_matrices(found.model, on_flash, manifest.dtype)
     if manifest.predictor_bytes:
         resident.append(_predictors(manifest))
@@ -63,11 +63,18 @@ def make_work(
         _flash_layer(found, layer, slots, ask.asked, modules[layer.module], selection)
         for (layer, slots), ask in zip(pairs, asks_of_token(found), strict=True)
     )
-    kept = sum(layer.nbytes for layer, slots in pairs if slots == layer.units)
+    beside = list(zip(manifest.beside, budget.beside_slots, strict=True))
+    kept = sum(layer.nbytes for layer, n in pairs + beside if n == layer.units)
+    count = len(manifest.blocks)
     shapes = found.shapes
     return Work(
         resident=tuple(resident),
         layers=layers,
+        blocks=tuple(
+            _flash_layer(found, block, slots, None, modules[block.module], selection)
+            for block, slots in beside[:count]
+        ),
+        rows=tuple(_rows(found, table, slots) for table, slots in beside[count:]),
         steps=len(getattr(found.model, "layers", layers)),
         kv_bytes=shapes.kv_bytes_fixed + context * shapes.kv_bytes_per_token,
         load_bytes=manifest.resident.bytes + manifest.predictor_bytes + kept,
@@ -145,7 +152,7 @@ def _flash_layer(
     chosen = asked is not None and slots < units
     selected = float(units) if asked is None else asked
     computed, kernel = selected, "matmul"
-    if kind is EXPERT and found.share < 1:
+    if kind is EXPERT and asked is not None and found.share < 1:
         # Of a token's experts other machines have the rest. Where nobody looks which
         # ones, because all are in memory, another is multiplied in place of each.
         chosen_of_all = float(found.shapes.experts_per_token)
@@ -173,6 +180,21 @@ def _flash_layer(
         overlap=kind is not NEURON,
         waits=1 if chosen else 0,
         launches=LAUNCHES if chosen else 0,
+    )
+
+
+def _rows(found: Outline, table: Layer, slots: int) -> FlashLayer:
+    """A table of embeddings, of which a token asks for a row; nothing is multiplied."""
+    return FlashLayer(
+        weights=Matrices("matmul", found.manifest.dtype, 0, 0.0, 0.0),
+        units=table.units,
+        unit_bytes=table.unit_bytes,
+        slots=slots,
+        pieces=len(table.parts) if found.in_place else 1,
+        selected=1.0,
+        hit_rate=0.0,
+        computed=0.0,
+        in_place=found.in_place,
     )
 
 

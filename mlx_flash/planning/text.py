@@ -7,11 +7,14 @@ from .several import Several
 
 def plan_text(p: Plan) -> str:
     """A plan in lines of a name and figures."""
+    beside = f", {_size(p.block_bytes)} as blocks" if p.block_bytes else ""
+    if p.table_bytes:
+        beside += f", {_size(p.table_bytes)} of embeddings as rows"
     lines = [
         f"{p.model}: {p.kind}, {p.model_type}, {p.dtype}",
         "",
         f"model        {_size(p.model_bytes)}: {_size(p.resident_bytes)} stay in "
-        f"memory, {_size(p.ffn_bytes)} of FFNs on flash as {p.unit}s",
+        f"memory, {_size(p.ffn_bytes)} of FFNs on flash as {p.unit}s{beside}",
         f"memory       {_size(p.memory_bytes)} given; the least is "
         f"{_size(p.least_bytes)}, more than {_size(p.best_bytes)} changes nothing "
         f"({p.context:,} tokens of context)",

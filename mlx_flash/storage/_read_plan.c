@@ -10,6 +10,23 @@
 /* As calls, planning takes half as long again (2,048 neurons: 66 µs, not 45). */
 #define INLINED static inline __attribute__((always_inline))
 
+Batch *new_batch(const Source *s, int64_t n)
+{
+    int64_t most = n * s->pieces_per_unit; /* pieces, and so jobs */
+    double now = monotonic_s();
+    Batch *b = malloc(sizeof *b + (size_t)n * sizeof(Pick) +
+                      (size_t)most * (sizeof(Piece) + sizeof(Job)) +
+                      (size_t)(n * s->n_parts) * sizeof(Piece));
+    if (!b)
+        return NULL;
+    *b = (Batch){.source = s, .submitted = now, .ended = now};
+    b->picks = (Pick *)(b + 1);
+    b->pieces = (Piece *)(b->picks + n);
+    b->jobs = (Job *)(b->pieces + most);
+    b->places = (Piece *)(b->jobs + most);
+    return b;
+}
+
 static int by_unit(const void *a, const void *b)
 {
     int64_t x = ((const Pick *)a)->unit, y = ((const Pick *)b)->unit;

@@ -197,23 +197,15 @@ static PyObject *py_submit(PyObject *Py_UNUSED(self), PyObject *args)
     Source *s = r ? PyCapsule_GetPointer(source, "source") : NULL;
     if (!s)
         return NULL;
-    int64_t most = n * s->pieces_per_unit; /* pieces, and so jobs */
-    if (n > s->n_slots || most > INT32_MAX) { /* before memory is asked for */
+    /* Before memory is asked for */
+    if (n > s->n_slots || n * s->pieces_per_unit > INT32_MAX) {
         refuse("a batch of %lld units is too large for %lld slots", n, s->n_slots);
         return NULL;
     }
-    double submitted = monotonic_s();
-    Batch *b = malloc(sizeof *b + (size_t)n * sizeof(Pick) +
-                      (size_t)most * (sizeof(Piece) + sizeof(Job)) +
-                      (size_t)(n * s->n_parts) * sizeof(Piece));
+    Batch *b = new_batch(s, n);
     if (!b)
         return PyErr_NoMemory();
-    *b = (Batch){
-        .source = s, .submitted = submitted, .ended = submitted, .guess = guess};
-    b->picks = (Pick *)(b + 1);
-    b->pieces = (Piece *)(b->picks + n);
-    b->jobs = (Job *)(b->pieces + most);
-    b->places = (Piece *)(b->jobs + most);
+    b->guess = guess;
     const int64_t *from = (int64_t *)(uintptr_t)units;
     const int64_t *to = (int64_t *)(uintptr_t)slots;
     if (!check_picks(b, s, from, to, n)) {

@@ -91,6 +91,10 @@ static inline int64_t ceil_to(int64_t x, int64_t align)
 }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* A batch with room for n picks and all that is planned of them; NULL if there is no
+   memory. Its time begins now. */
+Batch *new_batch(const Source *s, int64_t n);
+
 /* Sorts the picks of a batch by unit. */
 void sort_picks(Batch *b, int64_t n);
 

@@ -5,6 +5,7 @@
     resident.safetensors           all weights that stay in memory
     predictors.safetensors         neuron kind only
     ffn/layer_NN.safetensors       one uint8 tensor `bundles` [units, unit_bytes]
+    ffn/table_NN.safetensors       the same of a large table of embeddings: its rows
 
 A unit's bundle is its parts side by side, `parts[i].offset` bytes into the bundle,
 each in row-major order and little endian. For a neuron of a plain FFN these are `up`
@@ -19,6 +20,7 @@ compared by `checkpoints/digests.py`.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from .typed_json import from_json
 
 FORMAT_VERSION = 1
 SHARE_VERSION = 2  # of a folder that holds a share of the units
+BESIDE_VERSION = 3  # of one that has more on flash than FFNs of one unit kind
 MANIFEST = "flash.json"
 RESIDENT = "resident.safetensors"
 PREDICTORS = "predictors.safetensors"
@@ -144,6 +147,10 @@ class Manifest:
 
     `side_files` is empty in folders that an earlier version wrote. `layers` describe
     what the folder holds, also where that is a share.
+
+    `blocks` are dense FFNs of a mixture of experts, whose `layers` are the experts;
+    `tables` are embeddings that are only looked up, where a unit is a row. A share has
+    all of both.
     """
 
     format_version: int
@@ -160,6 +167,13 @@ class Manifest:
     side_files: tuple[SideFile, ...] = ()
     share: StoredShare | None = None
     skipping: Skipping | None = None
+    tables: tuple[Layer, ...] = ()
+    blocks: tuple[Layer, ...] = ()
+
+    @property
+    def beside(self) -> tuple[Layer, ...]:
+        """What is on flash beside the layers."""
+        return self.blocks + self.tables
 
     @property
     def whole_layers(self) -> tuple[Layer, ...]:
@@ -174,28 +188,45 @@ class Manifest:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def table_bytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
+
+    @property
+    def beside_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.beside)
+
+    @property
     def predictor_bytes(self) -> int:
         return self.predictors.bytes if self.predictors else 0
 
     @property
     def model_bytes(self) -> int:
-        """The model itself: resident weights and FFNs, predictors not counted."""
-        return self.resident.bytes + self.ffn_bytes
+        """The model itself: all weights, predictors not counted."""
+        return self.resident.bytes + self.beside_bytes + self.ffn_bytes
 
     @property
     def whole_model_bytes(self) -> int:
         """The same with the units that other machines have."""
-        return self.resident.bytes + sum(layer.nbytes for layer in self.whole_layers)
+        elsewhere = sum(layer.nbytes for layer in self.whole_layers) - self.ffn_bytes
+        return self.model_bytes + elsewhere
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
-        for name in ("share", "skipping"):
-            if fields[name] is None:
+        for name in ("share", "skipping", "tables", "blocks"):
+            if not fields[name]:
                 del fields[name]
-        for layer in fields["layers"]:
-            if not layer["thresholds"]:
-                del layer["thresholds"]
+        for name in ("layers", "tables", "blocks"):
+            for entry in fields.get(name, ()):
+                if not entry["thresholds"]:
+                    del entry["thresholds"]
         return json.dumps(fields, indent=1) + "\n"
+
+
+def version_of(share: StoredShare | None, beside: Sequence[Layer]) -> int:
+    """The lowest format version that a folder with these can have."""
+    if beside:
+        return BESIDE_VERSION
+    return SHARE_VERSION if share else FORMAT_VERSION
 
 
 def layer_from_json(entry: dict) -> Layer:

@@ -7,13 +7,14 @@ from pathlib import Path
 from ..errors import FlashError
 from .files import read_json
 from .manifest import (
+    BESIDE_VERSION,
     BUNDLES,
     GATED,
     MANIFEST,
-    SHARE_VERSION,
     UNITS,
     Layer,
     Manifest,
+    version_of,
 )
 from .safetensors import DTYPES, read_header
 from .typed_json import from_json
@@ -44,10 +45,10 @@ def parse_manifest(folder: Path) -> Manifest:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version < 1:
         raise FlashError(f"{path} is damaged: it has no valid format_version.")
-    if version > SHARE_VERSION:
+    if version > BESIDE_VERSION:
         raise FlashError(
             f"{path} has format version {version}, this mlx-flash reads up to "
-            f"{SHARE_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
+            f"{BESIDE_VERSION}. Update it: pip install -U mlx-llm-in-a-flash"
         )
     return from_json(Manifest, raw, path, "manifest")
 
@@ -73,26 +74,27 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
                 f"{path} holds {stored:,} bytes of weights, {MANIFEST} says "
                 f"{weights.bytes:,}. Check the folder: mlx-flash verify {folder}"
             )
-    for layer in manifest.layers:
+    for layer in (*manifest.layers, *manifest.beside):
         _check_layer(layer, folder)
         if layer.predictor and layer.predictor.rank > manifest.predictor_bytes:
             raise FlashError(
                 f"{folder / MANIFEST}, {layer.module}: a predictor of rank "
                 f"{layer.predictor.rank:,} in {manifest.predictor_bytes:,} bytes."
             )
+    entries = (*manifest.layers, *manifest.beside)
     for field in ("module", "file"):
-        named = {Path(getattr(layer, field)) for layer in manifest.layers}
-        if len(named) < len(manifest.layers):
+        if len({Path(getattr(entry, field)) for entry in entries}) < len(entries):
             raise FlashError(f"{folder / MANIFEST} gives two layers the same {field}.")
 
 
 def _check_share(manifest: Manifest, folder: Path) -> None:
     """Hold the share that a folder says it has against its layers."""
     share = manifest.share
-    if (share is not None) != (manifest.format_version == SHARE_VERSION):
+    version = version_of(share, manifest.beside)
+    if manifest.format_version != version:
         raise FlashError(
-            f"{folder / MANIFEST}: a share belongs to format version {SHARE_VERSION}, "
-            f"this is {manifest.format_version}."
+            f"{folder / MANIFEST}: what it describes belongs to format version "
+            f"{version}, this is {manifest.format_version}."
         )
     if share is None:
         return

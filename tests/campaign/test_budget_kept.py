@@ -15,12 +15,15 @@ from mlx_lm import batch_generate
 from stock_checkpoints import LLAMA, QWEN3, make_weights, write_checkpoint
 
 import mlx_flash
+from mlx_flash.layers import lookup
 
 WIDE = dict(
     hidden_size=256, num_hidden_layers=6, intermediate_size=2048, head_dim=64
 )  # 38 MB
 RELU = LLAMA | WIDE | {"hidden_act": "relu"}
 EXPERTS = QWEN3 | WIDE | {"moe_intermediate_size": 512, "num_hidden_layers": 4}  # 50 MB
+SHARED = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2048}
+WORDS = {"vocab_size": 20_000}  # 20 MB of embeddings, and as many for logits
 PLAIN = {"rank": 0}
 PREDICTED = {"rank": 16, "unit": "neuron", "calibration_tokens": 128, "fit_steps": 3}
 # name → config, and how it is converted (None: it stays in place)
@@ -30,6 +33,9 @@ KINDS = {
     "blocks": (LLAMA | WIDE, PLAIN),
     "experts in place": (EXPERTS, None),
     "converted experts": (EXPERTS, PLAIN),
+    "experts and rows in place": (EXPERTS | WORDS, None),
+    "blocks and rows": (LLAMA | WIDE | WORDS, PLAIN),
+    "experts and blocks": (EXPERTS | SHARED, {"blocks": True}),
 }
 PROMPT = [3 + i % 90 for i in range(600)]
 
@@ -122,6 +128,13 @@ USES = load_alone, long_prompt, many_tokens, batch_of_four, with_a_draft
 BUDGETS = "50%", "60%", "90%"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tables_of_20_mb():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "LEAST_TABLE_BYTES", 20_000_000)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def endless_cache():
     before = mx.set_cache_limit(1 << 40)
@@ -144,7 +157,9 @@ def judge(folder, use, memory, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["predicted neurons", "experts in place"])
+@pytest.mark.parametrize(
+    "name", ["predicted neurons", "experts in place", "experts and rows in place"]
+)
 def test_a_short_answer_keeps_the_budget(name, folders):
     assert max(judge(folders(name), short_answer, "60%")) <= 1
 

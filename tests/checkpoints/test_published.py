@@ -21,6 +21,7 @@ from mlx_flash.checkpoints import origins
 from mlx_flash.checkpoints.in_place import describe_in_place, runs_in_place
 from mlx_flash.checkpoints.stock import load_stock
 from mlx_flash.errors import FlashError
+from mlx_flash.layers import lookup
 from mlx_flash.storage.reader import Extent, Places
 
 FOUR_BITS = {"group_size": 32, "bits": 4}
@@ -64,6 +65,17 @@ def test_quantised_experts_one_by_one(family, tmp_path):
     names = mx.load(str(folder / "model-00001-of-00002.safetensors"))
     assert any(".experts.7." in name and name.endswith(".scales") for name in names)
     check_parity(folder)
+
+
+def test_rows_of_embeddings_beside_published_experts(tmp_path, monkeypatch):
+    monkeypatch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
+    folder = write_published(tmp_path / "model", "qwen3_moe", MLP, shards=3)
+    check_parity(folder)
+    model = stream(folder, 3)
+    assert [table.module for table in model.flash.manifest.tables] == [
+        "model.embed_tokens"
+    ]
+    model.flash.close()
 
 
 def test_experts_one_by_one_become_tables_of_every_shard(tmp_path):

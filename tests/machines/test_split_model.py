@@ -11,6 +11,7 @@ from stock_checkpoints import LLAMA, QWEN3, write_checkpoint
 
 from mlx_flash.converters.convert import convert
 from mlx_flash.converters.split import split
+from mlx_flash.layers import lookup
 
 SCRIPT = HERE / "few_logits.py"
 SLOW = pytest.mark.slow  # ranks that wait keep a core busy, and here are two
@@ -23,6 +24,16 @@ def whole_model(kind: str, folder: Path) -> Path:
     options: dict = {"progress": False}
     if kind == "experts":
         write_checkpoint(checkpoint, QWEN3 | {"num_experts": 16})
+    elif kind == "experts and rows":
+        config = QWEN3 | {"num_experts": 16, "vocab_size": 2_000}
+        write_checkpoint(checkpoint, config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lookup, "LEAST_TABLE_BYTES", 1)
+            return convert(checkpoint, out, **options)
+    elif kind == "experts and blocks":
+        shared = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 768}
+        write_checkpoint(checkpoint, QWEN3 | shared | {"num_experts": 16})
+        options["blocks"] = True
     elif kind == "blocks":
         write_checkpoint(checkpoint, LLAMA | {"intermediate_size": 768})
     else:
@@ -47,6 +58,8 @@ def run_ranks(ranks: int, folder: Path, out: Path, *shares: str):
         pytest.param("neurons", "1:1", marks=SLOW),
         pytest.param("neurons", "1:1:2", marks=SLOW),
         pytest.param("experts", "1:1", marks=SLOW),
+        pytest.param("experts and rows", "2:1", marks=SLOW),
+        pytest.param("experts and blocks", "1:1", marks=SLOW),
     ],
 )
 def test_parts_give_what_the_whole_gives(tmp_path, kind, shares):
@@ -60,7 +73,7 @@ def test_parts_give_what_the_whole_gives(tmp_path, kind, shares):
     reads = several.pop("reads")
     assert len(reads) == ranks and all(reads > 0)
     for name, logits in several.items():
-        if kind == "experts":
+        if kind in ("experts", "experts and rows"):
             assert np.array_equal(logits, one[name]), name
         else:
             largest = np.abs(one[name]).max()

@@ -22,7 +22,7 @@ from mlx_flash.loading import load_model
 from mlx_flash.planning.info import look_at
 from mlx_flash.storage import manifest as format
 from mlx_flash.storage.limits import LARGE_PAGE_BYTES
-from mlx_flash.storage.manifest import FORMAT_VERSION, SHARE_VERSION
+from mlx_flash.storage.manifest import BESIDE_VERSION, FORMAT_VERSION
 from mlx_flash.storage.manifest_reading import read_manifest
 from mlx_flash.storage.typed_json import from_json
 
@@ -346,7 +346,7 @@ def test_what_is_no_text_is_refused(own_folder):
 
 def test_a_newer_version_asks_for_an_update(victim):
     folder, raw, _ = victim
-    changed = {"format_version": SHARE_VERSION + 1, "all": "different"}
+    changed = {"format_version": BESIDE_VERSION + 1, "all": "different"}
     (folder / "flash.json").write_text(json.dumps(changed))
     with pytest.raises(FlashError, match="pip install -U"):
         read_manifest(folder)

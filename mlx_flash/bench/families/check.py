@@ -28,8 +28,9 @@ from ...arrays import parameters
 from ...converters.convert import convert
 from ...errors import FlashError
 from ...flash import Loaded
-from ...layers import block
+from ...layers import block, lookup
 from ...layers.kinds import EXPERT
+from ...memory import beside
 from ...memory.budget import Budget, make_budget
 from ...models.registry import get_model_classes
 from ..synthetic import make_model
@@ -37,6 +38,7 @@ from .configs import DENSE, make_config
 
 PROMPT, DECODED = 70, 3  # mlx-lm sorts from 64 pairs on
 DENSE_PROMPT = 40
+ROWS = 8  # slots of a table of embeddings
 BLOCK_BYTES = 2_000  # so that these small FFNs are more than one block
 TOKENS = 60  # ids that every one of these vocabularies has
 SUM_TOLERANCE = 1e-4  # of the largest logit, for sums in another order
@@ -45,7 +47,10 @@ MOST_VALUES = 20_000_000  # a config that forgets a size gets a model of billion
 
 @dataclass
 class Verdict:
-    """One line of the table. `places` are "in place" and "converted"."""
+    """One line of the table. `places` are "in place" and "converted".
+
+    `tables` counts those of embeddings that came from flash.
+    """
 
     family: str
     verdict: str = ""
@@ -53,6 +58,7 @@ class Verdict:
     layers: str = ""
     places: str = ""
     difference: float | None = None
+    tables: int = 0
 
     def line(self) -> str:
         cells = self.family, self.unit, self.layers, self.verdict
@@ -60,9 +66,30 @@ class Verdict:
 
 
 def check(
-    family: str, checkpoint: Path | None, work: Path, bits: int | None
+    family: str,
+    checkpoint: Path | None,
+    work: Path,
+    bits: int | None,
+    blocks: bool = False,
 ) -> Verdict:
-    """The family's `Verdict`. `checkpoint` is None where one has to be made."""
+    """The family's `Verdict`.
+
+    Tables of embeddings go to flash however small they are.
+
+    Args:
+        checkpoint: None where one has to be made.
+        blocks: Put dense FFNs beside experts on flash, too; then only converted.
+    """
+    with (
+        mock.patch.object(lookup, "LEAST_TABLE_BYTES", 1),
+        mock.patch.object(beside, "TABLE_SLOTS", ROWS),
+    ):
+        return _check(family, checkpoint, work, bits, blocks)
+
+
+def _check(
+    family: str, checkpoint: Path | None, work: Path, bits: int | None, blocks: bool
+) -> Verdict:
     dense = checkpoint is not None or family in DENSE
     block.BLOCK_BYTES = BLOCK_BYTES
     try:
@@ -74,22 +101,30 @@ def check(
     except (Exception, SystemExit) as error:  # a row; the others are still checked
         return Verdict(family, f"mlx-lm cannot run it here: {reason(error)}")
     try:
-        results = {}
-        if not dense:
+        results: dict[str, Verdict] = {}
+        if not (dense or blocks):
             with contextlib.suppress(FlashError):  # then only converted
                 results["in place"] = compare(checkpoint, expected)
-        flash = convert(checkpoint, work / "flash", rank=0, progress=False)
+        flash = convert(
+            checkpoint, work / "flash", rank=0, blocks=blocks, progress=False
+        )
         results["converted"] = compare(flash, expected)
     except FlashError as error:
         return Verdict(family, f"refused: {reason(error)}")
     except Exception as error:
         return Verdict(family, f"FAILED: {reason(error)}")
-    worst = max(difference for _, _, difference in results.values())
+    worst = max(found.difference or 0.0 for found in results.values())
     scale = max(float(np.abs(e).max()) for e in expected)
-    unit, layers, _ = results["converted"]
-    allowed = 0.0 if unit == EXPERT.name else SUM_TOLERANCE * scale
-    verdict = f"{worst:.2g}" + ("" if worst <= allowed else " DIFFERS")
-    return Verdict(family, verdict, unit, layers, ", ".join(results), worst)
+    last = results["converted"]
+    same_bits = last.unit == EXPERT.name and not blocks
+    allowed = 0.0 if same_bits else SUM_TOLERANCE * scale
+    return replace(
+        last,
+        family=family,
+        verdict=f"{worst:.2g}" + ("" if worst <= allowed else " DIFFERS"),
+        places=", ".join(results),
+        difference=worst,
+    )
 
 
 def write_checkpoint(folder: Path, config: dict, bits: int | None) -> Path:
@@ -129,21 +164,29 @@ def run(model: nn.Module, prompt: int) -> list[np.ndarray]:
     return [np.array(mx.maximum(x, -1e9)) for x in logits]  # -inf rules a token out
 
 
-def compare(folder: Path, expected: list[np.ndarray]) -> tuple[str, str, float]:
-    """Stream the model in `folder`; (unit, layers from flash, largest difference)."""
+def compare(folder: Path, expected: list[np.ndarray]) -> Verdict:
+    """Stream the model in `folder`: what came from flash, and how far it differs."""
     with load_few_slots(folder) as (model, _):
         flash = model.flash
         actual = run(model, expected[0].shape[1])
-    if flash.stats.misses == 0 or any(
-        slots == layer.units
-        for slots, layer in zip(flash.budget.slots, flash.manifest.layers, strict=True)
+    unread = flash.manifest.tables and not flash.stats.rows_read
+    if (
+        flash.stats.misses == 0
+        or unread
+        or any(
+            slots == layer.units
+            for slots, layer in zip(
+                flash.budget.slots, flash.manifest.layers, strict=True
+            )
+        )
     ):
         raise RuntimeError("a layer was not streamed: this compares nothing")
     if not all(np.isfinite(e).all() and np.ptp(e) > 0 for e in expected):
         raise RuntimeError("the resident model's logits are NaN or all alike")
     diff = max(np.abs(a - e).max() for a, e in zip(actual, expected, strict=True))
     layers = f"{len(flash.layers)} of {len(flash.manifest.layers)}"
-    return flash.manifest.unit, layers, float(diff)
+    unit, tables = flash.manifest.unit, len(flash.manifest.tables)
+    return Verdict("", "", unit, layers, "", float(diff), tables)
 
 
 def load_few_slots(folder: Path) -> Loaded:
@@ -155,8 +198,10 @@ def load_few_slots(folder: Path) -> Loaded:
 
     def of_a_quarter(*args) -> Budget:
         budget, footprint = make_budget(*args), args[1]
-        slots = (max(layer.units // 4, 1) for layer in footprint.manifest.layers)
-        return replace(budget, slots=tuple(slots))
+        manifest = footprint.manifest
+        slots = tuple(max(layer.units // 4, 1) for layer in manifest.layers)
+        few = beside.least_beside(manifest)
+        return replace(budget, slots=slots, beside_slots=few)
 
     with mock.patch.object(sizing, "make_budget", of_a_quarter):
         return loading.load_model(

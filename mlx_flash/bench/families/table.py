@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ...layers.kinds import BLOCK, EXPERT, NEURON
 from ..options import FOLDER
-from .check import DECODED, DENSE_PROMPT, PROMPT, Verdict, check
+from .check import DECODED, DENSE_PROMPT, PROMPT, ROWS, Verdict, check
 from .configs import DENSE, EXPERTS
 
 LIMIT_S = 180  # for one family; a crash of its process ends like this, too
@@ -30,6 +30,9 @@ def run(
     bits: Annotated[
         int | None, click.INT, "Quantise the checkpoints, as mlx-lm does."
     ] = None,
+    blocks: Annotated[
+        bool, "Of families with experts, dense FFNs on flash, too: convert --blocks."
+    ] = False,
     checkpoints: Annotated[
         Path, FOLDER, "Further models, as FAMILY/NAME; it need not exist."
     ] = Path("tests/goldens"),
@@ -49,11 +52,14 @@ def run(
     found = all_families(checkpoints)
     if family and family not in found:
         raise click.BadParameter(f"{family!r} is none of {', '.join(found)}.")
-    if write and (family or bits or mx.default_device() != mx.cpu):
+    if blocks:
+        found = dict.fromkeys(EXPERTS)
+    if write and (family or bits or blocks or mx.default_device() != mx.cpu):
         raise click.UsageError("--write is for all families in float32 on the CPU.")
     click.echo("\n".join(HEAD))
     verdicts = []
-    for verdict in check_all({family: found[family]} if family else found, bits):
+    chosen = {family: found.get(family)} if family else found
+    for verdict in check_all(chosen, bits, blocks):
         click.echo(verdict.line())
         verdicts.append(verdict)
     facts = summarise(verdicts)
@@ -70,7 +76,7 @@ def all_families(checkpoints: Path) -> dict[str, Path | None]:
 
 
 def check_all(
-    families: dict[str, Path | None], bits: int | None = None
+    families: dict[str, Path | None], bits: int | None = None, blocks: bool = False
 ) -> Iterator[Verdict]:
     """The verdicts one by one, made in a process that may crash or hang."""
     spawn = multiprocessing.get_context("spawn")
@@ -81,7 +87,8 @@ def check_all(
                 name = rest.pop(0)
                 folder = Path(work) / name.replace("/", "-")
                 folder.mkdir()
-                result = pool.apply_async(check, (name, families[name], folder, bits))
+                words = name, families[name], folder, bits, blocks
+                result = pool.apply_async(check, words)
                 try:
                     yield result.get(LIMIT_S)
                 except multiprocessing.TimeoutError:
@@ -101,6 +108,7 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
         "blocks": units[BLOCK.name],
         "neurons": units[NEURON.name],
         "in_place": sum("in place" in v.places for v in verdicts),
+        "tables": sum(v.tables > 0 for v in verdicts),
         "identical": sum(v.difference == 0 for v in verdicts),
         "differ": [v.family for v in verdicts if "DIFFERS" in v.verdict],
         "failed": [v.family for v in verdicts if "FAILED" in v.verdict],
@@ -131,7 +139,9 @@ mlx-lm {facts["mlx_lm"]}. All were streamed from converted folders, {facts["in_p
 of those with experts also in place: from the layout that mlx-lm saves. Which layouts of
 published checkpoints run in place is in [commands.md](commands.md#mixtures-of-experts).
 Layers are those that have such FFNs: Gemma 3n's
-sparse ones are no sums over their neurons, and stay in memory.
+sparse ones are no sums over their neurons, and stay in memory. {facts["tables"]} models
+looked their embeddings up on flash, with {ROWS} slots a table; those of the others give
+the logits, too.
 
 {lines}
 

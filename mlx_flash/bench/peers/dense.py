@@ -49,7 +49,10 @@ def run(
             convert(model, flash, rank=0, progress=False)
         job = make_job(model, copies, prompt_tokens, tokens, config["vocab_size"])
         job["flash"] = str(flash)
-        what = f"Random Qwen3, {layers} layers, float32; ours in blocks, neurostream's as GGUF"
+        what = (
+            f"Random Qwen3, {layers} layers, float32; ours in blocks, neurostream's as "
+            "GGUF"
+        )
         return report(
             "dense", what, engines.DENSE, model, job, memory, rounds, only, python
         )
