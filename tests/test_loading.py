@@ -303,14 +303,14 @@ def test_a_file_cut_in_the_middle_of_a_run_is_named_and_can_be_restored(
 
 
 def test_a_file_that_fails_while_loading_leaves_nothing_open(own_folder, monkeypatch):
-    from mlx_flash import loading as loader
+    from mlx_flash import attach
 
     before = resources()
 
     def fail(self):
         raise FlashError("no")
 
-    monkeypatch.setattr(loader.UnitSlots, "read_all", fail)
+    monkeypatch.setattr(attach.UnitSlots, "read_all", fail)
     with pytest.raises(FlashError, match="no") as error:
         load(own_folder, 1)
     assert resources() == before

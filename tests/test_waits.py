@@ -12,10 +12,13 @@ from stock_checkpoints import stream
 from test_interruptions import KINDS, PROMPT, STEP, make_folder, talk
 
 LAYERS = 2  # of each tiny model
-# kind → hard waits of a streamed layer for a token
+# kind → hard waits of a streamed layer for a token. What lies beside layers has waits
+# of its own, between waves.
 WAITS = {
     "neurons": 0,  # without predictors all are swept
     "predicted neurons": 1,
+    "gated neurons": 0,
+    "skipped neurons": 1,
     "experts in place": 1,
     "converted experts": 1,
     "blocks": 0,
@@ -80,7 +83,7 @@ def leaves(value):
             yield from leaves(item)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=WAITS)
 def made(request, tmp_path):
     return request.param, make_folder(request.param, tmp_path)
 
@@ -91,7 +94,7 @@ def test_a_token_waits_as_often_as_it_must_and_is_told(made, look_ahead, monkeyp
     kind = KINDS[name]
     if look_ahead not in kind.look_ahead:
         pytest.skip("there is nothing to guess")
-    model = stream(folder, kind.slots[-1], look_ahead=look_ahead)
+    model = stream(folder, kind.slots[-1], look_ahead=look_ahead, skip=kind.skip)
     with monkeypatch.context() as patch:
         hook = Hook(patch)
         cache, _ = talk(model, (PROMPT, STEP))
