@@ -14,7 +14,7 @@ JOB = {"memory": 1000, "prompt_tokens": 4, "warm_up": 1, "tokens": 2, "vocab": 9
 
 def measured(**figures) -> engines.Measured:
     names = engines.Measured.__dataclass_fields__
-    return engines.Measured(**(dict.fromkeys(names, 1.0) | {"best": [1, 2]} | figures))
+    return engines.Measured(**(dict.fromkeys(names, 1.0) | {"best": [1, 2], "facts": {}} | figures))
 
 
 def test_engines_read_the_same_prompt_and_agree(tmp_path):
@@ -123,9 +123,11 @@ def test_figures_are_differences_of_marks():
 
 def test_rows_have_medians_with_their_spread():
     runs = [measured(prompt_s=s, best=[1, 3]) for s in (3.0, 1.0, 2.0)]
+    runs[0].facts["hit_rate"] = 0.5
     row = side_by_side.row_of("ours", runs, [measured()])
     assert row.more["prompt_s"] == "2.0 (1.0 to 3.0)"
     assert row.more["agree"] == "1 of 2"
+    assert row.more["hit_rate"] == "50.0"
 
 
 def test_a_run_that_fails_leaves_its_reason(tmp_path, monkeypatch):

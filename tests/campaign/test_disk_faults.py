@@ -46,6 +46,7 @@ def trials(folders, runs, seed):
             "native": native_reader._reader is not None and counts["models"] % 2 == 0,
             "look_ahead": chance.choice(trial.kind.look_ahead),
             "page_cache": chance.random() < 0.5,
+            "skip": trial.kind.skip,
         }
         counts["models"] += 1
         model = load(trial, situation, disk, chance, counts)

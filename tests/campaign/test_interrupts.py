@@ -33,7 +33,8 @@ def trials(folder, name, native, signals, seed):
     chance, counts = random.Random(seed), Counter()
     tokenizer = load_tokenizer(Path(folder))
     look_ahead = KINDS[name].look_ahead[-1]
-    model = stream(folder, KINDS[name].slots[0], look_ahead=look_ahead, native=native)
+    options = {"look_ahead": look_ahead, "native": native, "skip": KINDS[name].skip}
+    model = stream(folder, KINDS[name].slots[0], **options)
     right = answer(model, tokenizer)
     expected = talk(model, (PROMPT, STEP))[1]
     for _ in range(signals):

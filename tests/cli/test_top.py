@@ -50,7 +50,7 @@ def test_one_picture(url):
         "4.00 per token",
         "neuron 0",
         "2,047",
-        "predictors 680 KB",
+        "predictors 708 KB",
         "memory pressure: ",
     ):
         assert said in shown.stdout, said
