@@ -14,7 +14,8 @@ JOB = {"memory": 1000, "prompt_tokens": 4, "warm_up": 1, "tokens": 2, "vocab": 9
 
 def measured(**figures) -> engines.Measured:
     names = engines.Measured.__dataclass_fields__
-    return engines.Measured(**(dict.fromkeys(names, 1.0) | {"best": [1, 2], "facts": {}} | figures))
+    usual = dict.fromkeys(names, 1.0) | {"best": [1, 2], "facts": {}}
+    return engines.Measured(**(usual | figures))
 
 
 def test_engines_read_the_same_prompt_and_agree(tmp_path):
