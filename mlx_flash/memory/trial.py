@@ -6,7 +6,7 @@ from statistics import median
 TURN = 8  # tokens in a row with reading early, or without
 TURNS = 4  # of a trial: without, with, without, with
 LONG = 512  # tokens until the next trial
-WORTH = 0.98  # of the time of a token, at most, for it to go on
+WORTH = 0.95  # of the time of a token, at most, for it to go on
 
 
 class Trial:
