@@ -47,7 +47,9 @@ class Client:
         units = np.asarray(units, np.int64)
         slots = self.rng.permutation(SLOTS)[: len(units)].astype(np.int64)
         places = units.ctypes.data, slots.ctypes.data, len(units)
-        return self.c.submit(self.reader, self.source, *places), units, slots
+        guess = self.rng.random() < 0.3
+        ticket = self.c.submit(self.reader, self.source, *places, guess)
+        return ticket, units, slots
 
     def some_units(self):
         return self.rng.integers(0, UNITS, self.rng.integers(0, SLOTS))

@@ -117,6 +117,7 @@ static void *submit_batches(void *arg)
         for (int i = 0; i < n; i++)
             picks[i] = (Pick){rand_r(&c->seed) % UNITS, i};
         Batch *b = plan(how == 0 ? &lost : &source, picks, n);
+        b->guess = rand_r(&c->seed) % 3 == 0;
         if (!queue_batch(c->reader, b)) {
             free(b);
             break; /* stopped */
