@@ -5,8 +5,7 @@
 The model has the layout of Qwen3-MoE in transformers, at 14 M parameters: 6 layers of
 32 experts, of which a token uses 4. Its tokenizer is the one of `train_demo_model.py`,
 so that one demo model can draft for the other. The loss has the load-balancing term of
-Switch Transformers (arXiv 2101.03961), layer by layer: without it a few experts take
-every token, and with it the router is as undecided as the published models' routers.
+Switch Transformers (arXiv 2101.03961), layer by layer.
 
 The text is read and held out as in `train_demo_model.py`.
 
@@ -262,6 +261,12 @@ def main() -> None:
         "seed": args.seed,
     }
     save(model, tokenizer, args.out)
+    # mlx-lm knows these under the names that transformers 4 gave them.
+    path = args.out / "config.json"
+    config = json.loads(path.read_text())
+    config["num_experts"] = EXPERTS
+    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
     print(json.dumps(report))
 
 

@@ -10,6 +10,7 @@ with the next layer's own router in the place of a fitted map.)
 Shapes: T tokens, D model width, n units of a layer, m of the next one, K of a token.
 """
 
+import tempfile
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -31,22 +32,30 @@ STEPS, BATCH, RATE = 400, 512, 3e-3
 
 
 class Heard:
-    """What one layer was given and chose: x [T, D] and marks [T, n]."""
+    """What one layer was given and chose: x [T, D] and marks [T, n].
+
+    x lies in a file that has no name and goes with this: of all layers of a large
+    model it would take gigabytes of memory that nobody gave.
+    """
 
     def __init__(self, units: int):
         self._units = units
-        self._x: list[np.ndarray] = []
+        self._dims = 0
+        self._file = tempfile.TemporaryFile()
         self._marks: list[np.ndarray] = []
 
     def hear(self, x: mx.array, ids: mx.array) -> None:
         marks = np.zeros((len(x), self._units), bool)
         np.put_along_axis(marks, np.array(ids).astype(np.intp), True, axis=1)
-        self._x.append(np.array(x.astype(mx.float32)))
+        self._dims = x.shape[1]
+        self._file.write(np.array(x.astype(mx.float32)).astype(np.float16).tobytes())
         self._marks.append(marks)
 
     @property
     def x(self) -> np.ndarray:
-        return np.concatenate(self._x)
+        self._file.seek(0)
+        values = np.frombuffer(self._file.read(), np.float16)
+        return values.reshape(-1, self._dims).astype(np.float32)
 
     @property
     def marks(self) -> np.ndarray:
@@ -91,11 +100,12 @@ def learn(
     for i, (layer, following) in enumerate(bars(layers, "learning", progress)):
         units = flash.manifest.whole_layers[i].units
         more = None if following is None else following.marks.shape[1]
-        one = Foresight(layer.x.shape[1], units, more)
+        x = layer.x
+        one = Foresight(x.shape[1], units, more)
         half_life = flash.kind.half_life
-        _fit_keep(one, layer.x, layer.marks, lengths, half_life)
+        _fit_keep(one, x, layer.marks, lengths, half_life)
         if following is not None:
-            precision, recall = _fit_ahead(one, layer.x, following.marks, held)
+            precision, recall = _fit_ahead(one, x, following.marks, held)
             precisions.append(round(precision, 3))
             recalls.append(round(recall, 3))
         learned.append(one)
