@@ -10,6 +10,7 @@ with the next layer's own router in the place of a fitted map.)
 Shapes: T tokens, D model width, n units of a layer, m of the next one, K of a token.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 
@@ -34,14 +35,14 @@ STEPS, BATCH, RATE = 400, 512, 3e-3
 class Heard:
     """What one layer was given and chose: x [T, D] and marks [T, n].
 
-    x lies in a file that has no name and goes with this: of all layers of a large
-    model it would take gigabytes of memory that nobody gave.
+    x lies in a file that has no name, and that `files` closes: of all layers of a
+    large model it would take gigabytes of memory that nobody gave.
     """
 
-    def __init__(self, units: int):
+    def __init__(self, units: int, files: contextlib.ExitStack):
         self._units = units
         self._dims = 0
-        self._file = tempfile.TemporaryFile()
+        self._file = files.enter_context(tempfile.TemporaryFile())
         self._marks: list[np.ndarray] = []
 
     def hear(self, x: mx.array, ids: mx.array) -> None:
@@ -90,7 +91,16 @@ def learn(
             f"The text has {sum(map(len, pieces))} tokens, too few to learn from. "
             f"Give at least {5 * PIECE_TOKENS:,}, better 16,000."
         )
-    heard = _record(model, pieces, progress)
+    with contextlib.ExitStack() as files:
+        heard = [Heard(x.units, files) for x in flash.manifest.whole_layers]
+        _record(model, pieces, heard, progress)
+        return _fit(model, pieces, heard, progress)
+
+
+def _fit(
+    model, pieces: list[list[int]], heard: list[Heard], progress: bool | None
+) -> tuple[list[Foresight], dict]:
+    flash = model.flash
     lengths = [len(piece) for piece in pieces]
     held = sum(lengths[int(len(pieces) * (1 - HELD_OUT)) :])
     learned: list[Foresight] = []
@@ -113,9 +123,10 @@ def learn(
     return learned, facts
 
 
-def _record(model, pieces: list[list[int]], progress: bool | None) -> list[Heard]:
+def _record(
+    model, pieces: list[list[int]], heard: list[Heard], progress: bool | None
+) -> None:
     layers = model.flash.layers
-    heard = [Heard(x.units) for x in model.flash.manifest.whole_layers]
     try:
         for layer, listener in zip(layers, heard, strict=True):
             layer.watch(listener.hear)
@@ -124,7 +135,6 @@ def _record(model, pieces: list[list[int]], progress: bool | None) -> list[Heard
     finally:
         for layer in layers:
             layer.watch(None)
-    return heard
 
 
 def sampled_pieces(
